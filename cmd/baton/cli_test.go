@@ -1,0 +1,388 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/control"
+	"github.com/baton-nfs/baton/internal/metrics"
+	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/status/statustest"
+	"github.com/cockroachdb/datadriven"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// fakeNode notes what is done to it.
+type fakeNode struct {
+	mu       sync.Mutex
+	log      []string
+	startErr error
+	reload   error
+	probe    error
+	block    chan struct{} // Start waits for it
+	stop     func(context.Context) error
+}
+
+func (f *fakeNode) note(s string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = append(f.log, s)
+}
+
+func (f *fakeNode) Start(ctx context.Context) error {
+	f.note("start")
+	if f.block != nil {
+		select {
+		case <-f.block:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return f.startErr
+}
+
+func (f *fakeNode) Stop(ctx context.Context) error {
+	f.note("stop")
+	if f.stop != nil {
+		return f.stop(ctx)
+	}
+	return nil
+}
+
+func (f *fakeNode) ReloadExports() error {
+	f.note("reload")
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reload
+}
+
+func (f *fakeNode) setReload(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reload = err
+}
+
+func (f *fakeNode) Status() status.Status { return *statustest.Sample() }
+func (f *fakeNode) Metrics() prometheus.Collector {
+	return metrics.NewCollector(f.Status)
+}
+func (f *fakeNode) Probe(context.Context) error { f.note("probe"); return f.probe }
+
+// bed runs the CLI in the test's process.
+type bed struct {
+	t       *testing.T
+	node    *fakeNode
+	signals chan os.Signal
+	mu      sync.Mutex
+	states  []string
+	every   time.Duration
+	dir     string
+}
+
+func newBed(t *testing.T) *bed {
+	dir, err := os.MkdirTemp("", "cli") // short, for the socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return &bed{t: t, node: &fakeNode{}, signals: make(chan os.Signal, 4), dir: dir}
+}
+
+func (b *bed) app(stdout, stderr io.Writer) *app {
+	return &app{
+		stdout: stdout, stderr: stderr,
+		newNode: func(*config.Config, *slog.Logger) (service, error) { return b.node, nil },
+		daemon: daemon{
+			signals: func() (<-chan os.Signal, func()) { return b.signals, func() {} },
+			notify: func(s string) {
+				b.mu.Lock()
+				b.states = append(b.states, s)
+				b.mu.Unlock()
+			},
+			watchdog:  func() time.Duration { return b.every },
+			monotonic: func() string { return "MONOTONIC_USEC=1" },
+		},
+		defaultConfig: filepath.Join(b.dir, "none.toml"),
+	}
+}
+
+// run gives the exit code, standard output and standard error.
+func (b *bed) run(args ...string) (int, string, string) {
+	var out, errs syncBuffer
+	code := b.app(&out, &errs).run(args)
+	return code, out.String(), errs.String()
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// serve starts "baton serve" in the background; the channel gets its end.
+func (b *bed) serve(extra ...string) (*syncBuffer, chan int) {
+	var errs syncBuffer
+	end := make(chan int, 1)
+	args := append([]string{"serve", "--data", b.dir, "--export", "/home=/", "--http", "off"}, extra...)
+	go func() { end <- b.app(io.Discard, &errs).run(args) }()
+	return &errs, end
+}
+
+func (b *bed) waitFor(what string, ok func() bool) {
+	b.t.Helper()
+	for i := 0; !ok(); i++ {
+		if i == 5000 {
+			b.t.Fatalf("no %s; node %v, states %q", what, b.node.log, b.states)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+func (b *bed) notified(s string) func() bool {
+	return func() bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return strings.Contains(strings.Join(b.states, "|"), s)
+	}
+}
+
+// TestGolden runs command lines against a running fake server and none.
+func TestGolden(t *testing.T) {
+	b := newBed(t)
+	_, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	dead := filepath.Join(b.dir, "dead")
+	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
+		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
+			if d.Cmd == "reload-error" {
+				b.node.setReload(nil)
+				if d.Input != "" {
+					b.node.setReload(errors.New(d.Input))
+				}
+				return "ok\n"
+			}
+			if d.Cmd == "file" {
+				name := d.CmdArgs[0].Key
+				if err := os.WriteFile(filepath.Join(b.dir, name), []byte(d.Input), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				return "ok\n"
+			}
+			args := strings.Fields(d.Input)
+			for i := range args {
+				args[i] = strings.NewReplacer("$DEAD", dead, "$DIR", b.dir).Replace(args[i])
+			}
+			code, out, errs := b.run(args[1:]...)
+			res := out + errs
+			if d.HasArg("brief") {
+				res = res[:min(len(res), 200)] + "...\n"
+			}
+			res = strings.ReplaceAll(res, b.dir, "$DIR")
+			return res + "exit " + string(rune('0'+code)) + "\n"
+		})
+	})
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != 0 {
+		t.Errorf("serve ended with %d", code)
+	}
+}
+
+func TestServeLifecycle(t *testing.T) {
+	b := newBed(t)
+	errs, end := b.serve("--log-level", "debug")
+	b.waitFor("readiness", b.notified("READY=1"))
+	if fi, err := os.Stat(config.SocketPath(b.dir)); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("control socket: %v, %v", fi, err)
+	}
+	b.node.setReload(errors.New("exports:3: unknown option \"rx\""))
+	b.signals <- syscall.SIGHUP
+	b.waitFor("failed reload", b.notified("READY=1\nSTATUS=serving; the last reload of the exports failed"))
+	b.node.setReload(nil)
+	b.signals <- syscall.SIGHUP
+	b.waitFor("second reload", func() bool { b.mu.Lock(); defer b.mu.Unlock(); return len(b.states) == 5 })
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != 0 {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	want := "READY=1\nSTATUS=serving|RELOADING=1\nMONOTONIC_USEC=1|READY=1\nSTATUS=serving; the last reload of the exports failed|" +
+		"RELOADING=1\nMONOTONIC_USEC=1|READY=1\nSTATUS=serving|STOPPING=1\nSTATUS=stopping"
+	if got := strings.Join(b.states, "|"); got != want {
+		t.Errorf("states %q\nwant   %q", got, want)
+	}
+	if got := strings.Join(b.node.log, " "); got != "start reload reload stop" {
+		t.Errorf("node: %s", got)
+	}
+	if !strings.Contains(errs.String(), `unknown option`) {
+		t.Errorf("the reload's error is not in the log:\n%s", errs)
+	}
+	if _, err := os.Stat(config.SocketPath(b.dir)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the control socket stays: %v", err)
+	}
+}
+
+func TestServeTwice(t *testing.T) {
+	b := newBed(t)
+	_, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	code, _, errs := b.run("serve", "--data", b.dir, "--export", "/x=/", "--http", "off")
+	if code != exitFailure || !strings.Contains(errs, "another baton is running on "+b.dir) {
+		t.Errorf("second serve: %d %s", code, errs)
+	}
+	b.signals <- syscall.SIGINT
+	if code := <-end; code != 0 {
+		t.Errorf("first serve ended with %d", code)
+	}
+}
+
+func TestServeSecondSignal(t *testing.T) {
+	b := newBed(t)
+	entered := make(chan struct{})
+	b.node.stop = func(ctx context.Context) error {
+		close(entered)
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	errs, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	b.signals <- syscall.SIGTERM
+	<-entered
+	b.signals <- syscall.SIGHUP // means nothing now
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != exitFailure || !strings.Contains(errs.String(), "stop: context canceled") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+}
+
+func TestServeSignalWhileStarting(t *testing.T) {
+	b := newBed(t)
+	b.node.block = make(chan struct{})
+	errs, end := b.serve()
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != exitFailure || !strings.Contains(errs.String(), "stopped by terminated while starting") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	if len(b.states) != 0 {
+		t.Errorf("notified %q", b.states)
+	}
+}
+
+func TestServeStartFails(t *testing.T) {
+	b := newBed(t)
+	b.node.startErr = errors.New("mdt: no space")
+	errs, end := b.serve()
+	if code := <-end; code != exitFailure || !strings.Contains(errs.String(), "baton: mdt: no space\n") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	// A surrounding service that cannot start takes the node down again.
+	b = newBed(t)
+	errs, end = b.serve("--http", "127.0.0.1:1", "--http", "192.0.2.1:80")
+	if code := <-end; code != exitUsage || !strings.Contains(errs.String(), "not a loopback address") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	if err := os.WriteFile(config.SocketPath(b.dir), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	errs, end = b.serve()
+	if code := <-end; code != exitFailure || !strings.Contains(errs.String(), "not a socket") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	if got := strings.Join(b.node.log, " "); got != "start stop" {
+		t.Errorf("node: %s", got)
+	}
+}
+
+func TestWatchdog(t *testing.T) {
+	b := newBed(t)
+	b.every = 15 * time.Millisecond
+	_, end := b.serve()
+	b.waitFor("watchdog", b.notified("WATCHDOG=1"))
+	b.signals <- syscall.SIGTERM
+	<-end
+
+	b = newBed(t)
+	b.every = 15 * time.Millisecond
+	b.node.probe = errors.New("mdt: disk gone")
+	errs, end := b.serve()
+	b.waitFor("failed probe", func() bool { return strings.Contains(errs.String(), "disk gone") })
+	b.signals <- syscall.SIGTERM
+	<-end
+	if b.notified("WATCHDOG=1")() {
+		t.Error("the watchdog was fed though the probe failed")
+	}
+}
+
+func TestStatusInterval(t *testing.T) {
+	b := newBed(t)
+	srv := control.NewServer(nil)
+	n := uint64(0)
+	srv.Handle(control.CmdStatus, func(context.Context, jsonRaw) (any, error) {
+		st := statustest.Sample()
+		st.Now = st.Now.Add(time.Duration(n) * time.Second)
+		st.Targets[0].Ops = 1000 + n*70
+		n++
+		return st, nil
+	})
+	if err := srv.Start(config.SocketPath(b.dir)); err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Close()
+	code, out, errs := b.run("status", "--data", b.dir, "--interval", "1ms", "--json")
+	if code != 0 || !strings.Contains(out, `"ops_per_sec": 70`) {
+		t.Errorf("%d %s %s", code, out, errs)
+	}
+}
+
+func TestLogFormats(t *testing.T) {
+	for format, want := range map[string]string{
+		"text":    "level=WARN msg=\"a b\" k=1 who=\"x y\" g.n=2\n",
+		"json":    `"level":"WARN","msg":"a b","k":1,"who":"x y","g":{"n":2}}` + "\n",
+		"journal": "<4>a b k=1 who=\"x y\" g.n=2\n",
+	} {
+		t.Setenv("JOURNAL_STREAM", "")
+		var b bytes.Buffer
+		log := newLogger(config.Log{Level: "warn", Format: format}, &b)
+		if h, ok := log.Handler().(*journalHandler); ok {
+			h.out.send = nil
+		}
+		log.Info("not shown")
+		log.With("k", 1).Warn("a b", "who", "x y", slog.Group("g", "n", 2))
+		if got := b.String(); !strings.HasSuffix(got, want) || strings.Contains(got, "not shown") {
+			t.Errorf("%s: %q, want %q", format, got, want)
+		}
+	}
+}
+
+func TestJournalFields(t *testing.T) {
+	var msg string
+	var fields map[string]string
+	h := &journalHandler{out: &journalOut{send: func(m string, _ journalPriority, f map[string]string) error { msg, fields = m, f; return nil }}}
+	slog.New(h).With("addr", "10.0.0.1").WithGroup("t").With("x-y", 3).Error("down\nnow", "err", errors.New("e f"))
+	if msg != "down\nnow addr=10.0.0.1 t.x-y=3 t.err=\"e f\"" {
+		t.Errorf("message %q", msg)
+	}
+	if fields["BATON_ADDR"] != "10.0.0.1" || fields["BATON_T_X_Y"] != "3" || fields["BATON_T_ERR"] != "e f" || len(fields) != 3 {
+		t.Errorf("fields %v", fields)
+	}
+}

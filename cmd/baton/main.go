@@ -1,0 +1,112 @@
+// Command baton is a clustered NFS version 3 file service: the daemon and the
+// commands around it.
+//
+// Exit codes: 0 success, 1 failure, 2 wrong usage.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/baton-nfs/baton/internal/config"
+	"github.com/spf13/cobra"
+)
+
+// Exit codes.
+const (
+	exitOK      = 0
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+// app is what the commands need of the world.
+type app struct {
+	stdout, stderr io.Writer
+	newNode        nodeFunc
+	daemon         daemon
+	// defaultConfig is read when no flag names a configuration.
+	defaultConfig string
+}
+
+func main() {
+	a := &app{stdout: os.Stdout, stderr: os.Stderr, newNode: newNode, daemon: systemDaemon(), defaultConfig: config.DefaultPath}
+	os.Exit(a.run(os.Args[1:]))
+}
+
+// usageError is a mistake in the command line.
+type usageError struct{ err error }
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+func usagef(format string, a ...any) error { return &usageError{fmt.Errorf(format, a...)} }
+
+// run executes a command line and returns the exit code.
+func (a *app) run(args []string) int {
+	root := a.root()
+	root.SetArgs(args)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	cmd, err := root.ExecuteC()
+	if err == nil {
+		return exitOK
+	}
+	fmt.Fprintf(a.stderr, "baton: %v\n", err)
+	var ue *usageError
+	if errors.As(err, &ue) {
+		fmt.Fprintf(a.stderr, "Try \"%s --help\".\n", cmd.CommandPath())
+		return exitUsage
+	}
+	return exitFailure
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "baton",
+		Short: "A clustered NFS version 3 file service",
+		Long: `baton serves a file system to standard NFS version 3 clients. One process holds
+everything: the metadata target, the object storage targets and the NFS
+frontend.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage.`,
+		Example: `  baton serve --data /srv/baton --export /home=/
+  mount -t nfs 127.0.0.1:/home /mnt
+  baton status --data /srv/baton`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			msg := fmt.Sprintf("unknown command %q", args[0])
+			if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
+				msg += fmt.Sprintf(", did you mean %q?", s[0])
+			}
+			return usagef("%s", msg)
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cmd.Help()
+			return usagef("no command given")
+		},
+	}
+	root.SuggestionsMinimumDistance = 2
+	root.CompletionOptions.HiddenDefaultCmd = true
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.configCmd(), a.versionCmd()} {
+		root.AddCommand(c)
+	}
+	if fsckCmd != nil {
+		root.AddCommand(fsckCmd(a))
+	}
+	return root
+}
+
+// noArgs refuses arguments that are not flags.
+func noArgs(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usagef("unexpected argument %q", args[0])
+	}
+	return nil
+}

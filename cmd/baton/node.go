@@ -1,0 +1,33 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/node"
+	"github.com/baton-nfs/baton/internal/status"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// service is what the daemon needs of a *node.Node.
+type service interface {
+	// Start brings the targets up and begins to serve; when it fails, nothing
+	// runs. ctx bounds the start only.
+	Start(ctx context.Context) error
+	// Stop drains the clients for the configured time, flushes and closes the
+	// targets. When ctx ends it cuts everything short.
+	Stop(ctx context.Context) error
+	// ReloadExports reads the exports again; on an error the old ones stay.
+	ReloadExports() error
+	Status() status.Status
+	Metrics() prometheus.Collector
+	// Probe goes the way of a client's call through frontend and targets.
+	Probe(ctx context.Context) error
+}
+
+type nodeFunc func(*config.Config, *slog.Logger) (service, error)
+
+func newNode(cfg *config.Config, log *slog.Logger) (service, error) {
+	return node.New(cfg, log)
+}

@@ -1,0 +1,315 @@
+// Package config reads, checks, documents and completes baton's configuration:
+// a TOML file, or the few flags of "baton serve".
+//
+// Loading is strict. Unknown keys are refused with their place in the file and
+// the nearest known key, and every refused value is named with its key, the
+// reason and a remedy, all problems of a file at once.
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// DefaultPath is where the commands look for a configuration file when
+// neither --config nor --data is given.
+const DefaultPath = "/etc/baton/baton.toml"
+
+// Size is a number of bytes. In TOML it is an integer or a string with a unit:
+// "64 MiB", "1GiB", "4096".
+type Size uint64
+
+// Units of Size.
+const (
+	KiB Size = 1 << 10
+	MiB Size = 1 << 20
+	GiB Size = 1 << 30
+	TiB Size = 1 << 40
+)
+
+var sizeUnits = []struct {
+	name string
+	n    Size
+}{{"TiB", TiB}, {"GiB", GiB}, {"MiB", MiB}, {"KiB", KiB}}
+
+// ParseSize reads a number of bytes with an optional binary unit.
+func ParseSize(s string) (Size, error) {
+	num, mult := strings.TrimSpace(s), Size(1)
+	for _, u := range sizeUnits {
+		if rest, ok := strings.CutSuffix(num, u.name); ok {
+			num, mult = strings.TrimSpace(rest), u.n
+			break
+		}
+	}
+	n, err := strconv.ParseUint(num, 10, 64)
+	if err != nil || n > uint64(^Size(0)/mult) || n*uint64(mult) > 1<<63-1 {
+		return 0, fmt.Errorf("size %q: want a number of bytes, or a number with KiB, MiB, GiB or TiB", s)
+	}
+	return Size(n) * mult, nil
+}
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (s *Size) UnmarshalText(b []byte) error {
+	v, err := ParseSize(string(b))
+	if err == nil {
+		*s = v
+	}
+	return err
+}
+
+// String writes the size with the largest unit that divides it.
+func (s Size) String() string {
+	for _, u := range sizeUnits {
+		if s >= u.n && s%u.n == 0 {
+			return fmt.Sprintf("%d %s", uint64(s/u.n), u.name)
+		}
+	}
+	return strconv.FormatUint(uint64(s), 10)
+}
+
+// Duration is a time span. In TOML it is a string in Go's notation: "1.5s".
+type Duration time.Duration
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil {
+		return fmt.Errorf("duration %q: want a number with a unit, for example \"500ms\", \"10s\" or \"2m\"", b)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// String writes the duration in Go's notation.
+func (d Duration) String() string { return time.Duration(d).String() }
+
+// Config is the whole configuration of one node. Complete fills the values
+// that are derived from others; until then they are empty.
+type Config struct {
+	Node           string `toml:"node"`
+	DataDir        string `toml:"data_dir"`
+	ClusterKeyFile string `toml:"cluster_key_file"`
+
+	NFS     NFS      `toml:"nfs"`
+	Exports Exports  `toml:"exports"`
+	Export  []Export `toml:"export"`
+	Rpcbind Rpcbind  `toml:"rpcbind"`
+	FS      FS       `toml:"fs"`
+	MDT     MDT      `toml:"mdt"`
+	OST     []OST    `toml:"ost"`
+	Control Control  `toml:"control"`
+	HTTP    HTTP     `toml:"http"`
+	Log     Log      `toml:"log"`
+
+	// File is the file that the configuration was read from, "" for flags.
+	File string `toml:"-"`
+
+	lines positions
+}
+
+// NFS configures the frontend.
+type NFS struct {
+	Addresses      []string `toml:"addresses"`
+	Port           int      `toml:"port"`
+	MountPort      int      `toml:"mount_port"`
+	UDP            bool     `toml:"udp"`
+	MaxConnections int      `toml:"max_connections"`
+	ConnInflight   Size     `toml:"conn_inflight"`
+	Inflight       Size     `toml:"inflight"`
+	Workers        int      `toml:"workers"`
+	Rtmax          Size     `toml:"rtmax"`
+	Rtpref         Size     `toml:"rtpref"`
+	Wtmax          Size     `toml:"wtmax"`
+	Wtpref         Size     `toml:"wtpref"`
+	Dtpref         Size     `toml:"dtpref"`
+	DrainTimeout   Duration `toml:"drain_timeout"`
+}
+
+// Exports names the exports(5) file.
+type Exports struct {
+	File string `toml:"file"`
+}
+
+// Export is one export given in the configuration itself. Name is the path
+// that clients mount, Path the directory inside the file system, Clients and
+// Options the fields of exports(5).
+type Export struct {
+	Name    string   `toml:"name"`
+	Path    string   `toml:"path"`
+	Clients []string `toml:"clients"`
+	Options string   `toml:"options"`
+}
+
+// Modes of the rpcbind section.
+const (
+	RpcbindAuto   = "auto"
+	RpcbindSystem = "system"
+	RpcbindOwn    = "own"
+	RpcbindOff    = "off"
+)
+
+// Rpcbind tells how clients find the ports.
+type Rpcbind struct {
+	Mode string `toml:"mode"`
+	Port int    `toml:"port"`
+}
+
+// Values of FS.Durability and FS.Atime.
+const (
+	DurabilityDisk = "disk"
+	AtimeRelatime  = "relatime"
+	AtimeOff       = "off"
+)
+
+// FS holds defaults of the file system.
+type FS struct {
+	StripeCount int    `toml:"stripe_count"`
+	StripeSize  Size   `toml:"stripe_size"`
+	Durability  string `toml:"durability"`
+	Atime       string `toml:"atime"`
+	MinFree     Size   `toml:"min_free"`
+}
+
+// MDT configures the metadata target.
+type MDT struct {
+	Dir        string `toml:"dir"`
+	BlockCache Size   `toml:"block_cache"`
+	InodeCache int    `toml:"inode_cache"`
+}
+
+// OST configures one object storage target.
+type OST struct {
+	Dir string `toml:"dir"`
+}
+
+// Control configures the socket of the local commands.
+type Control struct {
+	Socket string `toml:"socket"`
+}
+
+// HTTP configures /metrics and /healthz.
+type HTTP struct {
+	Address     string `toml:"address"`
+	AllowRemote bool   `toml:"allow_remote"`
+}
+
+// Log configures messages.
+type Log struct {
+	Level  string `toml:"level"`
+	Format string `toml:"format"`
+}
+
+// Default returns the built-in configuration. It is not completed.
+func Default() *Config {
+	return &Config{
+		DataDir: "/var/lib/baton",
+		NFS: NFS{
+			Addresses:      []string{"127.0.0.1"},
+			Port:           2049,
+			MountPort:      20048,
+			MaxConnections: 4096,
+			ConnInflight:   16 * MiB,
+			Inflight:       256 * MiB,
+			Rtmax:          MiB,
+			Rtpref:         MiB,
+			Wtmax:          MiB,
+			Wtpref:         MiB,
+			Dtpref:         MiB,
+			DrainTimeout:   Duration(10 * time.Second),
+		},
+		Exports: Exports{File: "/etc/baton/exports"},
+		Rpcbind: Rpcbind{Mode: RpcbindAuto, Port: 111},
+		FS: FS{
+			StripeCount: 1,
+			StripeSize:  MiB,
+			Durability:  DurabilityDisk,
+			Atime:       AtimeRelatime,
+			MinFree:     64 * MiB,
+		},
+		MDT:  MDT{BlockCache: 64 * MiB, InodeCache: 100000},
+		HTTP: HTTP{Address: "127.0.0.1:9633"},
+		Log:  Log{Level: "info", Format: "text"},
+	}
+}
+
+// Complete fills in what was left to be derived: node name, target
+// directories, the key file and the control socket.
+func (c *Config) Complete() error {
+	if c.Node == "" {
+		h, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("node name: %w; set node in the configuration", err)
+		}
+		c.Node = h
+	}
+	if c.ClusterKeyFile == "" {
+		c.ClusterKeyFile = filepath.Join(c.DataDir, "cluster.key")
+	}
+	if c.MDT.Dir == "" {
+		c.MDT.Dir = filepath.Join(c.DataDir, "mdt")
+	}
+	if len(c.OST) == 0 {
+		c.OST = []OST{{}, {}}
+	}
+	for i := range c.OST {
+		if c.OST[i].Dir == "" {
+			c.OST[i].Dir = filepath.Join(c.DataDir, fmt.Sprintf("ost%d", i))
+		}
+	}
+	if c.Control.Socket == "" {
+		c.Control.Socket = SocketPath(c.DataDir)
+	}
+	return nil
+}
+
+// SocketPath is the control socket's place when the configuration names none.
+func SocketPath(dataDir string) string { return filepath.Join(dataDir, "control.sock") }
+
+// Addrs returns the service addresses. The configuration must be valid.
+func (c *Config) Addrs() []netip.Addr {
+	as := make([]netip.Addr, 0, len(c.NFS.Addresses))
+	for _, s := range c.NFS.Addresses {
+		if a, err := netip.ParseAddr(s); err == nil {
+			as = append(as, a.Unmap())
+		}
+	}
+	return as
+}
+
+// ExportsText returns the [[export]] tables (and --export flags) as text in
+// the syntax of exports(5), one line each in their order, for the parser that
+// also reads the exports file. The configuration must be valid.
+func (c *Config) ExportsText() string {
+	var b strings.Builder
+	for _, e := range c.Export {
+		b.WriteString(octal(e.Name))
+		for _, cl := range e.Clients {
+			b.WriteString(" " + cl + "(")
+			if e.Options != "" {
+				b.WriteString(e.Options + ",")
+			}
+			b.WriteString("dir=" + octal(e.Path) + ")")
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+// octal escapes whatever may mean something in an exports file.
+func octal(s string) string {
+	var b strings.Builder
+	for i := range len(s) {
+		c := s[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("/._-+@:%", c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "\\%03o", c)
+		}
+	}
+	return b.String()
+}

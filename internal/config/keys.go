@@ -1,0 +1,221 @@
+package config
+
+import (
+	"fmt"
+	"reflect"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// Key is one documented configuration key.
+type Key struct {
+	Name    string // full name, "nfs.port"; arrays of tables without index
+	Default string // in TOML notation, "" for keys of arrays of tables
+	Doc     string // sentences, lines of at most 76 bytes
+	Example string // for keys of arrays of tables: a value in TOML notation
+}
+
+// sectionDocs introduces the tables.
+var sectionDocs = map[string]string{
+	"nfs":     "The frontend: where and how NFS 3 and MOUNT 3 are served.",
+	"exports": "What is exported to whom, in a file of its own that is read again on\nSIGHUP and \"baton exportfs -r\".",
+	"export":  "Exports given here instead of, or besides, the exports file. One table each.",
+	"rpcbind": "How clients find the ports (rpcbind and portmap).",
+	"fs":      "Defaults of the file system.",
+	"mdt":     "The metadata target: names, inodes, reply records.",
+	"ost":     "The object storage targets, which hold file data. One table each.",
+	"control": "The socket that the local commands talk to.",
+	"http":    "Metrics for Prometheus at /metrics, a health check at /healthz.",
+	"log":     "Messages, written to standard error.",
+}
+
+// keyDocs documents every key. A test compares it with the structures.
+var keyDocs = map[string]string{
+	"node":             "This node's name. Empty: the machine's host name.",
+	"data_dir":         "Directory that holds everything whose place is not named below.",
+	"cluster_key_file": "The key that signs file handles: 32 random bytes, made at the first start,\nmode 0600. Keep a copy: without it all handles that clients hold become\nstale. Empty: DATA_DIR/cluster.key.",
+
+	"nfs.addresses":       "Service addresses, IPv4 or IPv6, one listener for each. Wildcards are\nrefused: an address must be able to move to another node alone.",
+	"nfs.port":            "Port of NFS, TCP (and UDP if udp is true).",
+	"nfs.mount_port":      "Port of MOUNT, TCP and UDP. It may be the same as port.",
+	"nfs.udp":             "Serve NFS over UDP, too. Fragmented datagrams can be put together wrongly\non fast networks; leave it off unless an old client needs it.",
+	"nfs.max_connections": "Open TCP connections, all addresses together. The next one is closed at\nonce.",
+	"nfs.conn_inflight":   "Bytes of requests and replies that one connection may have in memory;\nreading from it pauses above.",
+	"nfs.inflight":        "The same for all connections together.",
+	"nfs.workers":         "Calls that may wait for the disk at the same time. 0: what fits the machine.",
+	"nfs.rtmax":           "Largest READ, told to clients by FSINFO. Multiple of 4 KiB, at most 1 MiB.",
+	"nfs.rtpref":          "Preferred READ size.",
+	"nfs.wtmax":           "Largest WRITE. Multiple of 4 KiB, at most 1 MiB.",
+	"nfs.wtpref":          "Preferred WRITE size.",
+	"nfs.dtpref":          "Preferred READDIR size.",
+	"nfs.drain_timeout":   "How long an orderly stop waits for calls in progress.",
+
+	"exports.file": "File in the syntax of exports(5). Empty: only the [[export]] tables.",
+
+	"export.name":    "Path that clients mount.",
+	"export.path":    "Directory inside the file system, \"/\" for all of it.",
+	"export.clients": "Hosts, addresses, networks (192.0.2.0/24), or \"*\" for everyone.",
+	"export.options": "Options as in exports(5), separated by commas.",
+
+	"rpcbind.mode": "auto: register with the system's rpcbind if one answers on 127.0.0.1:111,\nelse answer as portmap 2 and rpcbind 3 and 4 on the service addresses.\nsystem: always register. own: always answer. off: neither; clients must\nname port= and mountport= when they mount.",
+	"rpcbind.port": "Port to answer on when baton is its own rpcbind. Clients expect 111;\nanother one lets baton run without privileges.",
+
+	"fs.stripe_count": "OSTs that a new file is spread over, 1 to 16.",
+	"fs.stripe_size":  "Bytes that go to one OST before the next follows. Multiple of 64 KiB.",
+	"fs.durability":   "When a changing operation is answered. disk: when it is durable.",
+	"fs.atime":        "relatime: a read updates the access time if it is older than the last\nchange or than a day. off: never.",
+	"fs.min_free":     "Keep this much of the file systems under the targets free; writes get\nNFS3ERR_NOSPC before, removals still work.",
+
+	"mdt.dir":         "Directory of the MDT. Empty: DATA_DIR/mdt.",
+	"mdt.block_cache": "Memory for the store's blocks.",
+	"mdt.inode_cache": "Inodes kept in memory.",
+
+	"ost.dir": "Directory of the OST, best on a disk of its own. The order of the tables\nnumbers the OSTs and must never change; new ones are added at the end.\nWithout any table there are two OSTs, DATA_DIR/ost0 and DATA_DIR/ost1.",
+
+	"control.socket": "Path, at most 107 bytes; made with mode 0600. Empty: DATA_DIR/control.sock.",
+
+	"http.address":      "IP address and port. Empty: off.",
+	"http.allow_remote": "Permit an address that is not loopback. The pages need no password.",
+
+	"log.level":  "debug, info, warn or error.",
+	"log.format": "text, json, or journal: entries of systemd's journal with the values as\nfields (BATON_...), or lines with a priority prefix where there is none.",
+}
+
+// arrayExamples are the values shown for keys of arrays of tables.
+var arrayExamples = map[string]string{
+	"export.name":    `"/home"`,
+	"export.path":    `"/"`,
+	"export.clients": `["192.0.2.0/24"]`,
+	"export.options": `"rw,root_squash"`,
+	"ost.dir":        `"/srv/disk1/ost0"`,
+}
+
+// Keys lists all keys in the order of the default file.
+var Keys = sync.OnceValue(func() []Key {
+	var ks []Key
+	walk(reflect.ValueOf(Default()).Elem(), "", func(name string, v reflect.Value) {
+		k := Key{Name: name, Doc: keyDocs[name], Example: arrayExamples[name]}
+		if k.Example == "" {
+			k.Default = tomlValue(v.Interface())
+		}
+		ks = append(ks, k)
+	})
+	return ks
+})
+
+// walk visits the keys of a structure: plain ones before tables, as TOML needs.
+func walk(v reflect.Value, prefix string, visit func(string, reflect.Value)) {
+	for _, tables := range []bool{false, true} {
+		for i := range v.NumField() {
+			name, f := v.Type().Field(i).Tag.Get("toml"), v.Field(i)
+			if name == "" || name == "-" {
+				continue
+			}
+			switch {
+			case f.Kind() == reflect.Struct && tables:
+				walk(f, prefix+name+".", visit)
+			case f.Kind() == reflect.Slice && f.Type().Elem().Kind() == reflect.Struct && tables:
+				walk(reflect.New(f.Type().Elem()).Elem(), prefix+name+".", visit)
+			case f.Kind() == reflect.Struct, f.Kind() == reflect.Slice && f.Type().Elem().Kind() == reflect.Struct:
+			case !tables:
+				visit(prefix+name, f)
+			}
+		}
+	}
+}
+
+// tomlValue writes a value in TOML notation.
+func tomlValue(v any) string {
+	switch x := v.(type) {
+	case string:
+		return strconv.Quote(x)
+	case Size:
+		if s := x.String(); strings.Contains(s, " ") {
+			return strconv.Quote(s)
+		}
+		return x.String()
+	case Duration:
+		return strconv.Quote(x.String())
+	case []string:
+		q := make([]string, len(x))
+		for i := range x {
+			q[i] = strconv.Quote(x[i])
+		}
+		return "[" + strings.Join(q, ", ") + "]"
+	}
+	return fmt.Sprint(v)
+}
+
+func splitKey(k string) (section, name string) {
+	i := strings.LastIndexByte(k, '.')
+	return k[:max(0, i)], k[i+1:]
+}
+
+func isArray(section string) bool { return section == "export" || section == "ost" }
+
+// PrintDefault returns a commented configuration file that says what the
+// defaults say.
+func PrintDefault() string {
+	var b strings.Builder
+	comment := func(s string) {
+		for l := range strings.Lines(s + "\n") {
+			b.WriteString("# " + l)
+		}
+	}
+	comment("Configuration of baton. Every key is listed with its default.\nSizes are bytes, or strings with KiB, MiB, GiB or TiB.")
+	section := ""
+	for _, k := range Keys() {
+		sec, name := splitKey(k.Name)
+		if sec != section {
+			section = sec
+			b.WriteByte('\n')
+			comment(sectionDocs[sec])
+			if isArray(sec) {
+				fmt.Fprintf(&b, "#[[%s]]\n", sec)
+			} else {
+				fmt.Fprintf(&b, "[%s]\n", sec)
+			}
+		}
+		b.WriteByte('\n')
+		comment(k.Doc)
+		if isArray(sec) {
+			fmt.Fprintf(&b, "#%s = %s\n", name, k.Example)
+		} else {
+			fmt.Fprintf(&b, "%s = %s\n", name, k.Default)
+		}
+	}
+	return b.String()
+}
+
+// Markdown returns the reference of all keys, the core of
+// docs/configuration.md.
+func Markdown() string {
+	var b strings.Builder
+	row := func(k Key) {
+		_, name := splitKey(k.Name)
+		def := k.Default
+		if def == "" {
+			def = "e.g. `" + k.Example + "`"
+		} else {
+			def = "`" + def + "`"
+		}
+		doc := strings.ReplaceAll(strings.ReplaceAll(k.Doc, "\n", " "), "|", "\\|")
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", name, def, doc)
+	}
+	const head = "| key | default | meaning |\n|---|---|---|\n"
+	b.WriteString("### Top level\n\n" + head)
+	section := ""
+	for _, k := range Keys() {
+		if sec, _ := splitKey(k.Name); sec != section {
+			section = sec
+			title := "[" + sec + "]"
+			if isArray(sec) {
+				title = "[[" + sec + "]]"
+			}
+			fmt.Fprintf(&b, "\n### `%s`\n\n%s\n\n%s", title, strings.ReplaceAll(sectionDocs[sec], "\n", " "), head)
+		}
+		row(k)
+	}
+	return b.String()
+}

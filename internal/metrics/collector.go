@@ -1,0 +1,138 @@
+// Package metrics shows a node's status to Prometheus and answers health
+// checks over HTTP.
+package metrics
+
+import (
+	"strconv"
+
+	"github.com/baton-nfs/baton/internal/status"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metric is one family and how its samples come out of a status.
+type metric struct {
+	desc *prometheus.Desc
+	kind prometheus.ValueType
+	each func(s *status.Status, emit func(v float64, labels ...string))
+}
+
+// Collector turns a status into metrics at every scrape.
+type Collector struct {
+	get     func() status.Status
+	metrics []metric
+}
+
+// NewCollector returns a collector over get, which is called once a scrape and
+// must be safe for concurrent use.
+func NewCollector(get func() status.Status) *Collector {
+	c := &Collector{get: get}
+	add := func(name, help string, kind prometheus.ValueType, labels []string, each func(*status.Status, func(float64, ...string))) {
+		c.metrics = append(c.metrics, metric{prometheus.NewDesc("baton_"+name, help, labels, nil), kind, each})
+	}
+	const gauge, counter = prometheus.GaugeValue, prometheus.CounterValue
+
+	add("info", "Always 1; the labels tell version and node.", gauge, []string{"version", "node"},
+		func(s *status.Status, emit func(float64, ...string)) { emit(1, s.Version, s.Node) })
+	add("uptime_seconds", "Time since the start.", gauge, nil,
+		func(s *status.Status, emit func(float64, ...string)) { emit(s.Uptime.Seconds()) })
+	add("boots_total", "Starts of this node on its data.", counter, nil,
+		func(s *status.Status, emit func(float64, ...string)) { emit(float64(s.Boot)) })
+	add("inflight_bytes", "Requests and replies in memory.", gauge, nil,
+		func(s *status.Status, emit func(float64, ...string)) { emit(float64(s.Memory.InFlight)) })
+	add("clients", "Client hosts known.", gauge, nil,
+		func(s *status.Status, emit func(float64, ...string)) { emit(float64(len(s.Clients))) })
+	add("exports", "Exported directories.", gauge, nil,
+		func(s *status.Status, emit func(float64, ...string)) { emit(float64(len(s.Exports))) })
+
+	target := func(name, help string, kind prometheus.ValueType, value func(*status.Target) float64) {
+		add("target_"+name, help, kind, []string{"target", "kind"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Targets {
+				t := &s.Targets[i]
+				emit(value(t), t.Name, t.Kind)
+			}
+		})
+	}
+	add("target_state", "1 for the target's state, 0 for the others.", gauge, []string{"target", "kind", "state"},
+		func(s *status.Status, emit func(float64, ...string)) {
+			for _, t := range s.Targets {
+				for _, st := range []string{status.StateUp, status.StateRecovering, status.StateFull, status.StateFailed, status.StateDown} {
+					v := 0.0
+					if t.State == st {
+						v = 1
+					}
+					emit(v, t.Name, t.Kind, st)
+				}
+			}
+		})
+	target("transno", "Highest transno given.", counter, func(t *status.Target) float64 { return float64(t.Transno) })
+	target("last_committed", "Highest durable transno.", counter, func(t *status.Target) float64 { return float64(t.LastCommitted) })
+	target("clients", "Entries of the client table.", gauge, func(t *status.Target) float64 { return float64(t.Clients) })
+	target("dirty_bytes", "Bytes not durable yet.", gauge, func(t *status.Target) float64 { return float64(t.Dirty) })
+	target("used_bytes", "Bytes used by the target.", gauge, func(t *status.Target) float64 { return float64(t.Bytes) })
+	target("free_bytes", "Bytes free in the target's file system.", gauge, func(t *status.Target) float64 { return float64(t.Free) })
+	target("files", "Inodes of an MDT, objects of an OST.", gauge, func(t *status.Target) float64 { return float64(t.Files) })
+	target("log_records", "Unlink and truncate records not done yet.", gauge, func(t *status.Target) float64 { return float64(t.LogRecords) })
+	target("flush_errors_total", "Failed flushes.", counter, func(t *status.Target) float64 { return float64(t.FlushErrors) })
+	target("ops_total", "Requests executed.", counter, func(t *status.Target) float64 { return float64(t.Ops) })
+
+	addr := func(name, help string, kind prometheus.ValueType, value func(*status.Address) float64) {
+		add("rpc_"+name, help, kind, []string{"service", "address", "port", "net"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Addresses {
+				a := &s.Addresses[i]
+				emit(value(a), a.Name, a.Addr, strconv.Itoa(a.Port), a.Net)
+			}
+		})
+	}
+	addr("connections", "Open connections.", gauge, func(a *status.Address) float64 { return float64(a.Conns) })
+	addr("connections_total", "Connections accepted.", counter, func(a *status.Address) float64 { return float64(a.ConnsTotal) })
+	addr("refused_total", "Connections over the limit.", counter, func(a *status.Address) float64 { return float64(a.Refused) })
+	addr("calls_total", "RPC calls.", counter, func(a *status.Address) float64 { return float64(a.Calls) })
+	addr("errors_total", "Calls answered with an RPC error.", counter, func(a *status.Address) float64 { return float64(a.Errors) })
+	addr("malformed_total", "Records and datagrams that were no call.", counter, func(a *status.Address) float64 { return float64(a.Malformed) })
+	addr("calls_in_flight", "Calls being worked on.", gauge, func(a *status.Address) float64 { return float64(a.InFlight) })
+	addr("received_bytes_total", "Bytes received.", counter, func(a *status.Address) float64 { return float64(a.BytesIn) })
+	addr("sent_bytes_total", "Bytes sent.", counter, func(a *status.Address) float64 { return float64(a.BytesOut) })
+
+	vip := func(name, help string, kind prometheus.ValueType, value func(*status.VIP) float64) {
+		add("vip_"+name, help, kind, []string{"address"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.VIPs {
+				emit(value(&s.VIPs[i]), s.VIPs[i].Addr)
+			}
+		})
+	}
+	vip("epoch", "The address's epoch.", counter, func(v *status.VIP) float64 { return float64(v.Epoch) })
+	vip("verifier_changes_total", "Changes of the write verifier: lost flushes.", counter, func(v *status.VIP) float64 { return float64(v.VerifierChanges) })
+
+	proc := func(name, help string, value func(*status.Proc) float64) {
+		add("procedure_"+name, help, counter, []string{"program", "procedure"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Procs {
+				emit(value(&s.Procs[i]), s.Procs[i].Program, s.Procs[i].Name)
+			}
+		})
+	}
+	proc("calls_total", "Calls of the procedure.", func(p *status.Proc) float64 { return float64(p.Calls) })
+	proc("errors_total", "Replies with a status other than OK.", func(p *status.Proc) float64 { return float64(p.Errors) })
+	proc("replayed_total", "Calls answered from a reply record.", func(p *status.Proc) float64 { return float64(p.Replayed) })
+	proc("seconds_total", "Time spent in the procedure.", func(p *status.Proc) float64 { return p.Time.Seconds() })
+	return c
+}
+
+// Describe implements prometheus.Collector.
+func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
+	for i := range c.metrics {
+		ch <- c.metrics[i].desc
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *Collector) Collect(ch chan<- prometheus.Metric) {
+	s := c.get()
+	for i := range c.metrics {
+		m := &c.metrics[i]
+		m.each(&s, func(v float64, labels ...string) {
+			if x, err := prometheus.NewConstMetric(m.desc, m.kind, v, labels...); err == nil {
+				ch <- x
+			}
+		})
+	}
+}

@@ -1,0 +1,389 @@
+// Package node puts one node together: registry, metadata target, object
+// targets, file system client, and the services on its addresses.
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/baton-nfs/baton/internal/clock"
+	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/rpcbind"
+	"github.com/baton-nfs/baton/internal/sunrpc"
+	"github.com/baton-nfs/baton/nfsd"
+	"github.com/baton-nfs/baton/nfsd/exports"
+	"github.com/baton-nfs/baton/nfsd/mount3"
+	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/mgs"
+)
+
+// Node is one running node. New makes it, Start brings it up, Stop takes it
+// down; each is called once.
+type Node struct {
+	cfg     *config.Config
+	log     *slog.Logger
+	clock   clock.Strict
+	started time.Time
+	boot    uint64
+
+	unlock   func()
+	reg      *mgs.Registry
+	targets  *targets
+	fs       *client.FS
+	nfs      *nfsd.Server
+	names    *exports.NameCache
+	services []*service
+	rpcTable *rpcbind.Table
+	rpcMode  string
+	rpcReg   *rpcbind.Registrar
+
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
+	stopping atomic.Bool
+	verifier atomic.Uint64 // changes of write verifiers since the start
+
+	rates rateKeeper
+}
+
+// service is what runs on one service address.
+type service struct {
+	vip  mgs.VIP
+	rpc  *sunrpc.Server
+	nfs  *nfsd.Address
+	port map[netip.AddrPort]string // what listens where
+}
+
+// New checks what can be checked without starting anything.
+func New(cfg *config.Config, log *slog.Logger) (*Node, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	if len(cfg.Addrs()) == 0 {
+		return nil, errors.New("no service address: set nfs.addresses")
+	}
+	return &Node{cfg: cfg, log: log}, nil
+}
+
+// lockDir takes the lock that keeps a second process away from the node's data.
+func lockDir(dir string) (func(), error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("data directory %s is in use by another baton; stop it first (%w)", dir, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// Start brings the node up. When it fails, everything it began is taken down.
+func (n *Node) Start(ctx context.Context) (err error) {
+	n.started = time.Now()
+	if n.unlock, err = lockDir(n.cfg.DataDir); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			n.teardown(context.Background())
+		}
+	}()
+	key, err := config.LoadClusterKey(n.cfg.ClusterKeyFile, rand.Reader)
+	if err != nil {
+		return err
+	}
+	if n.fs, n.reg, n.targets, n.boot, err = openFS(ctx, n.cfg, n.log, &n.clock, n.lostData); err != nil {
+		return err
+	}
+	run, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	n.wg.Go(func() { n.targets.destroyer(run) })
+
+	n.nfs, err = nfsd.New(nfsd.Config{
+		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
+		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax), DTMax: 1 << 20,
+	})
+	if err != nil {
+		return err
+	}
+	n.names = exports.NewNameCache(exports.NameConfig{})
+	n.wg.Go(func() { n.names.Run(run) })
+	if err = n.ReloadExports(); err != nil {
+		return err
+	}
+	if err = n.listen(ctx); err != nil {
+		return err
+	}
+	return n.startRpcbind(ctx)
+}
+
+// lostData gives all write verifiers new values, because an OST has lost data
+// that were acknowledged as UNSTABLE. If the registry cannot store them the node
+// must not go on answering COMMIT, so it stops answering at all.
+func (n *Node) lostData(reg *mgs.Registry) {
+	vips, err := reg.NewVerifiers()
+	if err != nil {
+		n.log.Error("new write verifiers could not be stored; this node stops", "err", err)
+		os.Exit(1)
+	}
+	n.verifier.Add(1)
+	for _, s := range n.services {
+		for i := range vips {
+			if vips[i].Index == s.vip.Index {
+				s.nfs.SetVerifier(vips[i].VerifierBytes())
+			}
+		}
+	}
+}
+
+// listen opens the services of every address.
+func (n *Node) listen(ctx context.Context) error {
+	for _, addr := range n.cfg.Addrs() {
+		vip, err := n.reg.Serve(addr)
+		if err != nil {
+			return err
+		}
+		if err := n.targets.raiseEpoch(ctx, vip); err != nil {
+			return err
+		}
+		s := &service{vip: vip, nfs: n.nfs.Address(vip.Index, vip.Epoch, vip.VerifierBytes()), port: map[netip.AddrPort]string{}}
+		s.rpc = sunrpc.NewServer(sunrpc.Config{
+			Programs:                []sunrpc.Program{s.nfs.NFSProgram(), s.nfs.MountProgram()},
+			Logger:                  n.log,
+			MaxRecord:               int(n.cfg.NFS.Wtmax) + 64<<10,
+			MaxConns:                n.cfg.NFS.MaxConnections,
+			MaxInflightBytesPerConn: int(n.cfg.NFS.ConnInflight),
+			MaxInflightBytes:        int(n.cfg.NFS.Inflight),
+			Workers:                 n.cfg.NFS.Workers,
+			OnClose:                 n.nfs.ConnClosed,
+		})
+		n.services = append(n.services, s)
+		for _, l := range []struct {
+			name string
+			port int
+		}{{"nfs", n.cfg.NFS.Port}, {"mountd", n.cfg.NFS.MountPort}} {
+			if l.name == "mountd" && l.port == n.cfg.NFS.Port && l.port != 0 {
+				// Both programs are served on every port, so one listener does;
+				// only MOUNT over UDP is still missing.
+				if !n.cfg.NFS.UDP {
+					ap := netip.AddrPortFrom(addr, uint16(l.port))
+					if _, err := s.rpc.ListenUDP(ap, sunrpc.ListenOptions{}); err != nil {
+						return listenError(ap, "udp", l.name, err)
+					}
+				}
+				continue
+			}
+			ap := netip.AddrPortFrom(addr, uint16(l.port))
+			bound, err := s.rpc.ListenTCP(ap, sunrpc.ListenOptions{})
+			if err != nil {
+				return listenError(ap, "tcp", l.name, err)
+			}
+			s.port[bound] = l.name
+			if n.cfg.NFS.UDP || l.name == "mountd" {
+				if _, err := s.rpc.ListenUDP(bound, sunrpc.ListenOptions{}); err != nil {
+					return listenError(bound, "udp", l.name, err)
+				}
+			}
+		}
+		n.log.Info("serving", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", vip.Index, "epoch", vip.Epoch)
+	}
+	return nil
+}
+
+func listenError(ap netip.AddrPort, network, name string, err error) error {
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return fmt.Errorf("%s on %s/%s: the port is in use, perhaps by the kernel's NFS server or another baton; stop that or choose other ports: %w", name, ap, network, err)
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%s on %s/%s: not allowed; ports below 1024 need root or CAP_NET_BIND_SERVICE: %w", name, ap, network, err)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return fmt.Errorf("%s on %s/%s: this machine does not have the address; correct nfs.addresses: %w", name, ap, network, err)
+	}
+	return fmt.Errorf("%s on %s/%s: %w", name, ap, network, err)
+}
+
+// mappings lists what rpcbind shall answer.
+func (n *Node) mappings(hosts bool) []rpcbind.Mapping {
+	var l []rpcbind.Mapping
+	add := func(netid string, prog, lo, hi uint32, port int) {
+		for v := lo; v <= hi; v++ {
+			l = append(l, rpcbind.Mapping{Prog: prog, Vers: v, Netid: netid, Port: uint16(port)})
+		}
+	}
+	var v4, v6 bool
+	for _, a := range n.cfg.Addrs() {
+		v4, v6 = v4 || a.Is4(), v6 || a.Is6()
+	}
+	for _, f := range []struct {
+		on       bool
+		tcp, udp string
+	}{{v4, rpcbind.TCP, rpcbind.UDP}, {v6, rpcbind.TCP6, rpcbind.UDP6}} {
+		if !f.on {
+			continue
+		}
+		add(f.tcp, nfs3.Program, nfs3.Version, nfs3.Version, n.cfg.NFS.Port)
+		if n.cfg.NFS.UDP {
+			add(f.udp, nfs3.Program, nfs3.Version, nfs3.Version, n.cfg.NFS.Port)
+		}
+		for _, netid := range []string{f.tcp, f.udp} {
+			add(netid, mount3.Program, mount3.VersionOld, mount3.VersionOld, n.cfg.NFS.MountPort)
+			add(netid, mount3.Program, mount3.Version, mount3.Version, n.cfg.NFS.MountPort)
+		}
+	}
+	return l
+}
+
+// startRpcbind makes the ports known: through the system's rpcbind, or by
+// answering on every service address.
+func (n *Node) startRpcbind(ctx context.Context) error {
+	mode := n.cfg.Rpcbind.Mode
+	sys := rpcbind.System{}
+	if mode == config.RpcbindAuto {
+		mode = config.RpcbindOwn
+		if sys.Available(ctx) {
+			mode = config.RpcbindSystem
+		}
+	}
+	n.rpcMode = mode
+	switch mode {
+	case config.RpcbindOff:
+		return nil
+	case config.RpcbindSystem:
+		r := &rpcbind.Registrar{System: sys, Mappings: n.mappings(false), Logger: n.log}
+		if err := r.Start(ctx); err != nil {
+			return fmt.Errorf("rpcbind: %w; set rpcbind.mode = \"own\" or \"off\"", err)
+		}
+		n.rpcReg = r
+		return nil
+	}
+	n.rpcTable = &rpcbind.Table{}
+	for _, m := range n.mappings(true) {
+		n.rpcTable.Set(m)
+	}
+	srv := &rpcbind.Server{Table: n.rpcTable}
+	for _, s := range n.services {
+		rs := sunrpc.NewServer(sunrpc.Config{Programs: srv.Programs(), Logger: n.log, MaxRecord: 64 << 10, MaxConns: 256, MaxInflightBytes: 8 << 20, Workers: 4})
+		ap := netip.AddrPortFrom(s.vip.Addr, uint16(n.cfg.Rpcbind.Port))
+		v := &service{vip: s.vip, rpc: rs, port: map[netip.AddrPort]string{ap: "rpcbind"}}
+		_, err := rs.ListenTCP(ap, sunrpc.ListenOptions{})
+		if err == nil {
+			_, err = rs.ListenUDP(ap, sunrpc.ListenOptions{})
+		}
+		n.services = append(n.services, v)
+		if err != nil {
+			if n.cfg.Rpcbind.Mode == config.RpcbindAuto {
+				n.log.Warn("portmap is not available; clients must name the ports themselves (mount options port= and mountport=)", "err", listenError(ap, "tcp+udp", "rpcbind", err))
+				n.rpcMode = config.RpcbindOff
+				return nil
+			}
+			return listenError(ap, "tcp+udp", "rpcbind", err)
+		}
+		for _, netid := range []string{rpcbind.TCP, rpcbind.UDP, rpcbind.TCP6, rpcbind.UDP6} {
+			for _, vers := range []uint32{rpcbind.VersPortmap, rpcbind.Vers3, rpcbind.Vers4} {
+				n.rpcTable.Set(rpcbind.Mapping{Prog: rpcbind.Program, Vers: vers, Netid: netid, Port: uint16(n.cfg.Rpcbind.Port)})
+			}
+		}
+	}
+	return nil
+}
+
+// Stop takes the node down in an orderly way: clients' calls are finished and
+// answered, everything acknowledged is made durable. ctx bounds the drain.
+func (n *Node) Stop(ctx context.Context) error {
+	n.stopping.Store(true)
+	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, s := range n.services {
+		wg.Go(func() {
+			r := s.rpc.Drain(dctx)
+			n.log.Info("drained", "address", s.vip.Addr, "orderly", r.Orderly, "forced", r.Forced, "replies", r.Replies)
+		})
+	}
+	wg.Wait()
+	return n.teardown(ctx)
+}
+
+func (n *Node) teardown(ctx context.Context) error {
+	var errs []error
+	if n.rpcReg != nil {
+		errs = append(errs, n.rpcReg.Stop(ctx))
+	}
+	for _, s := range n.services {
+		errs = append(errs, s.rpc.Close())
+	}
+	if n.cancel != nil {
+		n.cancel()
+	}
+	n.wg.Wait()
+	if n.fs != nil {
+		errs = append(errs, n.fs.Close(ctx))
+	}
+	if n.targets != nil {
+		errs = append(errs, n.targets.close())
+	}
+	if n.unlock != nil {
+		n.unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// ReloadExports reads the exports again. On an error the old ones stay.
+func (n *Node) ReloadExports() error {
+	var b exports.Builder
+	if text := n.cfg.ExportsText(); text != "" {
+		from := n.cfg.File
+		if from == "" {
+			from = "command line"
+		}
+		b.Add(from, []byte(text))
+	}
+	if n.cfg.Exports.File != "" {
+		src, err := os.ReadFile(n.cfg.Exports.File)
+		switch {
+		case err == nil:
+			b.Add(n.cfg.Exports.File, src)
+		case !errors.Is(err, os.ErrNotExist):
+			return fmt.Errorf("exports: %w", err)
+		}
+	}
+	t, err := b.Table(n.names)
+	if err != nil {
+		return err
+	}
+	n.names.SetHosts(t.Hosts())
+	if err := n.nfs.SetExports(context.Background(), t); err != nil {
+		return err
+	}
+	for _, w := range t.Warnings() {
+		n.log.Warn("exports: " + w.Error())
+	}
+	if len(t.Exports()) == 0 {
+		n.log.Warn("nothing is exported; add a line to the exports file and run: baton exportfs -r", "file", n.cfg.Exports.File)
+	}
+	return nil
+}
+
+// Probe goes through the data path: an attribute read at the MDT and a status
+// from every OST.
+func (n *Node) Probe(ctx context.Context) error {
+	if n.stopping.Load() {
+		return errors.New("stopping")
+	}
+	return n.targets.probe(ctx, n.fs)
+}

@@ -1,0 +1,187 @@
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	nfs "github.com/willscott/go-nfs"
+
+	"github.com/baton-nfs/baton/internal/metrics"
+	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/nfsd/mount3"
+	"github.com/baton-nfs/baton/nfsd/nfs3"
+)
+
+// rateKeeper turns counters into rates over the last seconds.
+type rateKeeper struct {
+	mu   sync.Mutex
+	last *status.Status
+	prev *status.Status
+}
+
+// rateSpan is the least time between the two samples that rates are made from.
+const rateSpan = 2 * time.Second
+
+// apply fills in s's rates from an earlier sample and keeps s for later ones.
+func (r *rateKeeper) apply(s *status.Status) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last == nil || s.Now.Sub(r.last.Now) >= rateSpan {
+		c := *s
+		c.Targets = append([]status.Target(nil), s.Targets...)
+		c.Addresses = append([]status.Address(nil), s.Addresses...)
+		c.Clients = append([]status.Client(nil), s.Clients...)
+		c.Procs = append([]status.Proc(nil), s.Procs...)
+		r.prev, r.last = r.last, &c
+	}
+	if r.prev != nil {
+		s.SetRates(r.prev)
+	}
+}
+
+// Status describes the node as it is now.
+func (n *Node) Status() status.Status {
+	now := time.Now()
+	s := status.Status{
+		Version: status.Version, Node: n.cfg.Node, PID: os.Getpid(), Boot: n.boot, Now: now,
+		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Rpcbind: n.rpcMode, Stopping: n.stopping.Load(),
+	}
+	n.targetStatus(&s)
+	n.serviceStatus(&s)
+	for _, e := range n.nfs.Exports().Exports() {
+		x := status.Export{Path: e.Path, Dir: e.Dir, FSID: strconv.FormatUint(e.FSID, 16)}
+		for i := range e.Clients {
+			x.Clients = append(x.Clients, status.ExportClient{Spec: e.Clients[i].Spec(), Options: e.Clients[i].Options.String()})
+		}
+		s.Exports = append(s.Exports, x)
+	}
+	var ms runtime.MemStats
+	runtime.ReadMemStats(&ms)
+	s.Memory.Heap, s.Memory.Goroutines, s.Memory.RSS = ms.HeapAlloc, runtime.NumGoroutine(), rss()
+	s.Sort()
+	n.rates.apply(&s)
+	return s
+}
+
+func rss() uint64 {
+	b, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0
+	}
+	f := strings.Fields(string(b))
+	if len(f) < 2 {
+		return 0
+	}
+	pages, _ := strconv.ParseUint(f[1], 10, 64)
+	return pages * uint64(os.Getpagesize())
+}
+
+func (n *Node) targetStatus(s *status.Status) {
+	t := n.targets
+	ms := t.mdt.Stats()
+	m := status.Target{
+		Name: mdtName, Kind: status.KindMDT, State: status.StateUp, Dir: t.mdtDir,
+		Transno: ms.Transno, LastCommitted: ms.LastCommitted, Clients: ms.Clients,
+		Bytes: ms.Engine.DiskBytes, Files: ms.Inodes, LogRecords: uint64(ms.PendingTruncates), Ops: ms.Ops + ms.TryHits,
+	}
+	if why := t.fails.get(mdtName); ms.Down || why != "" {
+		m.State, m.Reason = status.StateFailed, why
+	}
+	s.Targets = append(s.Targets, m)
+	free := t.ostStates()
+	for i, o := range t.osts {
+		os := o.Stats()
+		x := status.Target{
+			Name: ostName(i), Kind: status.KindOST, State: status.StateUp, Dir: t.dirs[i],
+			Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: 1, Dirty: uint64(max(os.DirtyBytes, 0)),
+			Files: uint64(os.Objects), FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes, Free: free[i].Free,
+		}
+		if why := t.fails.get(ostName(i)); os.Failed || why != "" {
+			x.State, x.Reason = status.StateFailed, why
+		}
+		s.Targets = append(s.Targets, x)
+	}
+}
+
+func (n *Node) serviceStatus(s *status.Status) {
+	clients := map[netip.Addr]*status.Client{}
+	client := func(a netip.Addr) *status.Client {
+		a = a.Unmap()
+		c := clients[a]
+		if c == nil {
+			c = &status.Client{Addr: a.String()}
+			clients[a] = c
+		}
+		return c
+	}
+	procs := map[[2]uint32]uint64{}
+	seen := map[uint32]bool{}
+	for _, sv := range n.services {
+		st := sv.rpc.Stats()
+		s.Memory.InFlight += uint64(max(st.BufferBytes, 0))
+		for _, a := range st.Addrs {
+			s.Addresses = append(s.Addresses, status.Address{
+				Addr: a.Addr.Addr().String(), Port: int(a.Addr.Port()), Net: a.Network, Name: sv.port[a.Addr], State: n.state(),
+				Conns: int(a.Conns), ConnsTotal: a.Accepted, Refused: a.Rejected, Calls: a.Calls, Errors: a.AuthErrors,
+				Malformed: a.Garbage, InFlight: int(a.Inflight), BytesIn: a.BytesIn, BytesOut: a.BytesOut,
+			})
+		}
+		for _, p := range st.Procs {
+			procs[[2]uint32{p.Prog, p.Proc}] += p.Calls
+		}
+		for _, c := range sv.rpc.Conns() {
+			x := client(c.Remote.Addr())
+			x.Conns++
+			x.Calls += c.Replies
+			if x.Conns == 1 || c.Idle < x.Idle {
+				x.Idle = c.Idle
+			}
+		}
+		if sv.nfs != nil && !seen[sv.vip.Index] {
+			seen[sv.vip.Index] = true
+			ver := sv.vip.Verifier
+			for _, v := range n.reg.VIPs() {
+				if v.Index == sv.vip.Index {
+					ver = v.Verifier
+				}
+			}
+			s.VIPs = append(s.VIPs, status.VIP{Addr: sv.vip.Addr.String(), Index: sv.vip.Index, Epoch: sv.vip.Epoch, Verifier: ver, VerifierChanges: n.verifier.Load()})
+		}
+	}
+	for _, m := range n.nfs.Mounts() {
+		c := client(m.Client)
+		c.Mounts = append(c.Mounts, m.Path)
+	}
+	for _, c := range clients {
+		s.Clients = append(s.Clients, *c)
+	}
+	for k, calls := range procs {
+		p := status.Proc{Calls: calls}
+		switch k[0] {
+		case nfs3.Program:
+			p.Program, p.Name = "nfs3", nfs.NFSProcedure(k[1]).String()
+		case mount3.Program:
+			p.Program, p.Name = "mount3", nfs.MountProcedure(k[1]).String()
+		default:
+			p.Program, p.Name = "rpcbind", fmt.Sprint(k[1])
+		}
+		s.Procs = append(s.Procs, p)
+	}
+}
+
+func (n *Node) state() string {
+	if n.stopping.Load() {
+		return "draining"
+	}
+	return status.StateUp
+}
+
+// Metrics is the node's status in Prometheus's form.
+func (n *Node) Metrics() prometheus.Collector { return metrics.NewCollector(n.Status) }

@@ -1,0 +1,267 @@
+// Package status holds what a running node tells about itself: the structures
+// behind "baton status", its JSON form and the metrics, and their rendering as
+// text. It knows nothing of how the figures come about.
+package status
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// Status is one look at a node. Counters run from the start of the process.
+type Status struct {
+	Version string `json:"version"`
+	Node    string `json:"node"`
+	PID     int    `json:"pid"`
+	// Boot counts the node's starts.
+	Boot    uint64        `json:"boot"`
+	Now     time.Time     `json:"now"`
+	Uptime  time.Duration `json:"uptime_ns"`
+	DataDir string        `json:"data_dir"`
+	// Rpcbind tells how clients find the ports: "system", "own" or "off".
+	Rpcbind string `json:"rpcbind"`
+	// Stopping is set during an orderly stop.
+	Stopping bool `json:"stopping,omitempty"`
+
+	Memory    Memory    `json:"memory"`
+	Targets   []Target  `json:"targets"`
+	Addresses []Address `json:"addresses"`
+	VIPs      []VIP     `json:"vips"`
+	Exports   []Export  `json:"exports"`
+	Clients   []Client  `json:"clients"`
+	// Procs are the procedures that were called at least once.
+	Procs []Proc `json:"procs"`
+}
+
+// Memory is the process's memory in bytes.
+type Memory struct {
+	RSS        uint64 `json:"rss"`
+	Heap       uint64 `json:"heap"`
+	InFlight   uint64 `json:"in_flight"` // requests and replies in memory
+	Goroutines int    `json:"goroutines"`
+}
+
+// States of a target.
+const (
+	StateUp         = "up"
+	StateRecovering = "recovering"
+	StateFull       = "full" // below min_free: no new data
+	StateFailed     = "failed"
+	StateDown       = "down"
+)
+
+// Kinds of targets.
+const (
+	KindMGS = "MGS"
+	KindMDT = "MDT"
+	KindOST = "OST"
+)
+
+// Target is one MGS, MDT or OST.
+type Target struct {
+	Name  string `json:"name"`
+	Kind  string `json:"kind"`
+	State string `json:"state"`
+	// Reason says why the state is not up.
+	Reason        string  `json:"reason,omitempty"`
+	Dir           string  `json:"dir"`
+	Transno       uint64  `json:"transno"`
+	LastCommitted uint64  `json:"last_committed"`
+	Clients       int     `json:"clients"` // entries of the client table
+	Dirty         uint64  `json:"dirty"`   // bytes not durable yet
+	Bytes         uint64  `json:"bytes"`   // used by the target
+	Free          uint64  `json:"free"`    // of its file system
+	Files         uint64  `json:"files"`   // inodes of an MDT, objects of an OST
+	LogRecords    uint64  `json:"log_records"`
+	FlushErrors   uint64  `json:"flush_errors"`
+	Ops           uint64  `json:"ops"`
+	OpsPerSec     float64 `json:"ops_per_sec"`
+}
+
+// Address is one service address and port.
+type Address struct {
+	Addr       string `json:"addr"`
+	Port       int    `json:"port"`
+	Net        string `json:"net"`  // "tcp" or "udp"
+	Name       string `json:"name"` // "nfs", "mountd", "rpcbind"
+	State      string `json:"state"`
+	Conns      int    `json:"conns"`
+	ConnsTotal uint64 `json:"conns_total"`
+	Refused    uint64 `json:"refused"` // connections over the limit
+	Calls      uint64 `json:"calls"`
+	Errors     uint64 `json:"errors"` // calls with an RPC error
+	// Malformed counts records and datagrams that were no RPC call.
+	Malformed      uint64  `json:"malformed"`
+	InFlight       int     `json:"in_flight"` // calls
+	BytesIn        uint64  `json:"bytes_in"`
+	BytesOut       uint64  `json:"bytes_out"`
+	CallsPerSec    float64 `json:"calls_per_sec"`
+	BytesInPerSec  float64 `json:"bytes_in_per_sec"`
+	BytesOutPerSec float64 `json:"bytes_out_per_sec"`
+}
+
+// VIP is a service address's identity towards the targets.
+type VIP struct {
+	Addr     string `json:"addr"`
+	Index    uint32 `json:"index"`
+	Epoch    uint64 `json:"epoch"`
+	Verifier string `json:"verifier"` // 16 hex digits
+	// VerifierChanges counts changes since the start: each is a lost flush.
+	VerifierChanges uint64 `json:"verifier_changes"`
+}
+
+// Export is one exported directory.
+type Export struct {
+	Path    string         `json:"path"`
+	Dir     string         `json:"dir"`
+	FSID    string         `json:"fsid"` // hex
+	Source  string         `json:"source,omitempty"`
+	Clients []ExportClient `json:"clients"`
+}
+
+// ExportClient tells who may use an export how.
+type ExportClient struct {
+	Spec    string `json:"spec"`
+	Options string `json:"options"`
+}
+
+// Client is one client host.
+type Client struct {
+	Addr        string        `json:"addr"`
+	Conns       int           `json:"conns"`
+	Idle        time.Duration `json:"idle_ns"` // since its last call
+	Calls       uint64        `json:"calls"`
+	BytesIn     uint64        `json:"bytes_in"`
+	BytesOut    uint64        `json:"bytes_out"`
+	CallsPerSec float64       `json:"calls_per_sec"`
+	Mounts      []string      `json:"mounts"` // paths, as far as MOUNT knows
+}
+
+// Proc is one RPC procedure's counters.
+type Proc struct {
+	Program   string        `json:"program"` // "nfs3", "mount3"
+	Name      string        `json:"name"`
+	Calls     uint64        `json:"calls"`
+	Errors    uint64        `json:"errors"`   // replies with a status that is not OK
+	Replayed  uint64        `json:"replayed"` // answered from a reply record
+	Time      time.Duration `json:"time_ns"`  // sum over all calls
+	PerSec    float64       `json:"per_sec"`
+	MeanMicro float64       `json:"mean_us"`
+}
+
+// Sort brings all lists into their canonical order: targets by kind and name,
+// addresses by address, name, port and net, clients by address, procedures
+// by program and calls.
+func (s *Status) Sort() {
+	kind := map[string]int{KindMGS: 0, KindMDT: 1, KindOST: 2}
+	slices.SortFunc(s.Targets, func(a, b Target) int {
+		return cmp.Or(cmp.Compare(kind[a.Kind], kind[b.Kind]), cmp.Compare(len(a.Name), len(b.Name)), cmp.Compare(a.Name, b.Name))
+	})
+	slices.SortFunc(s.Addresses, func(a, b Address) int {
+		return cmp.Or(cmp.Compare(a.Addr, b.Addr), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Net, b.Net))
+	})
+	slices.SortFunc(s.VIPs, func(a, b VIP) int { return cmp.Compare(a.Index, b.Index) })
+	slices.SortFunc(s.Exports, func(a, b Export) int { return cmp.Compare(a.Path, b.Path) })
+	slices.SortFunc(s.Clients, func(a, b Client) int { return cmp.Compare(a.Addr, b.Addr) })
+	slices.SortFunc(s.Procs, func(a, b Proc) int {
+		return cmp.Or(cmp.Compare(a.Program, b.Program), cmp.Compare(b.Calls, a.Calls), cmp.Compare(a.Name, b.Name))
+	})
+}
+
+// Rate estimates a counter's growth per second as an exponentially weighted
+// mean over about five seconds. The zero Rate is ready to use. It is not safe
+// for concurrent use.
+type Rate struct {
+	last  uint64
+	at    time.Time
+	value float64
+}
+
+// rateWindow is the time constant of Rate.
+const rateWindow = 5 * time.Second
+
+// Observe notes the counter's value at a time and returns the rate. A counter
+// that fell starts anew.
+func (r *Rate) Observe(now time.Time, count uint64) float64 {
+	dt := now.Sub(r.at)
+	switch {
+	case r.at.IsZero() || count < r.last:
+		r.last, r.at, r.value = count, now, 0
+		return 0
+	case dt <= 0:
+		return r.value
+	}
+	rate := float64(count-r.last) / dt.Seconds()
+	w := float64(dt) / float64(dt+rateWindow)
+	r.value += w * (rate - r.value)
+	if r.value < 1e-3 {
+		r.value = 0
+	}
+	r.last, r.at = count, now
+	return r.value
+}
+
+// Value returns the rate as of the last Observe.
+func (r *Rate) Value() float64 { return r.value }
+
+// SetRates replaces the rates of s by those between an earlier status and s.
+// Things that the earlier one does not have get their counters' mean over the
+// same time; a counter that fell (a restart) gets 0.
+func (s *Status) SetRates(earlier *Status) {
+	dt := s.Now.Sub(earlier.Now).Seconds()
+	if dt <= 0 {
+		return
+	}
+	rate := func(now, before uint64) float64 {
+		if now < before {
+			return 0
+		}
+		return float64(now-before) / dt
+	}
+	targets := map[string]Target{}
+	for _, t := range earlier.Targets {
+		targets[t.Name] = t
+	}
+	for i := range s.Targets {
+		t := &s.Targets[i]
+		t.OpsPerSec = rate(t.Ops, targets[t.Name].Ops)
+	}
+	type addrKey struct {
+		addr, net, name string
+		port            int
+	}
+	addrs := map[addrKey]Address{}
+	for _, a := range earlier.Addresses {
+		addrs[addrKey{a.Addr, a.Net, a.Name, a.Port}] = a
+	}
+	for i := range s.Addresses {
+		a := &s.Addresses[i]
+		b := addrs[addrKey{a.Addr, a.Net, a.Name, a.Port}]
+		a.CallsPerSec = rate(a.Calls, b.Calls)
+		a.BytesInPerSec = rate(a.BytesIn, b.BytesIn)
+		a.BytesOutPerSec = rate(a.BytesOut, b.BytesOut)
+	}
+	clients := map[string]Client{}
+	for _, c := range earlier.Clients {
+		clients[c.Addr] = c
+	}
+	for i := range s.Clients {
+		c := &s.Clients[i]
+		c.CallsPerSec = rate(c.Calls, clients[c.Addr].Calls)
+	}
+	procs := map[[2]string]Proc{}
+	for _, p := range earlier.Procs {
+		procs[[2]string{p.Program, p.Name}] = p
+	}
+	for i := range s.Procs {
+		p := &s.Procs[i]
+		b := procs[[2]string{p.Program, p.Name}]
+		p.PerSec = rate(p.Calls, b.Calls)
+		if n := p.Calls - b.Calls; p.Calls > b.Calls && p.Time >= b.Time {
+			p.MeanMicro = float64((p.Time - b.Time).Microseconds()) / float64(n)
+		} else {
+			p.MeanMicro = 0
+		}
+	}
+}

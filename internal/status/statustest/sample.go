@@ -1,0 +1,49 @@
+// Package statustest has a made-up status for tests of what shows one.
+package statustest
+
+import (
+	"time"
+
+	"github.com/baton-nfs/baton/internal/status"
+)
+
+// Sample returns a made-up status with something in every field, not in
+// canonical order.
+func Sample() *status.Status {
+	return &status.Status{
+		Version: "1.2.3", Node: "n1", PID: 4711, Boot: 7,
+		Now:    time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC),
+		Uptime: 26*time.Hour + 3*time.Minute, DataDir: "/srv/baton", Rpcbind: "own",
+		Memory: status.Memory{RSS: 180 << 20, Heap: 90 << 20, InFlight: 3 << 20, Goroutines: 42},
+		Targets: []status.Target{
+			{Name: "mdt0", Kind: status.KindMDT, State: status.StateUp, Dir: "/srv/baton/mdt", Transno: 1234567, LastCommitted: 1234560,
+				Clients: 1, Dirty: 4096, Bytes: 12 << 20, Free: 90 << 30, Files: 20017, LogRecords: 3, Ops: 99000, OpsPerSec: 812.4},
+			{Name: "ost1", Kind: status.KindOST, State: status.StateFull, Reason: "less than 64 MiB free", Dir: "/srv/baton/ost1", Transno: 55,
+				LastCommitted: 55, Clients: 1, Bytes: 7 << 30, Free: 60 << 20, Files: 812, FlushErrors: 1, Ops: 400},
+			{Name: "ost0", Kind: status.KindOST, State: status.StateUp, Dir: "/srv/baton/ost0", Transno: 60, LastCommitted: 58, Clients: 1,
+				Dirty: 3 << 20, Bytes: 9 << 30, Free: 90 << 30, Files: 1024, Ops: 500, OpsPerSec: 3.25},
+		},
+		Addresses: []status.Address{
+			{Addr: "192.0.2.10", Port: 2049, Net: "tcp", Name: "nfs", State: "up", Conns: 3, ConnsTotal: 9, Refused: 1, Calls: 1000000,
+				Errors: 2, Malformed: 3, InFlight: 17, BytesIn: 1 << 33, BytesOut: 1 << 34, CallsPerSec: 15321.5,
+				BytesInPerSec: 210 << 20, BytesOutPerSec: 1 << 20},
+			{Addr: "2001:db8::1", Port: 20048, Net: "udp", Name: "mountd", State: "up", Calls: 4},
+		},
+		VIPs: []status.VIP{{Addr: "192.0.2.10", Index: 1, Epoch: 12, Verifier: "00000000000000c7", VerifierChanges: 1}},
+		Exports: []status.Export{
+			{Path: "/home", Dir: "/", FSID: "8f3a000000000001", Source: "/etc/baton/exports:3", Clients: []status.ExportClient{
+				{Spec: "192.0.2.0/24", Options: "rw,secure,root_squash"}, {Spec: "*", Options: "ro,secure,root_squash"}}},
+			{Path: "/a b", Dir: "/sub\ndir", FSID: "7", Clients: []status.ExportClient{{Spec: "host.example", Options: "rw"}}},
+		},
+		Clients: []status.Client{
+			{Addr: "192.0.2.77", Conns: 2, Idle: 4 * time.Second, Calls: 999, BytesIn: 5, BytesOut: 6, CallsPerSec: 12, Mounts: []string{"/home", "/evil\x1b[2J"}},
+			{Addr: "192.0.2.78", Conns: 1, Idle: time.Hour, Calls: 1},
+			{Addr: "192.0.2.79"},
+		},
+		Procs: []status.Proc{
+			{Program: "nfs3", Name: "GETATTR", Calls: 900000, Time: 9 * time.Second, PerSec: 15000, MeanMicro: 10},
+			{Program: "nfs3", Name: "CREATE", Calls: 1000, Errors: 5, Replayed: 2, Time: 2 * time.Second, MeanMicro: 2000},
+			{Program: "mount3", Name: "MNT", Calls: 4},
+		},
+	}
+}

@@ -1,0 +1,211 @@
+// Package nfsd is the NFS version 3 and MOUNT version 3 server (RFC 1813): it
+// turns RPC calls into requests to the file system's targets. It keeps no state
+// that a client could miss: names, reply records and sizes live at the targets.
+package nfsd
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"github.com/baton-nfs/baton/internal/sunrpc"
+	"github.com/baton-nfs/baton/nfsd/exports"
+	"github.com/baton-nfs/baton/nfsd/mount3"
+	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// Config is what a Server needs. FS and Codec are required.
+type Config struct {
+	FS     *client.FS
+	Codec  *nfs3.Codec
+	Logger *slog.Logger
+	// RTMax, WTMax and DTMax bound the bytes of one READ, WRITE and directory
+	// read. Default 1 MiB each.
+	RTMax, WTMax, DTMax uint32
+	// InlineRead is the largest READ that a connection's reader answers itself
+	// when the data are in memory; longer ones go to a worker so that one stream
+	// does not hold up the connection's other calls. Default 64 KiB.
+	InlineRead uint32
+}
+
+// Server serves exports of one file system on any number of addresses.
+type Server struct {
+	cfg Config
+	fs  *client.FS
+	log *slog.Logger
+
+	exp    atomic.Pointer[exportSet]
+	dups   dupTable
+	mounts mountTable
+
+	// conns holds the live TCP connections by peer, for the rule that a reply
+	// record of a living connection does not answer a call of another.
+	connMu sync.Mutex
+	conns  map[netip.AddrPort]*sunrpc.Conn
+}
+
+// exportSet is one version of the export table with the directories resolved.
+type exportSet struct {
+	table *exports.Table
+	roots map[uint64]wire.FID // by FSID
+}
+
+// New returns a server without exports; SetExports installs them.
+func New(cfg Config) (*Server, error) {
+	if cfg.FS == nil || cfg.Codec == nil {
+		return nil, errors.New("nfsd: a file system and a handle codec are needed")
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	const mib = 1 << 20
+	for _, p := range []*uint32{&cfg.RTMax, &cfg.WTMax, &cfg.DTMax} {
+		if *p == 0 || *p > mib {
+			*p = mib
+		}
+	}
+	if cfg.InlineRead == 0 {
+		cfg.InlineRead = 64 << 10
+	}
+	s := &Server{cfg: cfg, fs: cfg.FS, log: cfg.Logger, conns: make(map[netip.AddrPort]*sunrpc.Conn)}
+	s.dups.init()
+	s.mounts.init()
+	s.exp.Store(&exportSet{table: &exports.Table{}, roots: map[uint64]wire.FID{}})
+	return s, nil
+}
+
+// Address is one service address of a Server.
+type Address struct {
+	srv *Server
+	// vip and epoch name the address to the targets.
+	vip      uint32
+	epoch    atomic.Uint64
+	verifier atomic.Uint64 // big-endian bytes of the write verifier
+	// Fenced counts calls that were dropped because a newer owner has the address.
+	Fenced atomic.Uint64
+}
+
+// Address returns the service of the VIP with the given index and epoch.
+func (s *Server) Address(vip uint32, epoch uint64, verifier [8]byte) *Address {
+	a := &Address{srv: s, vip: vip}
+	a.epoch.Store(epoch)
+	a.SetVerifier(verifier)
+	return a
+}
+
+// SetVerifier changes the write verifier of all later replies.
+func (a *Address) SetVerifier(v [8]byte) {
+	var n uint64
+	for _, b := range v {
+		n = n<<8 | uint64(b)
+	}
+	a.verifier.Store(n)
+}
+
+func (a *Address) putVerifier(dst *[8]byte) {
+	n := a.verifier.Load()
+	for i := range dst {
+		dst[i] = byte(n >> (56 - 8*i))
+	}
+}
+
+func (a *Address) owner() client.Owner {
+	return client.Owner{VIP: a.vip, Epoch: a.epoch.Load()}
+}
+
+// NFSProgram is the NFS service for a sunrpc server.
+func (a *Address) NFSProgram() sunrpc.Program {
+	return sunrpc.Program{
+		Prog: nfs3.Program, VersLow: nfs3.Version, VersHigh: nfs3.Version,
+		NumProcs: func(uint32) uint32 { return nfs3.NumProcs },
+		MaxArgs:  int(a.srv.cfg.WTMax) + 4096,
+		Handler:  nfsHandler{a},
+	}
+}
+
+// MountProgram is the MOUNT service for a sunrpc server.
+func (a *Address) MountProgram() sunrpc.Program {
+	return sunrpc.Program{
+		Prog: mount3.Program, VersLow: mount3.VersionOld, VersHigh: mount3.Version,
+		NumProcs: func(uint32) uint32 { return mount3.NumProcs },
+		MaxArgs:  4096,
+		Handler:  mountHandler{a},
+	}
+}
+
+// ConnClosed must be called (sunrpc.Config.OnClose) when a connection ends.
+func (s *Server) ConnClosed(c *sunrpc.Conn) {
+	s.connMu.Lock()
+	if s.conns[c.Remote()] == c {
+		delete(s.conns, c.Remote())
+	}
+	s.connMu.Unlock()
+}
+
+func (s *Server) connAlive(addr netip.Addr, port uint16) bool {
+	s.connMu.Lock()
+	defer s.connMu.Unlock()
+	c := s.conns[netip.AddrPortFrom(addr, port)]
+	return c != nil && c.Alive()
+}
+
+// decide finds what the export with the given FSID allows the caller. Without
+// block, ok is false when the caller's host name has to be looked up first.
+func (s *Server) decide(c *sunrpc.Call, fsid uint64, block bool) (dec *exports.Decision, set *exportSet, st wire.Status, ok bool) {
+	if c.Conn != nil && c.Conn.Value() == nil {
+		c.Conn.SetValue(known{})
+		s.connMu.Lock()
+		s.conns[c.Remote] = c.Conn
+		s.connMu.Unlock()
+	}
+	set = s.exp.Load()
+	dec, v := set.table.MatchFSID(fsid, c.Remote.Addr(), c.Remote.Port())
+	if v == exports.Pending {
+		if !block {
+			return nil, nil, 0, false
+		}
+		// A failed look-up leaves the verdict pending: the client tries again.
+		_ = set.table.Resolve(context.Background(), c.Remote.Addr())
+		dec, v = set.table.MatchFSID(fsid, c.Remote.Addr(), c.Remote.Port())
+	}
+	return dec, set, v.Status(), true
+}
+
+// known marks a connection that is in Server.conns.
+type known struct{}
+
+// SetExports installs a new table. Directories that do not exist are made
+// (mode 0755, root). The old table stays when it returns an error.
+func (s *Server) SetExports(ctx context.Context, t *exports.Table) error {
+	set := &exportSet{table: t, roots: make(map[uint64]wire.FID)}
+	for _, e := range t.Exports() {
+		fid, err := s.fs.MkdirAll(ctx, e.Dir)
+		if err != nil {
+			return &ExportError{Path: e.Path, Dir: e.Dir, Err: err}
+		}
+		set.roots[e.FSID] = fid
+	}
+	s.exp.Store(set)
+	return nil
+}
+
+// Exports is the table in force.
+func (s *Server) Exports() *exports.Table { return s.exp.Load().table }
+
+// ExportError tells that an export's directory could not be used.
+type ExportError struct {
+	Path, Dir string
+	Err       error
+}
+
+func (e *ExportError) Error() string {
+	return "export " + e.Path + ": directory " + e.Dir + " of the name space: " + e.Err.Error()
+}
+
+// Unwrap gives the cause.
+func (e *ExportError) Unwrap() error { return e.Err }

@@ -1,0 +1,270 @@
+package client
+
+import (
+	"context"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// relatimeNs is the age after which an access time is renewed even when
+// nothing was written since (24 hours, as Linux relatime).
+const relatimeNs = int64(24 * 3600 * 1e9)
+
+// Read reads into buf from offset off of the file that a describes (attributes
+// as of Attr: current). It returns the bytes read; eof tells that they end at
+// the file's end. Without block ok is false when that needs waiting for disk.
+func (f *FS) Read(ctx context.Context, o Owner, a *wire.Attr, off uint64, buf []byte, block bool) (n int, eof bool, st wire.Status, ok bool) {
+	if off >= a.Size {
+		return 0, true, wire.OK, true
+	}
+	want := len(buf)
+	if left := a.Size - off; uint64(want) >= left {
+		want, eof = int(left), true
+	}
+	if want == 0 {
+		return 0, eof, wire.OK, true
+	}
+	buf = buf[:want]
+	var arr [4]piece
+	m := f.get()
+	defer f.put(m)
+	for _, p := range pieces(arr[:0], &a.Layout, off, want) {
+		c, st := f.ost(a, p.stripe)
+		if st != wire.OK {
+			return 0, false, st, true
+		}
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpRead
+		m.req.FID, m.req.Stripe = a.FID, p.stripe
+		m.req.Offset = p.obj
+		m.req.Bulk = buf[p.start : p.start+p.n]
+		f.header(o, &m.req)
+		if !c.TryHandle(&m.req, &m.rep) {
+			if !block {
+				return 0, false, 0, false
+			}
+			if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+				m.rep.Status = wire.ErrTargetDown
+			}
+		}
+		if m.rep.Status != wire.OK {
+			return 0, false, m.rep.Status, true
+		}
+		// Inside the file's size an object that is missing or short is a hole.
+		clear(buf[p.start+int(m.rep.Count) : p.start+p.n])
+	}
+	f.touchAtime(o, a)
+	return want, eof, wire.OK, true
+}
+
+func (f *FS) touchAtime(o Owner, a *wire.Attr) {
+	if !f.o.Atime || a.Atime > a.Mtime && a.Atime > a.Ctime && f.o.Clock()-a.Atime < relatimeNs {
+		return
+	}
+	m := f.get()
+	m.req.Op = wire.OpTouchAtime
+	m.req.FID = a.FID
+	m.req.SetAttr.Mask = wire.SetAtime
+	m.req.SetAttr.Atime = f.o.Clock()
+	a.Atime = m.req.SetAttr.Atime
+	f.Submit(o, &m.req, &m.rep, func() { f.put(m) })
+}
+
+// Write writes data at off. a holds the attributes before (as of Attr) and is
+// brought up to date; pre is the weak cache consistency data, valid only when it
+// is atomic with the write. It blocks until the data have the wanted stability
+// and the file's IO epoch is durably open.
+func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data []byte, stable wire.StableHow) (pre wire.PreAttr, st wire.Status) {
+	if off > wire.MaxFileSize || uint64(len(data)) > wire.MaxFileSize-off {
+		return pre, wire.ErrFBig
+	}
+	if len(data) == 0 {
+		return a.Pre(), wire.OK
+	}
+	e, st := f.epochs.acquire(ctx, f, o, a.FID)
+	if st != wire.OK {
+		return pre, st
+	}
+	defer f.epochs.release(f, e)
+	now := f.o.Clock()
+	if a.Layout.Count <= 1 {
+		p := piece{obj: off, n: len(data)}
+		obPre, ob, st := f.writePiece(ctx, o, a, &p, data, stable, now)
+		if st != wire.OK {
+			return pre, st
+		}
+		pre = a.Pre()
+		pre.Size = obPre.Size
+		if obPre.Valid && obPre.Ctime > pre.Ctime {
+			pre.Ctime, pre.Mtime = obPre.Ctime, obPre.Mtime
+		}
+		g := merger{}
+		g.add(&a.Layout, 0, &ob)
+		g.apply(a)
+		return pre, wire.OK
+	}
+	if st := f.writePieces(ctx, o, a, pieces(nil, &a.Layout, off, len(data)), data, stable, now); st != wire.OK {
+		return pre, st
+	}
+	// The objects of a striped file have no common instant: no pre attributes.
+	a.EpochOpen = true
+	st, _ = f.Complete(ctx, o, a, true)
+	return wire.PreAttr{}, st
+}
+
+func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, data []byte, stable wire.StableHow, now int64) (wire.PreAttr, wire.ObjAttr, wire.Status) {
+	c, st := f.ost(a, p.stripe)
+	if st != wire.OK {
+		return wire.PreAttr{}, wire.ObjAttr{}, st
+	}
+	m := f.get()
+	defer f.put(m)
+	m.req.Op = wire.OpWrite
+	m.req.FID, m.req.Stripe = a.FID, p.stripe
+	m.req.Offset = p.obj
+	m.req.Bulk = data[p.start : p.start+p.n]
+	m.req.Stable = stable
+	m.req.Time = now
+	f.header(o, &m.req)
+	if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+		return wire.PreAttr{}, wire.ObjAttr{}, wire.ErrTargetDown
+	}
+	f.noteFlush(a.Layout.OST[p.stripe], m.rep.FlushErrors)
+	st = m.rep.Status
+	if st == wire.OK && int(m.rep.Count) != p.n {
+		st = wire.ErrIO
+	}
+	return m.rep.ObjPre, m.rep.Obj, st
+}
+
+// writePieces writes the parts of a striped range, those of different stripes
+// at the same time.
+func (f *FS) writePieces(ctx context.Context, o Owner, a *wire.Attr, ps []piece, data []byte, stable wire.StableHow, now int64) wire.Status {
+	type res struct{ st wire.Status }
+	results := make(chan res, len(ps))
+	for i := range ps {
+		go func() {
+			_, _, st := f.writePiece(ctx, o, a, &ps[i], data, stable, now)
+			results <- res{st}
+		}()
+	}
+	st := wire.OK
+	for range ps {
+		if r := <-results; r.st != wire.OK {
+			st = r.st
+		}
+	}
+	return st
+}
+
+// Commit makes everything written to the file durable. a is brought up to date.
+func (f *FS) Commit(ctx context.Context, o Owner, a *wire.Attr) wire.Status {
+	if a.Type != wire.TypeReg {
+		return wire.ErrInval
+	}
+	st := f.syncObjects(ctx, o, a, nil)
+	if st != wire.OK {
+		return st
+	}
+	st, _ = f.Complete(ctx, o, a, true)
+	return st
+}
+
+// syncObjects flushes all objects of a file; each reply goes to mg if not nil.
+func (f *FS) syncObjects(ctx context.Context, o Owner, a *wire.Attr, mg *merger) wire.Status {
+	m := f.get()
+	defer f.put(m)
+	for s := uint8(0); s < a.Layout.Count; s++ {
+		c, st := f.ost(a, s)
+		if st != wire.OK {
+			return st
+		}
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpSyncObject
+		m.req.FID, m.req.Stripe = a.FID, s
+		f.header(o, &m.req)
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+			return wire.ErrTargetDown
+		}
+		f.noteFlush(a.Layout.OST[s], m.rep.FlushErrors)
+		if m.rep.Status != wire.OK {
+			return m.rep.Status
+		}
+		if mg != nil {
+			mg.add(&a.Layout, s, &m.rep.Obj)
+		}
+	}
+	return wire.OK
+}
+
+// Setattr runs OpSetattr in req and, when it changes the size, the punches that
+// belong to it, in order with other size changes of this client. It blocks until
+// all of it is as durable as req.Flags ask.
+func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.Reply) {
+	if req.SetAttr.Mask&wire.SetSize == 0 {
+		f.Call(ctx, o, req, rep)
+		return
+	}
+	e := f.epochs.ref(f, req.FID)
+	e.trunc.Lock()
+	f.Call(ctx, o, req, rep)
+	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
+		e.markOpen()
+		if st := f.punch(ctx, o, &rep.Attr, rep.Truncate); st != wire.OK {
+			rep.Status = st
+		}
+	}
+	e.trunc.Unlock()
+	f.epochs.release(f, e)
+}
+
+// Truncated finishes a size change that OpCreate made on an existing file.
+func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Truncate) wire.Status {
+	if t.LogID == 0 {
+		return wire.OK
+	}
+	e := f.epochs.ref(f, a.FID)
+	e.trunc.Lock()
+	e.markOpen()
+	st := f.punch(ctx, o, a, t)
+	e.trunc.Unlock()
+	f.epochs.release(f, e)
+	return st
+}
+
+func (f *FS) punch(ctx context.Context, o Owner, a *wire.Attr, t wire.Truncate) wire.Status {
+	m := f.get()
+	defer f.put(m)
+	var mg merger
+	for s := uint8(0); s < a.Layout.Count; s++ {
+		c, st := f.ost(a, s)
+		if st != wire.OK {
+			return st
+		}
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpPunch
+		m.req.FID, m.req.Stripe = a.FID, s
+		m.req.Size = objectSize(&a.Layout, s, t.Size)
+		m.req.LogID = t.LogID
+		m.req.Time = a.Ctime
+		f.header(o, &m.req)
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+			return wire.ErrTargetDown
+		}
+		f.noteFlush(a.Layout.OST[s], m.rep.FlushErrors)
+		if m.rep.Status != wire.OK {
+			return m.rep.Status
+		}
+		mg.add(&a.Layout, s, &m.rep.Obj)
+	}
+	f.epochs.truncDone(t.LogID)
+	a.Size, a.Used = t.Size, mg.used
+	return wire.OK
+}
+
+// Created tells that OpCreate with FlagOpenEpoch has opened the file's IO epoch
+// and that this is durable.
+func (f *FS) Created(fid wire.FID) { f.epochs.created(f, fid) }

@@ -1,0 +1,327 @@
+// Package client is the file system client of the targets: the part of a
+// frontend that knows where names and data live. It maps file ranges to
+// objects, keeps IO epochs, and carries the recovery protocol's client side.
+// It knows nothing of NFS.
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// Options configure a FS. MDT, OSTs and Clock are required.
+type Options struct {
+	MDT  wire.Conn
+	OSTs []wire.Conn
+	// ID and Gen identify this client in the targets' client tables.
+	ID  wire.ClientID
+	Gen uint64
+	// Clock gives strictly rising nanoseconds since 1970. It is shared with the
+	// MDT when both are in one process, so that the newest ctime wins honestly.
+	Clock  func() int64
+	Logger *slog.Logger
+	// OnFlushError is called when an OST reports that acknowledged UNSTABLE data
+	// were lost by a failed flush, before any reply that depends on it. It has
+	// to change the write verifiers durably.
+	OnFlushError func(ost int, total uint64)
+	// EpochIdle is how long a file stays in its IO epoch after the last write.
+	// Default 1 s.
+	EpochIdle time.Duration
+	// MaxEpochs is how many epochs may be open before idle ones are closed
+	// early. Default 65536.
+	MaxEpochs int
+	// Atime: record access times as relatime does.
+	Atime bool
+}
+
+// Owner names the service address a request is made for; targets refuse it
+// when its epoch is old.
+type Owner struct {
+	VIP   uint32
+	Epoch uint64
+}
+
+// FS is a file system client. Its methods are safe for concurrent use.
+type FS struct {
+	o    Options
+	log  *slog.Logger
+	xid  atomic.Uint64
+	pool sync.Pool // *msg
+
+	epochs    epochTable
+	flushMu   sync.Mutex
+	flushSeen []atomic.Uint64
+
+	stop   chan struct{}
+	wg     sync.WaitGroup
+	closed atomic.Bool
+}
+
+type msg struct {
+	req wire.Request
+	rep wire.Reply
+}
+
+// New returns a FS; Connect must succeed before it is used.
+func New(o Options) (*FS, error) {
+	if o.MDT == nil || len(o.OSTs) == 0 || o.Clock == nil {
+		return nil, errors.New("client: MDT, at least one OST and a clock are needed")
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.EpochIdle <= 0 {
+		o.EpochIdle = time.Second
+	}
+	if o.MaxEpochs <= 0 {
+		o.MaxEpochs = 65536
+	}
+	f := &FS{o: o, log: o.Logger, flushSeen: make([]atomic.Uint64, len(o.OSTs)), stop: make(chan struct{})}
+	f.pool.New = func() any { return new(msg) }
+	f.epochs.init()
+	// The XID starts at a point that an earlier incarnation cannot have reached.
+	f.xid.Store(uint64(time.Now().UnixNano()))
+	return f, nil
+}
+
+// Connect registers the client with every target and starts the background
+// closing of idle epochs.
+func (f *FS) Connect(ctx context.Context) error {
+	m := f.get()
+	defer f.put(m)
+	conns := append([]wire.Conn{f.o.MDT}, f.o.OSTs...)
+	for i, c := range conns {
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpConnect
+		m.req.Flags = wire.FlagWaitCommit
+		f.header(Owner{}, &m.req)
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+			return fmt.Errorf("client: connect target %d: %w", i, err)
+		}
+		if m.rep.Status != wire.OK {
+			return fmt.Errorf("client: connect target %d: %w", i, m.rep.Status)
+		}
+		if i > 0 {
+			f.flushSeen[i-1].Store(m.rep.FlushErrors)
+		}
+	}
+	f.wg.Add(1)
+	go f.closer()
+	return nil
+}
+
+// Close flushes and closes all IO epochs and disconnects.
+func (f *FS) Close(ctx context.Context) error {
+	if f.closed.Swap(true) {
+		return nil
+	}
+	close(f.stop)
+	f.wg.Wait()
+	var first error
+	for {
+		n, err := f.closeEpochs(ctx, 0)
+		if err != nil && first == nil {
+			first = err
+		}
+		if n == 0 || err != nil {
+			break
+		}
+	}
+	m := f.get()
+	defer f.put(m)
+	for _, c := range append([]wire.Conn{f.o.MDT}, f.o.OSTs...) {
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpDisconnect
+		m.req.Flags = wire.FlagWaitCommit
+		f.header(Owner{}, &m.req)
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil && first == nil {
+			first = fmt.Errorf("client: disconnect: %w", err)
+		}
+	}
+	return first
+}
+
+func (f *FS) get() *msg { return f.pool.Get().(*msg) }
+
+func (f *FS) put(m *msg) {
+	m.req.Reset()
+	m.rep.Reset()
+	f.pool.Put(m)
+}
+
+func (f *FS) header(o Owner, req *wire.Request) {
+	req.XID = f.xid.Add(1)
+	req.Client, req.ClientGen = f.o.ID, f.o.Gen
+	req.VIP, req.VIPEpoch = o.VIP, o.Epoch
+}
+
+// Try asks the MDT for an answer that needs no waiting; false means none.
+func (f *FS) Try(o Owner, req *wire.Request, rep *wire.Reply) bool {
+	f.header(o, req)
+	return f.o.MDT.TryHandle(req, rep)
+}
+
+// Submit gives req to the MDT; done is called once, perhaps from another
+// goroutine, and must not block. req and rep belong to the FS until then.
+func (f *FS) Submit(o Owner, req *wire.Request, rep *wire.Reply, done func()) {
+	f.header(o, req)
+	f.o.MDT.Handle(req, rep, done)
+}
+
+// Call gives req to the MDT and waits. A transport failure appears as
+// ErrTargetDown in rep.
+func (f *FS) Call(ctx context.Context, o Owner, req *wire.Request, rep *wire.Reply) {
+	f.header(o, req)
+	if err := f.o.MDT.Call(ctx, req, rep); err != nil {
+		rep.Status = wire.ErrTargetDown
+	}
+}
+
+// Attr reads an object's attributes, with size and times from the OSTs while an
+// IO epoch is open. Without block it gives ok=false when that needs waiting.
+func (f *FS) Attr(ctx context.Context, o Owner, fid wire.FID, a *wire.Attr, block bool) (st wire.Status, ok bool) {
+	m := f.get()
+	m.req.Op = wire.OpGetattr
+	m.req.FID = fid
+	if !f.Try(o, &m.req, &m.rep) {
+		if !block {
+			f.put(m)
+			return 0, false
+		}
+		f.Call(ctx, o, &m.req, &m.rep)
+	}
+	st = m.rep.Status
+	if st == wire.OK {
+		*a = m.rep.Attr
+	}
+	f.put(m)
+	if st == wire.OK && a.EpochOpen {
+		return f.Complete(ctx, o, a, block)
+	}
+	return st, true
+}
+
+// Complete replaces the hints in a by what the OSTs know if an IO epoch is open.
+func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (st wire.Status, ok bool) {
+	if !a.EpochOpen || a.Type != wire.TypeReg || a.Layout.Count == 0 {
+		return wire.OK, true
+	}
+	m := f.get()
+	defer f.put(m)
+	var mg merger
+	for s := uint8(0); s < a.Layout.Count; s++ {
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpObjAttr
+		m.req.FID, m.req.Stripe = a.FID, s
+		c, st := f.ost(a, s)
+		if st != wire.OK {
+			return st, true
+		}
+		f.header(o, &m.req)
+		if !c.TryHandle(&m.req, &m.rep) {
+			if !block {
+				return 0, false
+			}
+			if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+				m.rep.Status = wire.ErrTargetDown
+			}
+		}
+		if m.rep.Status != wire.OK {
+			return m.rep.Status, true
+		}
+		mg.add(&a.Layout, s, &m.rep.Obj)
+	}
+	mg.apply(a)
+	return wire.OK, true
+}
+
+// merger folds what objects say into an inode's attributes: the size is the
+// furthest byte, the times are those of the side that changed last.
+type merger struct {
+	size, used   uint64
+	mtime, ctime int64
+	exists       bool
+}
+
+func (g *merger) add(l *wire.Layout, s uint8, ob *wire.ObjAttr) {
+	if !ob.Exists {
+		return
+	}
+	g.exists = true
+	g.size = max(g.size, fileEnd(l, s, ob.Size))
+	g.used += ob.Used
+	if ob.Ctime > g.ctime {
+		g.ctime, g.mtime = ob.Ctime, ob.Mtime
+	}
+}
+
+func (g *merger) apply(a *wire.Attr) {
+	a.Size, a.Used = g.size, g.used
+	if g.ctime > a.Ctime {
+		a.Ctime, a.Mtime = g.ctime, g.mtime
+	}
+}
+
+func (f *FS) ost(a *wire.Attr, s uint8) (wire.Conn, wire.Status) {
+	i := int(a.Layout.OST[s])
+	if i >= len(f.o.OSTs) {
+		return nil, wire.ErrIO
+	}
+	return f.o.OSTs[i], wire.OK
+}
+
+// noteFlush makes sure that a failed flush has changed the write verifiers
+// before the reply that told of it is used.
+func (f *FS) noteFlush(ost uint16, total uint64) {
+	seen := &f.flushSeen[ost]
+	if total <= seen.Load() {
+		return
+	}
+	f.flushMu.Lock()
+	defer f.flushMu.Unlock()
+	if total <= seen.Load() {
+		return
+	}
+	f.log.Error("an OST could not flush acknowledged data; write verifiers change and clients send the data again", "ost", ost, "failures", total)
+	if f.o.OnFlushError != nil {
+		f.o.OnFlushError(int(ost), total)
+	}
+	seen.Store(total)
+}
+
+// Statfs adds up the OSTs' space and the MDT's files.
+func (f *FS) Statfs(ctx context.Context, o Owner) (wire.Statfs, wire.Status) {
+	m := f.get()
+	defer f.put(m)
+	m.req.Op = wire.OpStatfs
+	f.Call(ctx, o, &m.req, &m.rep)
+	if m.rep.Status != wire.OK {
+		return wire.Statfs{}, m.rep.Status
+	}
+	sum := m.rep.Statfs
+	sum.Total, sum.Free, sum.Avail = 0, 0, 0
+	for i, c := range f.o.OSTs {
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpStatfs
+		f.header(o, &m.req)
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil || m.rep.Status != wire.OK {
+			f.log.Warn("statfs leaves out an OST that does not answer", "ost", i, "err", err, "status", m.rep.Status)
+			continue
+		}
+		sum.Total += m.rep.Statfs.Total
+		sum.Free += m.rep.Statfs.Free
+		sum.Avail += m.rep.Statfs.Avail
+	}
+	return sum, wire.OK
+}

@@ -1,0 +1,421 @@
+package mdt
+
+import (
+	"errors"
+	"math"
+	"time"
+
+	"github.com/baton-nfs/baton/recovery/store"
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+const settable = wire.SetMode | wire.SetUID | wire.SetGID | wire.SetSize |
+	wire.SetAtime | wire.SetMtime | wire.SetAtimeNow | wire.SetMtimeNow
+
+func (t *tx) setattr() wire.Status {
+	req := t.req
+	in, st := t.load(req.FID)
+	if in == nil {
+		return st
+	}
+	t.obj.old, t.fid = in, req.FID
+	t.rep.Pre = in.Attr.Pre()
+	if req.Guard && req.GuardCtime != in.Attr.Ctime {
+		return wire.ErrNotSync
+	}
+	sa := req.SetAttr
+	if sa.Mask&^settable != 0 {
+		return wire.ErrProto
+	}
+	if sa.Mask == 0 {
+		return wire.OK
+	}
+	if st := t.maySet(in, &sa); st != wire.OK {
+		return st
+	}
+	in = t.edit(in)
+	in.HasVerf = false // the exclusive create is complete
+	a := &in.Attr
+	if sa.Mask&wire.SetSize != 0 {
+		if st := t.truncate(in, sa.Size); st != wire.OK {
+			return st
+		}
+	}
+	t.setOwner(in, &sa)
+	switch {
+	case sa.Mask&wire.SetAtimeNow != 0:
+		a.Atime = t.now
+	case sa.Mask&wire.SetAtime != 0:
+		a.Atime = sa.Atime
+	}
+	switch {
+	case sa.Mask&wire.SetMtimeNow != 0:
+		a.Mtime = t.now
+	case sa.Mask&wire.SetMtime != 0:
+		a.Mtime = sa.Mtime
+	}
+	a.Ctime = t.now
+	return wire.OK
+}
+
+// maySet checks ownership and permissions for a SETATTR, as Linux's
+// setattr_prepare and its NFS server do.
+func (t *tx) maySet(in *Inode, sa *wire.SetAttr) wire.Status {
+	c, a := &t.req.Cred, &in.Attr
+	if sa.Mask&wire.SetSize != 0 {
+		switch {
+		case a.Type == wire.TypeDir:
+			return wire.ErrIsDir
+		case a.Type != wire.TypeReg:
+			return wire.ErrInval
+		case sa.Size > wire.MaxFileSize:
+			return wire.ErrFBig
+		case !t.mayWrite(in):
+			return wire.ErrAcces
+		}
+	}
+	if c.UID == 0 {
+		return wire.OK
+	}
+	owner := c.UID == a.UID
+	if sa.Mask&wire.SetUID != 0 && (!owner || sa.UID != a.UID) {
+		return wire.ErrPerm
+	}
+	if sa.Mask&wire.SetGID != 0 && (!owner || sa.GID != a.GID && !c.InGroup(sa.GID)) {
+		return wire.ErrPerm
+	}
+	if sa.Mask&wire.SetMode != 0 && !owner {
+		return wire.ErrPerm
+	}
+	explicit := sa.Mask&wire.SetAtime != 0 && sa.Mask&wire.SetAtimeNow == 0 ||
+		sa.Mask&wire.SetMtime != 0 && sa.Mask&wire.SetMtimeNow == 0
+	if explicit && !owner {
+		return wire.ErrPerm
+	}
+	if sa.Mask&(wire.SetAtimeNow|wire.SetMtimeNow) != 0 && !owner && !wire.MayAccess(a, c, wire.MayWrite) {
+		return wire.ErrAcces
+	}
+	return wire.OK
+}
+
+// setOwner applies mode, uid and gid. A change of owner or group takes the
+// setuid bit from everything but directories, and the setgid bit if the group
+// may execute; for root too, as in Linux.
+func (t *tx) setOwner(in *Inode, sa *wire.SetAttr) {
+	c, a := &t.req.Cred, &in.Attr
+	if sa.Mask&wire.SetUID != 0 {
+		a.UID = sa.UID
+	}
+	if sa.Mask&wire.SetGID != 0 {
+		a.GID = sa.GID
+	}
+	if sa.Mask&wire.SetMode != 0 {
+		a.Mode = sa.Mode & 0o7777
+		if a.Mode&modeSetgid != 0 && c.UID != 0 && !c.InGroup(a.GID) {
+			a.Mode &^= modeSetgid
+		}
+	}
+	if sa.Mask&(wire.SetUID|wire.SetGID) != 0 && a.Type != wire.TypeDir {
+		a.Mode = dropPrivileges(a.Mode)
+	}
+}
+
+func dropPrivileges(mode uint32) uint32 {
+	mode &^= modeSetuid
+	if mode&0o010 != 0 {
+		mode &^= modeSetgid
+	}
+	return mode
+}
+
+// truncate sets the size of a regular file that is being edited. Unless the
+// file has no data that could be in the way, it leaves a log record and opens
+// an IO epoch: until the objects are cut, they and not the MDT know the size.
+func (t *tx) truncate(in *Inode, size uint64) wire.Status {
+	a := &in.Attr
+	if size > wire.MaxFileSize {
+		return wire.ErrFBig
+	}
+	old := a.Size
+	a.Size, a.Mtime, a.Ctime = size, t.now, t.now
+	if t.req.Cred.UID != 0 {
+		a.Mode = dropPrivileges(a.Mode)
+	}
+	if size == 0 && !in.HadData || size == old && in.Opens == 0 {
+		return wire.OK
+	}
+	a.Used = min(a.Used, (size+4095)&^4095)
+	if st := t.openEpoch(in); st != wire.OK {
+		return st
+	}
+	in.SizeVersion = t.transno
+	// A pending cut to the same or a larger size is covered by this one. A
+	// smaller one is not: what lay behind it must read as zeros.
+	for _, p := range t.m.pend[a.FID] {
+		if p.size >= size {
+			t.del(appendLogKey(t.kb, p.id))
+			t.delPend = append(t.delPend, p.id)
+		}
+	}
+	t.putLog(&LogRec{ID: t.transno, Kind: LogTruncate, FID: a.FID, Layout: a.Layout, Size: size})
+	t.addPend = append(t.addPend, pendAdd{a.FID, pendTrunc{t.transno, size}})
+	t.rep.Truncate = wire.Truncate{LogID: t.transno, Size: size}
+	return wire.OK
+}
+
+// maxBatchItems bounds the lists in requests.
+const maxBatchItems = 4096
+
+// logDone removes log records whose work the OSTs have done.
+func (t *tx) logDone(ids []uint64) wire.Status {
+	if len(ids) > maxBatchItems {
+		return wire.ErrProto
+	}
+	for _, id := range ids {
+		if id == 0 || id >= t.transno {
+			continue
+		}
+		if t.req.Op == wire.OpTruncateDone {
+			// Only known records: a superseded one is gone already.
+			if _, ok := t.m.pendID[id]; !ok {
+				continue
+			}
+		}
+		t.del(appendLogKey(t.kb, id))
+		t.delPend = append(t.delPend, id)
+	}
+	return wire.OK
+}
+
+// hasEpoch tells whether client has an IO epoch of in open.
+func (t *tx) hasEpoch(in *Inode, client wire.ClientID) (bool, wire.Status) {
+	switch {
+	case in.Opens == 0:
+		return false, wire.OK
+	case in.Opens == 1:
+		return in.Opener == client, wire.OK
+	}
+	var kb [33]byte
+	_, err := t.m.e.Get(appendEpochKey(kb[:0], in.Attr.FID, client), nil)
+	if errors.Is(err, store.ErrNotFound) {
+		return false, wire.OK
+	}
+	if err != nil {
+		return false, t.m.damaged("epoch", in.Attr.FID, err)
+	}
+	return true, wire.OK
+}
+
+// openEpoch opens the client's IO epoch of a file that is being edited.
+func (t *tx) openEpoch(in *Inode) wire.Status {
+	has, st := t.hasEpoch(in, t.req.Client)
+	if st != wire.OK || has {
+		return st
+	}
+	in.Opens++
+	in.Opener = wire.ClientID{}
+	if in.Opens == 1 {
+		in.Opener = t.req.Client
+	}
+	in.Attr.EpochOpen, in.HadData, in.SizeVersion = true, true, t.transno
+	t.set(appendEpochKey(t.kb, in.Attr.FID, t.req.Client), appendU64Rec(t.vb, t.transno))
+	return wire.OK
+}
+
+func (t *tx) openEpochOp() wire.Status {
+	in, st := t.load(t.req.FID)
+	if in == nil {
+		return st
+	}
+	t.obj.old = in
+	if in.Attr.Type != wire.TypeReg {
+		return wire.ErrInval
+	}
+	has, st := t.hasEpoch(in, t.req.Client)
+	if st != wire.OK {
+		return st
+	}
+	if has {
+		// Only this open, not everything since, must be durable.
+		t.gateAt = in.Attr.Version
+		return wire.OK
+	}
+	return t.openEpoch(t.edit(in))
+}
+
+// dropEpochs closes the epochs of a file that is being edited for the clients
+// that which selects.
+func (t *tx) dropEpochs(in *Inode, which func(wire.ClientID) bool) {
+	if in.Opens == 1 {
+		if which(in.Opener) {
+			t.del(appendEpochKey(t.kb, in.Attr.FID, in.Opener))
+			in.Opens, in.Opener = 0, wire.ClientID{}
+		}
+	} else if in.Opens > 1 {
+		var left []wire.ClientID
+		err := iteratePrefix(t.m.e, in.Attr.FID.Append([]byte{prefixEpoch}), func(k, _ []byte) error {
+			if len(k) != 33 {
+				return nil
+			}
+			id := wire.ClientID(k[17:33])
+			if which(id) {
+				t.del(appendEpochKey(t.kb, in.Attr.FID, id))
+			} else {
+				left = append(left, id)
+			}
+			return nil
+		})
+		if err != nil {
+			// Then they stay; a size that is asked for too often is no harm.
+			t.m.damaged("epochs", in.Attr.FID, err)
+			return
+		}
+		in.Opens, in.Opener = uint16(min(len(left), 0xffff)), wire.ClientID{}
+		if len(left) == 1 {
+			in.Opener = left[0]
+		}
+	}
+	in.Attr.EpochOpen = in.Opens > 0
+}
+
+// closeEpochs takes over the sizes of files whose data are durable. Files that
+// are gone, and sizes collected before a newer truncate or open, are skipped;
+// Reply.Count tells how many were taken.
+func (t *tx) closeEpochs() wire.Status {
+	if len(t.req.Epochs) > maxBatchItems {
+		return wire.ErrProto
+	}
+	view := t.m.core.View()
+	for i := range t.req.Epochs {
+		e := &t.req.Epochs[i]
+		in, st := t.load(e.FID)
+		if in == nil {
+			if st == wire.ErrStale {
+				continue
+			}
+			return st
+		}
+		if in.Attr.Type != wire.TypeReg || in.Opens == 0 || e.Size > wire.MaxFileSize ||
+			e.Seen != 0 && e.Seen < in.SizeVersion {
+			continue
+		}
+		in = t.edit(in)
+		t.dropEpochs(in, func(c wire.ClientID) bool {
+			if c == t.req.Client {
+				return true
+			}
+			// Nobody else can close the epoch of a client that was evicted.
+			_, alive := view.ClientGen(c)
+			return !alive
+		})
+		a := &in.Attr
+		a.Size, a.Used = e.Size, e.Used
+		if e.Ctime > a.Ctime && e.Ctime < math.MaxInt64/2 {
+			a.Ctime, a.Mtime = e.Ctime, e.Mtime
+			// Later changes here must have a later ctime, within reason.
+			if e.Ctime < t.now+maxSkew {
+				t.m.state.Time = max(t.m.state.Time, e.Ctime)
+			}
+		}
+		t.rep.Count++
+	}
+	return wire.OK
+}
+
+func (t *tx) setLayout() wire.Status {
+	req := t.req
+	in, st := t.load(req.FID)
+	if in == nil {
+		return st
+	}
+	t.obj.old = in
+	l := &req.Layout
+	switch {
+	case in.Attr.Type != wire.TypeDir:
+		return wire.ErrNotDir
+	case req.Cred.UID != 0 && req.Cred.UID != in.Attr.UID:
+		return wire.ErrPerm
+	case l.Count > wire.MaxStripes || l.Count > 0 && (l.StripeSize == 0 || l.StripeSize%(64<<10) != 0):
+		return wire.ErrInval
+	}
+	in = t.edit(in)
+	in.DirStripeSize, in.DirStripeCount = l.StripeSize, l.Count
+	if l.Count == 0 {
+		in.DirStripeSize = 0
+	}
+	in.Attr.Ctime = t.now
+	return wire.OK
+}
+
+// maxSkew is how far a timestamp of an OST may push the MDT's ahead.
+const maxSkew = int64(time.Minute)
+
+// maxDirtyAtimes bounds the inodes that wait with a new access time.
+const maxDirtyAtimes = 4096
+
+// touchAtime notes an access time in the cache; it is written with the next
+// change of the object, when many have gathered, or at Close.
+func (t *tx) touchAtime() wire.Status {
+	m := t.m
+	in, st := m.inode(t.req.FID, false)
+	if in == nil {
+		return st
+	}
+	if t.req.SetAttr.Atime <= in.Attr.Atime {
+		return wire.OK
+	}
+	c := *in
+	c.Attr.Atime = t.req.SetAttr.Atime
+	m.inodes.put(&c, true)
+	m.dirty[c.Attr.FID] = struct{}{}
+	if len(m.dirty) >= maxDirtyAtimes {
+		m.flushAtimes()
+	}
+	return wire.OK
+}
+
+// flushAtimes writes access times that are only in the cache. They are no
+// change that has a version, so they need no transno.
+func (m *MDT) flushAtimes() {
+	b := m.e.NewBatch()
+	for f := range m.dirty {
+		if in := m.inodes.get(f); in != nil {
+			b.Set(appendInodeKey(nil, f), AppendInode(nil, in))
+			m.inodes.put(in, false)
+		}
+	}
+	clear(m.dirty)
+	if err := m.e.Apply(b); err != nil {
+		m.down.Store(true)
+		m.com.Fail(err)
+	}
+}
+
+func (t *tx) connect() wire.Status {
+	req := t.req
+	st, changed := t.m.core.Connect(req.Client, req.ClientGen)
+	if changed {
+		t.view = true
+		t.set(appendClientKey(t.kb, req.Client), appendU64Rec(t.vb, req.ClientGen))
+	}
+	t.rep.Transno = t.m.core.LastApplied()
+	return st
+}
+
+func (t *tx) disconnect() wire.Status {
+	if t.m.core.Disconnect(t.req.Client) {
+		t.view = true
+		t.del(appendClientKey(t.kb, t.req.Client))
+	}
+	return wire.OK
+}
+
+func (t *tx) setVIPEpoch() wire.Status {
+	req := t.req
+	st, changed := t.m.core.SetVIPEpoch(req.VIP, req.VIPEpoch)
+	if changed {
+		t.view = true
+		t.set(appendVIPKey(t.kb, req.VIP), appendU64Rec(t.vb, req.VIPEpoch))
+	}
+	return st
+}

@@ -1,0 +1,357 @@
+package mdt
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// Inode is an object of the name space as the MDT stores it. In the cache it is
+// an immutable snapshot: changes replace it.
+type Inode struct {
+	Attr wire.Attr
+
+	// Directories.
+	NextCookie uint64 // cookie of the next entry, from FirstCookie
+	Entries    uint64 // entries without "." and ".."
+	// DirStripeSize and DirStripeCount are the default layout of files made
+	// below; Count 0 means the target's default.
+	DirStripeSize  uint32
+	DirStripeCount uint8
+
+	// Regular files.
+	HasVerf bool // Verf is the verifier of the exclusive create
+	Verf    [8]byte
+	HadData bool // the OSTs may have objects
+	// Opens counts the clients that have an IO epoch open; Opener is the
+	// client when there is only one.
+	Opens  uint16
+	Opener wire.ClientID
+	// SizeVersion is the transno of the last operation that made the MDT's
+	// size invalid: an epoch opened or a truncate.
+	SizeVersion uint64
+
+	link []byte // cached symlink target
+}
+
+// FirstCookie is the cookie of a directory's first entry; "." and ".." have 1
+// and 2.
+const FirstCookie = 3
+
+// LogKind tells what a log record asks of the OSTs.
+type LogKind uint8
+
+// Kinds of log records.
+const (
+	LogUnlink   LogKind = 1
+	LogTruncate LogKind = 2
+)
+
+// LogRec is a record of the unlink and truncate log: work that the OSTs have
+// yet to do.
+type LogRec struct {
+	ID     uint64 // transno of the operation
+	Kind   LogKind
+	FID    wire.FID
+	Layout wire.Layout
+	Size   uint64 // LogTruncate: the new size
+}
+
+// Entry is a directory entry.
+type Entry struct {
+	FID    wire.FID
+	Type   wire.FileType
+	Cookie uint64
+}
+
+// Super is the superblock.
+type Super struct {
+	NextSeq uint64 // FID sequence of the next start
+	Clean   bool   // the last stop was orderly
+}
+
+// State is the part of the superblock that every transaction writes.
+type State struct {
+	Transno uint64 // of the transaction
+	Time    int64  // newest timestamp given
+	Inodes  uint64 // number of inodes
+}
+
+// Key prefixes, docs/design.md section 4.
+const (
+	prefixInode  = 'i'
+	prefixName   = 'd'
+	prefixCookie = 'c'
+	prefixLink   = 's'
+	prefixLog    = 'l'
+	prefixEpoch  = 'e'
+	prefixMeta   = 'm'
+)
+
+var (
+	keySuper = []byte("ms")
+	keyState = []byte("mt")
+)
+
+const recFormat = 1
+
+var errRecord = errors.New("malformed record")
+
+var be = binary.BigEndian
+
+func appendInodeKey(b []byte, f wire.FID) []byte { return f.Append(append(b, prefixInode)) }
+func appendLinkKey(b []byte, f wire.FID) []byte  { return f.Append(append(b, prefixLink)) }
+func appendLogKey(b []byte, id uint64) []byte    { return be.AppendUint64(append(b, prefixLog), id) }
+
+func appendNameKey(b []byte, dir wire.FID, name []byte) []byte {
+	return append(dir.Append(append(b, prefixName)), name...)
+}
+
+func appendCookieKey(b []byte, dir wire.FID, cookie uint64) []byte {
+	return be.AppendUint64(dir.Append(append(b, prefixCookie)), cookie)
+}
+
+func appendEpochKey(b []byte, f wire.FID, c wire.ClientID) []byte {
+	return append(f.Append(append(b, prefixEpoch)), c[:]...)
+}
+
+func appendClientKey(b []byte, c wire.ClientID) []byte {
+	return append(append(b, prefixMeta, 'c'), c[:]...)
+}
+
+func appendVIPKey(b []byte, vip uint32) []byte {
+	return be.AppendUint32(append(b, prefixMeta, 'v'), vip)
+}
+
+// Flags of stored inodes.
+const (
+	inoVerf = 1 << iota
+	inoHadData
+	inoOpen
+)
+
+const inodeHead = 1 + 1 + 2 + 6*4 + 2*8 + 3*8 + 4 + 8
+
+// AppendInode appends the stored form of in. The FID is in the key.
+func AppendInode(b []byte, in *Inode) []byte {
+	a := &in.Attr
+	var flags uint16
+	if in.HasVerf {
+		flags |= inoVerf
+	}
+	if in.HadData {
+		flags |= inoHadData
+	}
+	if in.Opens > 0 {
+		flags |= inoOpen
+	}
+	b = append(b, recFormat, byte(a.Type))
+	b = be.AppendUint16(b, flags)
+	for _, v := range [...]uint32{a.Mode, a.Nlink, a.UID, a.GID, a.RdevMajor, a.RdevMinor} {
+		b = be.AppendUint32(b, v)
+	}
+	for _, v := range [...]uint64{a.Size, a.Used, uint64(a.Atime), uint64(a.Mtime), uint64(a.Ctime)} {
+		b = be.AppendUint64(b, v)
+	}
+	b = be.AppendUint32(b, a.Generation)
+	b = be.AppendUint64(b, a.Version)
+	switch a.Type {
+	case wire.TypeDir:
+		b = a.Parent.Append(b)
+		b = be.AppendUint64(b, in.NextCookie)
+		b = be.AppendUint64(b, in.Entries)
+		b = be.AppendUint32(b, in.DirStripeSize)
+		b = append(b, in.DirStripeCount)
+	case wire.TypeReg:
+		b = be.AppendUint64(b, in.SizeVersion)
+		b = appendLayout(b, &a.Layout)
+		if in.HasVerf {
+			b = append(b, in.Verf[:]...)
+		}
+		if in.Opens > 0 {
+			b = be.AppendUint16(b, in.Opens)
+			b = append(b, in.Opener[:]...)
+		}
+	}
+	return b
+}
+
+func appendLayout(b []byte, l *wire.Layout) []byte {
+	b = be.AppendUint32(b, l.StripeSize)
+	n := min(l.Count, wire.MaxStripes)
+	b = append(b, n)
+	for _, o := range l.OST[:n] {
+		b = be.AppendUint16(b, o)
+	}
+	return b
+}
+
+func getLayout(v []byte) (l wire.Layout, rest []byte, err error) {
+	if len(v) < 5 || v[4] > wire.MaxStripes || len(v) < 5+2*int(v[4]) {
+		return l, nil, errRecord
+	}
+	l.StripeSize, l.Count = be.Uint32(v), v[4]
+	if l.Count > 0 && l.StripeSize == 0 {
+		return l, nil, errRecord
+	}
+	v = v[5:]
+	for i := range int(l.Count) {
+		l.OST[i] = be.Uint16(v[2*i:])
+	}
+	return l, v[2*int(l.Count):], nil
+}
+
+// DecodeInode decodes what AppendInode wrote for the object f.
+func DecodeInode(f wire.FID, v []byte) (*Inode, error) {
+	if len(v) < inodeHead || v[0] != recFormat {
+		return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+	}
+	in := &Inode{}
+	a := &in.Attr
+	a.FID, a.Type = f, wire.FileType(v[1])
+	flags := be.Uint16(v[2:])
+	if a.Type < wire.TypeReg || a.Type > wire.TypeFifo || flags > inoVerf|inoHadData|inoOpen {
+		return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+	}
+	for i, p := range [...]*uint32{&a.Mode, &a.Nlink, &a.UID, &a.GID, &a.RdevMajor, &a.RdevMinor} {
+		*p = be.Uint32(v[4+4*i:])
+	}
+	a.Size, a.Used = be.Uint64(v[28:]), be.Uint64(v[36:])
+	a.Atime, a.Mtime, a.Ctime = int64(be.Uint64(v[44:])), int64(be.Uint64(v[52:])), int64(be.Uint64(v[60:]))
+	a.Generation, a.Version = be.Uint32(v[68:]), be.Uint64(v[72:])
+	v = v[inodeHead:]
+	in.HadData = flags&inoHadData != 0
+	switch a.Type {
+	case wire.TypeDir:
+		if len(v) != wire.FIDSize+8+8+4+1 || v[36] > wire.MaxStripes {
+			return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+		}
+		a.Parent = wire.GetFID(v)
+		in.NextCookie, in.Entries = be.Uint64(v[16:]), be.Uint64(v[24:])
+		in.DirStripeSize, in.DirStripeCount = be.Uint32(v[32:]), v[36]
+		return in, nil
+	case wire.TypeReg:
+		if len(v) < 8 {
+			return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+		}
+		in.SizeVersion = be.Uint64(v)
+		var err error
+		if a.Layout, v, err = getLayout(v[8:]); err != nil {
+			return nil, fmt.Errorf("inode %v: %w", f, err)
+		}
+		if flags&inoVerf != 0 {
+			if len(v) < 8 {
+				return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+			}
+			in.HasVerf = true
+			v = v[copy(in.Verf[:], v):]
+		}
+		if flags&inoOpen != 0 {
+			if len(v) < 18 {
+				return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+			}
+			in.Opens = be.Uint16(v)
+			copy(in.Opener[:], v[2:])
+			a.EpochOpen = in.Opens > 0
+			if in.Opens == 0 {
+				return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+			}
+			v = v[18:]
+		}
+	}
+	if len(v) != 0 {
+		return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+	}
+	return in, nil
+}
+
+// AppendEntry appends the stored form of a name's entry (`d` keys).
+func AppendEntry(b []byte, e *Entry) []byte {
+	b = e.FID.Append(append(b, recFormat))
+	b = append(b, byte(e.Type))
+	return be.AppendUint64(b, e.Cookie)
+}
+
+// DecodeEntry decodes what AppendEntry wrote.
+func DecodeEntry(v []byte) (Entry, error) {
+	if len(v) != 26 || v[0] != recFormat || v[17] < byte(wire.TypeReg) || v[17] > byte(wire.TypeFifo) {
+		return Entry{}, fmt.Errorf("directory entry: %w", errRecord)
+	}
+	return Entry{FID: wire.GetFID(v[1:]), Type: wire.FileType(v[17]), Cookie: be.Uint64(v[18:])}, nil
+}
+
+func appendCookieRec(b []byte, f wire.FID, t wire.FileType, name []byte) []byte {
+	b = f.Append(append(b, recFormat))
+	return append(append(b, byte(t)), name...)
+}
+
+// DecodeCookieRec decodes the value of a `c` key; name aliases v.
+func DecodeCookieRec(v []byte) (f wire.FID, t wire.FileType, name []byte, err error) {
+	if len(v) < 19 || len(v) > 18+wire.MaxNameLen || v[0] != recFormat ||
+		v[17] < byte(wire.TypeReg) || v[17] > byte(wire.TypeFifo) {
+		return f, 0, nil, fmt.Errorf("directory cookie: %w", errRecord)
+	}
+	return wire.GetFID(v[1:]), wire.FileType(v[17]), v[18:], nil
+}
+
+// AppendLogRec appends the stored form of a log record; its ID is in the key.
+func AppendLogRec(b []byte, l *LogRec) []byte {
+	b = l.FID.Append(append(b, recFormat, byte(l.Kind)))
+	b = be.AppendUint64(b, l.Size)
+	return appendLayout(b, &l.Layout)
+}
+
+// DecodeLogRec decodes what AppendLogRec wrote.
+func DecodeLogRec(id uint64, v []byte) (LogRec, error) {
+	if len(v) < 26 || v[0] != recFormat || v[1] < byte(LogUnlink) || v[1] > byte(LogTruncate) {
+		return LogRec{}, fmt.Errorf("log record %d: %w", id, errRecord)
+	}
+	l := LogRec{ID: id, Kind: LogKind(v[1]), FID: wire.GetFID(v[2:]), Size: be.Uint64(v[18:])}
+	var rest []byte
+	var err error
+	if l.Layout, rest, err = getLayout(v[26:]); err != nil || len(rest) != 0 {
+		return LogRec{}, fmt.Errorf("log record %d: %w", id, errRecord)
+	}
+	return l, nil
+}
+
+func appendSuper(b []byte, s *Super) []byte {
+	var clean byte
+	if s.Clean {
+		clean = 1
+	}
+	return append(be.AppendUint64(append(b, recFormat), s.NextSeq), clean)
+}
+
+// DecodeSuper decodes the superblock.
+func DecodeSuper(v []byte) (Super, error) {
+	if len(v) != 10 || v[0] != recFormat || v[9] > 1 {
+		return Super{}, fmt.Errorf("superblock: %w", errRecord)
+	}
+	return Super{NextSeq: be.Uint64(v[1:]), Clean: v[9] == 1}, nil
+}
+
+func appendState(b []byte, s *State) []byte {
+	b = be.AppendUint64(append(b, recFormat), s.Transno)
+	b = be.AppendUint64(b, uint64(s.Time))
+	return be.AppendUint64(b, s.Inodes)
+}
+
+// DecodeState decodes the superblock's transaction part.
+func DecodeState(v []byte) (State, error) {
+	if len(v) != 25 || v[0] != recFormat {
+		return State{}, fmt.Errorf("superblock state: %w", errRecord)
+	}
+	return State{Transno: be.Uint64(v[1:]), Time: int64(be.Uint64(v[9:])), Inodes: be.Uint64(v[17:])}, nil
+}
+
+func appendU64Rec(b []byte, n uint64) []byte { return be.AppendUint64(append(b, recFormat), n) }
+
+func decodeU64Rec(v []byte) (uint64, error) {
+	if len(v) != 9 || v[0] != recFormat {
+		return 0, errRecord
+	}
+	return be.Uint64(v[1:]), nil
+}

@@ -1,0 +1,445 @@
+package ost
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// waiter is a request, or a function, that waits for a flush.
+type waiter struct {
+	rep  *wire.Reply
+	done func()
+	fn   func(error)
+}
+
+// flushQueue is the list of objects that the flushers work on. An object is in
+// it at most once.
+type flushQueue struct {
+	mu         sync.Mutex
+	cond       sync.Cond
+	head, tail *object
+	closed     bool
+}
+
+func (q *flushQueue) push(o *object) {
+	q.mu.Lock()
+	o.qnext = nil
+	if q.tail != nil {
+		q.tail.qnext = o
+	} else {
+		q.head = o
+	}
+	q.tail = o
+	q.mu.Unlock()
+	q.cond.Signal()
+}
+
+func (q *flushQueue) pop() *object {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.head == nil {
+		if q.closed {
+			return nil
+		}
+		q.cond.Wait()
+	}
+	o := q.head
+	if q.head = o.qnext; q.head == nil {
+		q.tail = nil
+	}
+	o.qnext = nil
+	return o
+}
+
+func (q *flushQueue) close() {
+	q.mu.Lock()
+	q.closed = true
+	q.mu.Unlock()
+	q.cond.Broadcast()
+}
+
+// syncObject makes everything durable that was done to o before the call, then
+// completes w. While a flush of o runs, those who come gather for the next one:
+// however many wait, one flush is under way. A zero w starts a flush that
+// nobody waits for. It reports whether there was nothing to wait for; w is not
+// completed then.
+func (t *Target) syncObject(o *object, w waiter) (clean bool) {
+	o.smu.Lock()
+	defer o.smu.Unlock()
+	dirty := t.track.dirty(o)
+	wants := w.rep != nil || w.fn != nil
+	if o.flushing && !dirty && len(o.wait) == 0 {
+		// What the caller wants is what is being flushed.
+		if wants {
+			o.cur = append(o.cur, w)
+		}
+		return false
+	}
+	if !dirty && !o.flushing && !o.queued {
+		return true
+	}
+	if wants {
+		o.wait = append(o.wait, w)
+	}
+	if !o.queued && (!o.flushing || dirty) {
+		o.queued = true
+		if !o.flushing {
+			o.refs.Add(1)
+			t.queue.push(o)
+		}
+	}
+	return false
+}
+
+// startFlush takes the group that gathered. Called with smu held and flushing
+// false.
+func (t *Target) startFlush(o *object) *dirtyNode {
+	o.queued, o.flushing = false, true
+	o.cur, o.wait = o.wait, o.cur[:0]
+	return t.track.begin(o)
+}
+
+// endFlush completes the group and hands the next one on. The reference that
+// the queue held stays with the next group, or is dropped.
+func (t *Target) endFlush(o *object, n *dirtyNode, err error, buf []waiter) []waiter {
+	if err != nil {
+		// Counted before last_committed can pass what is lost, so that no reply
+		// shows the second without the first.
+		t.flushErrors.Add(1)
+		t.log.Error("flush failed: data may be lost", "fid", o.key.fid, "stripe", o.key.stripe, "err", err)
+	}
+	if n != nil {
+		t.track.end(n)
+	}
+	o.smu.Lock()
+	buf = append(buf[:0], o.cur...)
+	clear(o.cur)
+	o.cur = o.cur[:0]
+	o.flushing = false
+	again := o.queued || len(o.wait) > 0
+	o.queued = again
+	o.smu.Unlock()
+	if again {
+		t.queue.push(o)
+	} else {
+		t.release(o)
+	}
+	if n != nil {
+		t.release(o)
+	}
+	for i, w := range buf {
+		if w.fn != nil {
+			w.fn(err)
+		} else {
+			if err != nil {
+				w.rep.Status = wire.ErrIO
+			}
+			t.trailer(w.rep)
+			w.done()
+		}
+		buf[i] = waiter{}
+	}
+	return buf
+}
+
+func (t *Target) flusher() {
+	defer t.wg.Done()
+	var buf []waiter
+	for {
+		o := t.queue.pop()
+		if o == nil {
+			return
+		}
+		o.smu.Lock()
+		n := t.startFlush(o)
+		o.smu.Unlock()
+		var err error
+		if n != nil {
+			t.stats.flushes.Add(1)
+			err = t.flush(o)
+		}
+		buf = t.endFlush(o, n, err, buf)
+	}
+}
+
+// snapshot is what one flush has to make durable.
+type snapshot struct {
+	segs               []*seg
+	first              *seg
+	entryNew, segNames bool
+	punched            bool
+	punchSeq           uint64
+	dead               bool
+}
+
+// prepare collects what is dirty and writes the header. Changes after it belong
+// to the next flush.
+func (t *Target) prepare(o *object) (s snapshot, err error) {
+	t.dirtyBytes.Add(-o.dirtyBytes.Swap(0))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.dead.Load() {
+		s.dead = true
+		return s, nil
+	}
+	if !o.exists {
+		return s, nil
+	}
+	if o.hdrDirty {
+		if err := t.writeHeader(o); err != nil {
+			return s, err
+		}
+	}
+	o.inFlush = true
+	s.first = o.find(0)
+	if p := o.segs.Load(); p != nil {
+		for _, g := range *p {
+			if g.dirty.Swap(false) && g != s.first {
+				s.segs = append(s.segs, g)
+			}
+		}
+	}
+	s.entryNew, s.segNames = o.entryNew, o.segDirNew
+	o.entryNew, o.segDirNew = false, false
+	s.punched, s.punchSeq = o.punchInst != 0, o.punchSeq
+	return s, nil
+}
+
+// finish ends what prepare began.
+func (t *Target) finish(o *object, s *snapshot, err error) {
+	if s.first == nil {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.inFlush = false
+	for _, fd := range o.zombies {
+		t.closeFD(fd)
+	}
+	o.zombies = nil
+	if err != nil {
+		for _, g := range s.segs {
+			g.dirty.Store(true)
+		}
+		s.first.dirty.Store(true)
+		o.hdrDirty = true
+		o.entryNew = o.entryNew || s.entryNew
+		o.segDirNew = o.segDirNew || s.segNames
+		return
+	}
+	t.refreshUsed(o, s.first)
+}
+
+// flush makes o durable: further segments, their names, segment 0 with the
+// header, its name.
+func (t *Target) flush(o *object) error {
+	s, err := t.prepare(o)
+	if err != nil {
+		return err
+	}
+	err = t.flushFiles(o, &s)
+	t.finish(o, &s, err)
+	return err
+}
+
+func (t *Target) flushFiles(o *object, s *snapshot) error {
+	if s.dead {
+		return t.dirs[o.key.dir()].sync(t.fs)
+	}
+	if s.first == nil {
+		return nil
+	}
+	for _, g := range s.segs {
+		if err := t.fs.Fdatasync(g.fd); err != nil {
+			return fmt.Errorf("sync segment: %w", err)
+		}
+	}
+	if s.segNames {
+		if err := t.syncPath(o.key.segDir()); err != nil {
+			// Gone because the object is being destroyed? That holds mu.
+			o.mu.Lock()
+			dead := o.dead.Load()
+			o.mu.Unlock()
+			if !dead {
+				return err
+			}
+		}
+	}
+	if err := t.fs.Fdatasync(s.first.fd); err != nil {
+		return fmt.Errorf("sync object: %w", err)
+	}
+	if err := t.clearPunch(o, s); err != nil {
+		return err
+	}
+	if s.entryNew {
+		return t.dirs[o.key.dir()].sync(t.fs)
+	}
+	return nil
+}
+
+// clearPunch takes the mark of an unsure truncate out of the header after the
+// truncate became durable, and makes that durable too: data written after the
+// truncate must not be cut off by a repetition.
+func (t *Target) clearPunch(o *object, s *snapshot) error {
+	for s.punched {
+		o.mu.Lock()
+		if o.dead.Load() {
+			o.mu.Unlock()
+			return nil
+		}
+		same := o.punchSeq == s.punchSeq
+		s.punchSeq = o.punchSeq
+		var err error
+		var last *seg
+		if same {
+			o.punchInst, o.punchSize = 0, 0
+			err = t.writeHeader(o)
+		} else {
+			last = o.find(o.lastSeg)
+		}
+		o.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if last != nil && last != s.first {
+			if err := t.fs.Fdatasync(last.fd); err != nil {
+				return fmt.Errorf("sync segment: %w", err)
+			}
+		}
+		if err := t.fs.Fdatasync(s.first.fd); err != nil {
+			return fmt.Errorf("sync object: %w", err)
+		}
+		if same {
+			return nil
+		}
+	}
+	return nil
+}
+
+// dirState coalesces the fsyncs of one fan-out directory.
+type dirState struct {
+	fd      int
+	mu      sync.Mutex
+	cond    sync.Cond
+	names   uint64 // changes made
+	durable uint64 // changes known to be durable
+	running bool
+}
+
+// changed is called after a name was made or removed.
+func (d *dirState) changed() {
+	d.mu.Lock()
+	d.names++
+	d.mu.Unlock()
+}
+
+type syncer interface{ Fdatasync(fd int) error }
+
+// sync makes all changes before the call durable.
+func (d *dirState) sync(fs syncer) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	want := d.names
+	for d.durable < want {
+		if d.running {
+			d.cond.Wait()
+			continue
+		}
+		d.running = true
+		upTo := d.names
+		d.mu.Unlock()
+		err := fs.Fdatasync(d.fd)
+		d.mu.Lock()
+		d.running = false
+		if err == nil {
+			d.durable = max(d.durable, upTo)
+		}
+		d.cond.Broadcast()
+		if err != nil {
+			return fmt.Errorf("sync directory: %w", err)
+		}
+	}
+	return nil
+}
+
+// flushDirty makes every change with a transno up to limit durable and returns
+// the first error. Many small objects are made durable with one syncfs instead
+// of one journal commit each.
+func (t *Target) flushDirty(limit uint64, wait bool) error {
+	var (
+		objs  []*object
+		wg    sync.WaitGroup
+		errMu sync.Mutex
+		first error
+	)
+	fn := func(err error) {
+		errMu.Lock()
+		if first == nil {
+			first = err
+		}
+		errMu.Unlock()
+		wg.Done()
+	}
+	objs = t.track.oldest(objs, 1<<20, limit)
+	if len(objs) >= syncfsObjects && t.dirtyBytes.Load() < syncfsBytes {
+		objs = t.flushTogether(objs)
+	}
+	for _, o := range objs {
+		w := waiter{}
+		if wait {
+			wg.Add(1)
+			w.fn = fn
+		}
+		if t.syncObject(o, w) && wait {
+			wg.Done()
+		}
+		t.release(o)
+	}
+	wg.Wait()
+	return first
+}
+
+// flushTogether flushes the objects that nobody is flushing with one syncfs
+// and returns the others.
+func (t *Target) flushTogether(objs []*object) (rest []*object) {
+	type flush struct {
+		o   *object
+		n   *dirtyNode
+		s   snapshot
+		err error
+	}
+	group := make([]flush, 0, len(objs))
+	for _, o := range objs {
+		o.smu.Lock()
+		if o.queued || o.flushing {
+			o.smu.Unlock()
+			rest = append(rest, o)
+			continue
+		}
+		n := t.startFlush(o)
+		o.smu.Unlock()
+		// The reference of objs takes the place of the queue's.
+		f := flush{o: o, n: n}
+		f.s, f.err = t.prepare(o)
+		group = append(group, f)
+	}
+	err := t.fs.Syncfs()
+	if err != nil {
+		err = fmt.Errorf("sync file system: %w", err)
+	}
+	var buf []waiter
+	for i := range group {
+		f := &group[i]
+		if f.err == nil {
+			f.err = err
+		}
+		if f.err == nil {
+			f.err = t.clearPunch(f.o, &f.s)
+		}
+		t.finish(f.o, &f.s, f.err)
+		buf = t.endFlush(f.o, f.n, f.err, buf)
+	}
+	return rest
+}

@@ -1,0 +1,203 @@
+package ost
+
+import (
+	"fmt"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// trailer fills what every reply carries. FlushErrors is read after
+// LastCommitted, see endFlush.
+func (t *Target) trailer(rep *wire.Reply) {
+	rep.LastCommitted = t.track.lc.Load()
+	rep.FlushErrors = t.flushErrors.Load()
+}
+
+// check decides whether the request may be executed.
+func (t *Target) check(req *wire.Request) wire.Status {
+	if t.down.Load() {
+		return wire.ErrTargetDown
+	}
+	return t.admit.check(&req.Header)
+}
+
+// TryHandle implements wire.Target: reads of up to 128 KiB from the page cache,
+// attributes of objects in the table, pings, and syncs of clean objects.
+func (t *Target) TryHandle(req *wire.Request, rep *wire.Reply) bool {
+	switch req.Op {
+	case wire.OpRead:
+		if len(req.Bulk) > fastRead || t.noNowait.Load() {
+			return false
+		}
+	case wire.OpObjAttr, wire.OpSyncObject:
+	case wire.OpPing:
+		rep.XID = req.XID
+		rep.Status = t.check(req)
+		t.trailer(rep)
+		return true
+	default:
+		return false
+	}
+	rep.XID = req.XID
+	if st := t.check(req); st != wire.OK {
+		rep.Status = st
+		t.trailer(rep)
+		return true
+	}
+	o := t.table.peek(objKey{req.FID, req.Stripe})
+	if o == nil {
+		return false
+	}
+	ok := false
+	if o.loaded.Load() && o.io.TryRLock() {
+		if o.loaded.Load() && !o.dead.Load() {
+			ok = t.tryObject(o, req, rep)
+		}
+		o.io.RUnlock()
+	}
+	t.release(o)
+	if ok {
+		t.trailer(rep)
+	} else {
+		rep.Obj = wire.ObjAttr{}
+	}
+	return ok
+}
+
+func (t *Target) tryObject(o *object, req *wire.Request, rep *wire.Reply) bool {
+	if req.Op == wire.OpRead {
+		if !t.read(o, req, rep, true) {
+			return false
+		}
+		if rep.Count > 0 {
+			o.readEnd.Store(req.Offset + uint64(rep.Count))
+		}
+		t.stats.fastReads.Add(1)
+		t.stats.readBytes.Add(uint64(rep.Count))
+		return true
+	}
+	if req.Op == wire.OpSyncObject {
+		o.smu.Lock()
+		busy := o.queued || o.flushing || t.track.dirty(o)
+		o.smu.Unlock()
+		if busy {
+			return false
+		}
+	}
+	if !o.mu.TryLock() {
+		return false
+	}
+	o.attr(&rep.Obj)
+	o.mu.Unlock()
+	return true
+}
+
+// Handle implements wire.Target. Requests that wait for a flush are completed
+// by the flushers; Handle returns before.
+func (t *Target) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	rep.XID = req.XID
+	if st := t.check(req); st != wire.OK {
+		rep.Status = st
+		t.trailer(rep)
+		done()
+		return
+	}
+	if req.Op.Modifies() && t.track.room() < transnoStep/16 {
+		// The committer is slow to reserve more, or failing to.
+		t.wake()
+		rep.Status = wire.ErrJukebox
+		t.trailer(rep)
+		done()
+		return
+	}
+	var o *object
+	wait := false
+	switch req.Op {
+	case wire.OpRead:
+		t.handleRead(req, rep)
+	case wire.OpWrite:
+		o, wait = t.write(req, rep)
+	case wire.OpPunch:
+		o, wait = t.punch(req, rep)
+	case wire.OpDestroy:
+		o, wait = t.destroy(req, rep)
+	case wire.OpSyncObject:
+		var err error
+		if o, err = t.lock(objKey{req.FID, req.Stripe}, false); err != nil {
+			rep.Status = t.statusOf(err)
+			break
+		}
+		o.mu.Lock()
+		o.attr(&rep.Obj)
+		o.mu.Unlock()
+		o.io.RUnlock()
+		wait = true
+	case wire.OpObjAttr:
+		ob, err := t.lock(objKey{req.FID, req.Stripe}, false)
+		if err != nil {
+			rep.Status = t.statusOf(err)
+			break
+		}
+		ob.mu.Lock()
+		ob.attr(&rep.Obj)
+		ob.mu.Unlock()
+		t.unlockObj(ob, false)
+	case wire.OpStatfs:
+		t.statfs(rep)
+	case wire.OpPing:
+	case wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
+		t.register(req, rep)
+	case wire.OpSyncTarget:
+		if err := t.flushDirty(t.track.last(), true); err != nil {
+			rep.Status = t.statusOf(err)
+		}
+	default:
+		rep.Status = wire.ErrNotSupp
+		if req.Op == 0 {
+			rep.Status = wire.ErrProto
+		}
+	}
+	if wait && !rep.Obj.Exists && req.Op != wire.OpDestroy {
+		// That it is missing must be durable, too: it may be a former object's
+		// destruction.
+		if err := t.dirs[o.key.dir()].sync(t.fs); err != nil {
+			rep.Status = t.statusOf(err)
+		}
+	}
+	if wait {
+		t.stats.syncs.Add(1)
+		clean := t.syncObject(o, waiter{rep: rep, done: done})
+		t.release(o)
+		if !clean {
+			return
+		}
+	}
+	t.trailer(rep)
+	done()
+}
+
+func (t *Target) handleRead(req *wire.Request, rep *wire.Reply) {
+	o, err := t.lock(objKey{req.FID, req.Stripe}, false)
+	if err != nil {
+		rep.Status = t.statusOf(err)
+		return
+	}
+	t.readahead(o, req.Offset, uint64(len(req.Bulk)))
+	t.read(o, req, rep, false)
+	t.unlockObj(o, false)
+	t.stats.reads.Add(1)
+	t.stats.readBytes.Add(uint64(rep.Count))
+}
+
+func (t *Target) statfs(rep *wire.Reply) {
+	sp, err := t.fs.Statfs()
+	if err != nil {
+		rep.Status = t.statusOf(fmt.Errorf("statfs: %w", err))
+		return
+	}
+	sub := func(a, b uint64) uint64 { return a - min(a, b) }
+	rep.Statfs = wire.Statfs{
+		Total: sp.Total, Free: sub(sp.Free, t.opts.MinFreeBytes), Avail: sub(sp.Avail, t.opts.MinFreeBytes),
+		Files: sp.Files, FilesFree: sp.FilesFree, FilesAvail: sp.FilesAvail,
+	}
+}

@@ -1,0 +1,484 @@
+// Package ost is the object storage target: it keeps the data of files in
+// objects, which are files of a local file system, and answers the OST
+// operations of recovery/wire. docs/design.md section 5 describes the layout.
+package ost
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/baton-nfs/baton/recovery/ost/objfs"
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+const (
+	// maxSegShift is the size of a segment in production, 1 TiB.
+	maxSegShift = 40
+	minSegShift = 12
+
+	// transnoStep is how many transnos are reserved durably at a time.
+	transnoStep = 1 << 24
+
+	flushers = 32
+
+	// From this many dirty objects on, with less dirty data than syncfsBytes,
+	// one syncfs is cheaper than a flush of each.
+	syncfsObjects = 64
+	syncfsBytes   = 64 << 20
+
+	// hintBytes of new data in one object make the target start their
+	// writeback, so that a later COMMIT finds little to do.
+	hintBytes = 16 << 20
+
+	fanOut = 256
+)
+
+// Options configure a target.
+type Options struct {
+	// Index is the OST's number in layouts.
+	Index uint16
+	// Dir is the directory of the store; used when FS is nil.
+	Dir string
+	// FS is the disk; nil: Linux files below Dir. The target shuts it down.
+	FS objfs.FS
+	// BootID identifies the running kernel; "" reads Linux's. When it is the
+	// same at two starts, what the first one wrote is still in the kernel.
+	BootID string
+	// Clock gives ns since 1970 UTC; nil: the system's.
+	Clock func() int64
+	// Logger; nil: slog's default.
+	Logger *slog.Logger
+	// MaxOpenFiles bounds idle objects that are kept open; 0: 1024. It is
+	// lowered to a quarter of RLIMIT_NOFILE.
+	MaxOpenFiles int
+	// DirtyLimitBytes of data not yet durable start a flush at once; 0: 256 MiB.
+	DirtyLimitBytes int64
+	// CommitInterval between background flushes; 0: 2 s; negative: none.
+	CommitInterval time.Duration
+	// MinFreeBytes are kept free for others on the same file system: writes
+	// that need space get ErrNoSpc before.
+	MinFreeBytes uint64
+	// OnFail is called once when the target cannot go on; it must not block.
+	OnFail func(error)
+	// SegShift makes segments of 1<<SegShift bytes (12..40), fixed when the
+	// store is made; 0: 40.
+	SegShift uint8
+}
+
+// ErrLocked says that another process has the store open.
+var ErrLocked = errors.New("object store is in use by another process")
+
+// Target is an object storage target. It implements wire.Target.
+type Target struct {
+	fs       objfs.FS
+	log      *slog.Logger
+	clock    func() int64
+	opts     Options
+	segShift uint8
+	segSize  uint64
+	maxSize  uint64
+
+	unlock   func() error
+	rootFD   int
+	dirs     [fanOut]dirState
+	instance uint64
+	lost     map[uint64]bool
+	lostData bool
+
+	startTransno uint64
+	table        table
+	track        tracker
+	queue        flushQueue
+	admit        admission
+	blocks       sync.Pool
+	openFDs      atomic.Int64
+	dirtyBytes   atomic.Int64
+	flushErrors  atomic.Uint64
+	damaged      atomic.Uint64
+	noNowait     atomic.Bool
+	space        spaceBudget
+	stats        counters
+
+	down     atomic.Bool
+	failOnce sync.Once
+	smu      sync.Mutex // the superblock
+	sb       *super
+
+	wg   sync.WaitGroup
+	kick chan struct{}
+	stop chan struct{}
+}
+
+type counters struct {
+	reads, fastReads, writes, readBytes, writeBytes, syncs, flushes atomic.Uint64
+}
+
+// Stats are counters since the start and current figures.
+type Stats struct {
+	Index                     uint16
+	Transno, LastCommitted    uint64
+	Objects, OpenFiles, Dirty int
+	DirtyBytes                int64
+	Reads, FastReads, Writes  uint64
+	ReadBytes, WriteBytes     uint64
+	// Syncs counts requests that waited for a flush, Flushes those made for them.
+	Syncs, Flushes        uint64
+	FlushErrors, Damaged  uint64
+	LostUnflushed, Failed bool
+}
+
+var _ wire.Target = (*Target)(nil)
+
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("boot id: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// Open opens the store, making it if the directory is empty, and starts the
+// target. When the last one did not stop cleanly but the kernel is the same,
+// everything that it wrote is made durable first.
+func Open(opts Options) (*Target, error) {
+	t := &Target{
+		fs: opts.FS, log: opts.Logger, clock: opts.Clock, rootFD: -1,
+		kick: make(chan struct{}, 1), stop: make(chan struct{}),
+	}
+	if t.log == nil {
+		t.log = slog.Default()
+	}
+	t.log = t.log.With("ost", opts.Index)
+	if t.clock == nil {
+		t.clock = func() int64 { return time.Now().UnixNano() }
+	}
+	if opts.BootID == "" {
+		id, err := bootID()
+		if err != nil {
+			return nil, fmt.Errorf("open ost %d: %w", opts.Index, err)
+		}
+		opts.BootID = id
+	}
+	if len(opts.BootID) > maxBootID {
+		return nil, fmt.Errorf("open ost %d: boot id of %d bytes", opts.Index, len(opts.BootID))
+	}
+	if opts.SegShift == 0 {
+		opts.SegShift = maxSegShift
+	}
+	if opts.SegShift < minSegShift || opts.SegShift > maxSegShift {
+		return nil, fmt.Errorf("open ost %d: segment shift %d", opts.Index, opts.SegShift)
+	}
+	if opts.MaxOpenFiles <= 0 {
+		opts.MaxOpenFiles = 1024
+	}
+	var lim unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil && uint64(opts.MaxOpenFiles) > lim.Cur/4 {
+		opts.MaxOpenFiles = max(tableShards, int(lim.Cur/4))
+	}
+	if opts.DirtyLimitBytes <= 0 {
+		opts.DirtyLimitBytes = 256 << 20
+	}
+	if opts.CommitInterval == 0 {
+		opts.CommitInterval = 2 * time.Second
+	}
+	t.opts = opts
+	t.blocks.New = func() any { return new([headerSize]byte) }
+	t.queue.cond.L = &t.queue.mu
+	t.table.init(opts.MaxOpenFiles)
+	if t.fs == nil {
+		fs, err := objfs.NewLinux(opts.Dir)
+		if err != nil {
+			return nil, fmt.Errorf("open ost %d: %w", opts.Index, err)
+		}
+		t.fs = fs
+	}
+	for i := range t.dirs {
+		t.dirs[i].fd = -1
+		t.dirs[i].cond.L = &t.dirs[i].mu
+	}
+	if err := t.start(); err != nil {
+		t.closeFiles()
+		return nil, fmt.Errorf("open ost %d: %w", opts.Index, err)
+	}
+	for range flushers {
+		t.wg.Add(1)
+		go t.flusher()
+	}
+	t.wg.Add(1)
+	go t.committer()
+	return t, nil
+}
+
+func (t *Target) start() error {
+	unlock, err := t.fs.Lock("lock")
+	if err == unix.EWOULDBLOCK {
+		return ErrLocked
+	}
+	if err != nil {
+		return fmt.Errorf("lock: %w", err)
+	}
+	t.unlock = unlock
+	if t.rootFD, err = t.fs.Open(".", objfs.ReadOnly|objfs.Directory); err != nil {
+		return fmt.Errorf("open store directory: %w", err)
+	}
+	sb, err := readSuper(t.fs)
+	if err != nil {
+		return err
+	}
+	if sb == nil {
+		if sb, err = t.format(); err != nil {
+			return err
+		}
+	}
+	if sb.Index != t.opts.Index {
+		return fmt.Errorf("the store belongs to ost %d", sb.Index)
+	}
+	t.segShift, t.segSize = sb.SegShift, 1<<sb.SegShift
+	// Segment numbers have 32 bits.
+	t.maxSize = min(wire.MaxFileSize, uint64(1)<<(sb.SegShift+31)-1)
+	for i := range t.dirs {
+		if t.dirs[i].fd, err = t.fs.Open(dirName(uint8(i)), objfs.ReadOnly|objfs.Directory); err != nil {
+			return fmt.Errorf("open object directory: %w", err)
+		}
+	}
+	if !sb.Clean {
+		lost := sb.BootID != t.opts.BootID
+		if !lost {
+			if err := t.fs.Syncfs(); err != nil {
+				t.log.Error("data of the last run could not be made durable", "err", err)
+				t.flushErrors.Add(1)
+				lost = true
+			}
+		}
+		if lost {
+			t.lostData = true
+			if len(sb.Lost) >= maxLost {
+				sb.Lost = sb.Lost[1:]
+			}
+			sb.Lost = append(sb.Lost, sb.Instance)
+			t.log.Warn("the store was not closed before power was lost: unflushed data may be gone")
+		} else {
+			sb.LastCommitted = sb.Ceiling
+		}
+	}
+	t.lost = make(map[uint64]bool, len(sb.Lost))
+	for _, i := range sb.Lost {
+		t.lost[i] = true
+	}
+	t.track.next = sb.Ceiling
+	t.track.lc.Store(sb.LastCommitted)
+	t.startTransno = sb.Ceiling
+	sb.Instance++
+	sb.Clean, sb.BootID = false, t.opts.BootID
+	sb.Ceiling += transnoStep
+	t.instance = sb.Instance
+	t.sb = sb
+	if err := writeSuper(t.fs, t.rootFD, sb); err != nil {
+		return err
+	}
+	t.track.ceiling = sb.Ceiling
+	t.admit.set(sb)
+	t.refreshSpace()
+	return nil
+}
+
+// format makes the directories and a first superblock, in this order, so that a
+// store without a superblock has no objects.
+func (t *Target) format() (*super, error) {
+	mk := func(p string) error {
+		if err := t.fs.Mkdir(p); err != nil && err != unix.EEXIST {
+			return fmt.Errorf("format: %w", err)
+		}
+		return nil
+	}
+	if err := mk("o"); err != nil {
+		return nil, err
+	}
+	for i := range fanOut {
+		if err := mk(dirName(uint8(i))); err != nil {
+			return nil, err
+		}
+		names, err := t.fs.ReadDir(dirName(uint8(i)))
+		if err != nil {
+			return nil, fmt.Errorf("format: %w", err)
+		}
+		if len(names) > 0 {
+			return nil, fmt.Errorf("format: %s has objects but there is no superblock", dirName(uint8(i)))
+		}
+	}
+	for _, d := range []string{"o", "."} {
+		if err := t.syncPath(d); err != nil {
+			return nil, fmt.Errorf("format: %w", err)
+		}
+	}
+	s := &super{
+		Index: t.opts.Index, SegShift: t.opts.SegShift, Clean: true, BootID: t.opts.BootID,
+		Epochs: map[uint32]uint64{}, Clients: map[wire.ClientID]uint64{},
+	}
+	if _, err := rand.Read(s.UUID[:]); err != nil {
+		return nil, fmt.Errorf("format: %w", err)
+	}
+	return s, nil
+}
+
+// Close flushes everything, marks the store clean and releases it. Requests
+// that come later get ErrTargetDown; no request may be in Handle any more. An
+// error means that the store is not marked clean.
+func (t *Target) Close() error {
+	if t.down.Swap(true) && t.isStopped() {
+		return nil
+	}
+	close(t.stop)
+	err := t.flushDirty(^uint64(0), true)
+	t.queue.close()
+	t.wg.Wait()
+	if err == nil && t.track.n.Load() == 0 && t.flushErrors.Load() == 0 {
+		t.smu.Lock()
+		t.sb.Clean = true
+		t.sb.Ceiling = t.track.last()
+		t.sb.LastCommitted = t.track.lc.Load()
+		err = writeSuper(t.fs, t.rootFD, t.sb)
+		t.smu.Unlock()
+	} else if err == nil {
+		err = errors.New("some data could not be flushed")
+	}
+	t.closeFiles()
+	if err != nil {
+		return fmt.Errorf("close ost %d: %w", t.opts.Index, err)
+	}
+	return nil
+}
+
+func (t *Target) isStopped() bool {
+	select {
+	case <-t.stop:
+		return true
+	default:
+		return false
+	}
+}
+
+func (t *Target) closeFiles() {
+	for i := range t.table.shards {
+		s := &t.table.shards[i]
+		s.mu.Lock()
+		for _, o := range s.m {
+			o.mu.Lock()
+			t.dropSegs(o, func(*seg) bool { return true })
+			o.mu.Unlock()
+		}
+		clear(s.m)
+		s.mu.Unlock()
+	}
+	for i := range t.dirs {
+		if t.dirs[i].fd >= 0 {
+			t.fs.Close(t.dirs[i].fd)
+		}
+	}
+	if t.rootFD >= 0 {
+		t.fs.Close(t.rootFD)
+	}
+	if t.unlock != nil {
+		t.unlock()
+	}
+	t.fs.Shut()
+}
+
+// fail stops the target for good.
+func (t *Target) fail(err error) {
+	t.failOnce.Do(func() {
+		t.down.Store(true)
+		t.log.Error("target failed", "err", err)
+		if t.opts.OnFail != nil {
+			t.opts.OnFail(err)
+		}
+	})
+}
+
+// LostUnflushed tells whether this start found that data which had been
+// acknowledged as UNSTABLE may have been lost.
+func (t *Target) LostUnflushed() bool { return t.lostData }
+
+// FlushErrors counts failed flushes since the start; each may have lost data
+// that had been acknowledged as UNSTABLE.
+func (t *Target) FlushErrors() uint64 { return t.flushErrors.Load() }
+
+// Stats returns the current figures.
+func (t *Target) Stats() Stats {
+	return Stats{
+		Index: t.opts.Index, Transno: t.track.last(), LastCommitted: t.track.lc.Load(),
+		Objects: t.table.len(), OpenFiles: int(t.openFDs.Load()), Dirty: int(t.track.n.Load()),
+		DirtyBytes: t.dirtyBytes.Load(), Reads: t.stats.reads.Load(), FastReads: t.stats.fastReads.Load(),
+		Writes: t.stats.writes.Load(), ReadBytes: t.stats.readBytes.Load(), WriteBytes: t.stats.writeBytes.Load(),
+		Syncs: t.stats.syncs.Load(), Flushes: t.stats.flushes.Load(),
+		FlushErrors: t.flushErrors.Load(), Damaged: t.damaged.Load(),
+		LostUnflushed: t.lostData, Failed: t.down.Load(),
+	}
+}
+
+// committer flushes in the background and keeps transnos and space ahead.
+func (t *Target) committer() {
+	defer t.wg.Done()
+	var tick <-chan time.Time
+	if t.opts.CommitInterval > 0 {
+		tk := time.NewTicker(t.opts.CommitInterval)
+		defer tk.Stop()
+		tick = tk.C
+	}
+	for {
+		select {
+		case <-t.stop:
+			return
+		case <-t.kick:
+		case <-tick:
+		}
+		if t.track.room() < transnoStep/2 {
+			if err := t.reserve(); err != nil {
+				t.fail(err)
+				return
+			}
+		}
+		t.refreshSpace()
+		if t.opts.CommitInterval > 0 {
+			// Errors are counted where they happen.
+			_ = t.flushDirty(t.track.last(), true)
+		}
+	}
+}
+
+// reserve raises the durable ceiling of transnos.
+func (t *Target) reserve() error {
+	t.smu.Lock()
+	defer t.smu.Unlock()
+	next := *t.sb
+	next.Ceiling += transnoStep
+	next.LastCommitted = t.track.lc.Load()
+	if err := writeSuper(t.fs, t.rootFD, &next); err != nil {
+		return err
+	}
+	*t.sb = next
+	t.track.mu.Lock()
+	t.track.ceiling = next.Ceiling
+	t.track.mu.Unlock()
+	return nil
+}
+
+// Commit flushes everything that was done before the call; it is what the
+// background committer does every CommitInterval.
+func (t *Target) Commit() error { return t.flushDirty(t.track.last(), true) }
+
+func (t *Target) wake() {
+	select {
+	case t.kick <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,344 @@
+package wire
+
+import (
+	"context"
+	"net/netip"
+)
+
+// Op is the operation that a Request asks for. The comment of each says which
+// body fields of Request and Reply it uses; unnamed fields are zero.
+type Op uint16
+
+// Operations of every target.
+const (
+	// OpConnect registers the client (Header.Client, ClientGen). Reply:
+	// Transno = highest transno seen, LastCommitted.
+	OpConnect Op = 1 + iota
+	// OpDisconnect removes the client from the client table.
+	OpDisconnect
+	// OpPing returns LastCommitted.
+	OpPing
+	// OpSetVIPEpoch raises durably the epoch of Header.VIP to Header.VIPEpoch
+	// and fences older ones.
+	OpSetVIPEpoch
+	// OpSyncTarget makes everything executed so far durable.
+	OpSyncTarget
+	// OpStatfs: Reply.Statfs.
+	OpStatfs
+)
+
+// Operations of the MDT. Cred is checked by the MDT unless noted. All modifying
+// operations carry ReplyKey when they serve a non-idempotent NFS call.
+// Directory post-attributes are in Reply.DirAttr with Reply.DirPre before.
+const (
+	// OpGetattr: FID -> Attr. No permission check.
+	OpGetattr Op = 32 + iota
+	// OpLookup: FID (directory), Name -> Attr (child), DirAttr. Checks search
+	// permission. "." and ".." are understood; the frontend stops ".." at the
+	// root of an export.
+	OpLookup
+	// OpReadlink: FID -> Data (target path), Attr.
+	OpReadlink
+	// OpCreate: FID (dir), Name, How, Verf, SetAttr, Flags&FlagOpenEpoch ->
+	// Attr (child), DirPre, DirAttr, Created. UNCHECKED on an existing file
+	// applies SetAttr.Size only (then Truncate in the reply asks the frontend
+	// to punch the objects) after a write permission check.
+	OpCreate
+	// OpMkdir: FID, Name, SetAttr -> Attr, DirPre, DirAttr.
+	OpMkdir
+	// OpSymlink: FID, Name, Data (target path), SetAttr -> Attr, DirPre, DirAttr.
+	OpSymlink
+	// OpMknod: FID, Name, Type, RdevMajor, RdevMinor, SetAttr -> Attr, DirPre, DirAttr.
+	OpMknod
+	// OpRemove: FID, Name -> DirPre, DirAttr. Not for directories.
+	OpRemove
+	// OpRmdir: FID, Name -> DirPre, DirAttr.
+	OpRmdir
+	// OpRename: FID, Name (from), FID2, Name2 (to) -> DirPre, DirAttr (from),
+	// DirPre2, DirAttr2 (to).
+	OpRename
+	// OpLink: FID (object), FID2, Name2 (new entry) -> Attr, DirPre2, DirAttr2.
+	OpLink
+	// OpSetattr: FID, SetAttr, Guard/GuardCtime -> Pre, Attr, Truncate. Checks
+	// ownership. A size change is logged for the OSTs (Truncate in the reply
+	// names the log record), opens an IO epoch, and is complete when the
+	// frontend has punched the objects and sent OpTruncateDone.
+	OpSetattr
+	// OpTruncateDone: LogIDs of truncate records whose punches are done.
+	OpTruncateDone
+	// OpReaddir: FID, Cookie, Count (bytes of Reply budget), MaxEntries, Plus
+	// -> Entries, EOF, DirAttr. Checks read permission. "." and ".." are
+	// entries with cookies 1 and 2.
+	OpReaddir
+	// OpOpenEpoch: FID -> Attr. Durably marks the cached size as not to be
+	// trusted; idempotent per client.
+	OpOpenEpoch
+	// OpCloseEpoch: Epochs: size, used, mtime, ctime of files whose data are
+	// durable; the MDT's attributes become valid again.
+	OpCloseEpoch
+	// OpSetLayout: FID (directory), Layout.StripeSize, Layout.Count: default
+	// layout of files made below it afterwards.
+	OpSetLayout
+	// OpTouchAtime: FID, SetAttr.Atime; not durable by itself.
+	OpTouchAtime
+)
+
+// Operations of an OST. Objects are named by FID and Stripe; Offset and Size
+// are offsets inside the object (the client maps file offsets to objects).
+const (
+	// OpRead: FID, Stripe, Offset, Bulk (destination) -> Count bytes; bytes
+	// past the object's end are not read (Count is short), holes read as zero;
+	// a missing object reads as empty. Reply.Obj as in OpObjAttr.
+	OpRead Op = 96 + iota
+	// OpWrite: FID, Stripe, Offset, Bulk, Stable, Time (mtime to set) ->
+	// ObjPre, Obj, Count. The object is made on first write.
+	OpWrite
+	// OpPunch: FID, Stripe, Size, LogID, Time: truncate the object to Size;
+	// applied once per LogID and never after a newer LogID. Makes no object
+	// when Size is 0.
+	OpPunch
+	// OpSyncObject: FID, Stripe: make the object durable -> Obj. A failed
+	// flush gives ErrIO and raises Reply.FlushErrors.
+	OpSyncObject
+	// OpObjAttr: FID, Stripe -> Obj.
+	OpObjAttr
+	// OpDestroy: FID, Stripe: destroy the object; OK when it does not exist.
+	OpDestroy
+)
+
+// IsMDT tells whether the operation belongs to the MDT.
+func (o Op) IsMDT() bool { return o >= 32 && o < 96 }
+
+// IsOST tells whether the operation belongs to an OST.
+func (o Op) IsOST() bool { return o >= 96 }
+
+// Modifies tells whether the operation changes a target's durable state and so
+// gets a transno.
+func (o Op) Modifies() bool {
+	switch o {
+	case OpCreate, OpMkdir, OpSymlink, OpMknod, OpRemove, OpRmdir, OpRename,
+		OpLink, OpSetattr, OpTruncateDone, OpOpenEpoch, OpCloseEpoch,
+		OpSetLayout, OpWrite, OpPunch, OpDestroy, OpConnect, OpDisconnect, OpSetVIPEpoch:
+		return true
+	}
+	return false
+}
+
+// Flags of a request.
+type Flags uint16
+
+// Request flags.
+const (
+	// FlagWaitCommit: the reply is given when the operation's transno is
+	// durable (durability "disk").
+	FlagWaitCommit Flags = 1 << iota
+	// FlagReplay: the operation was executed before, Header.Transno says when.
+	FlagReplay
+	// FlagResend: the request was sent before and its reply is not known.
+	FlagResend
+	// FlagLastReplay: the client has nothing more to replay.
+	FlagLastReplay
+	// FlagAnyPort: a reply record that matches but for the port is the answer.
+	FlagAnyPort
+	// FlagForceNew: a reply record that matches but for the port is not of
+	// this request; execute.
+	FlagForceNew
+	// FlagOpenEpoch: OpCreate opens the new file's IO epoch for the client.
+	FlagOpenEpoch
+	// FlagOwnerOverride: the owner passes permission checks that NFS servers
+	// waive (READ, WRITE and size changes on files that were open before a chmod).
+	FlagOwnerOverride
+)
+
+// ClientID is the UUID of a frontend's file system client.
+type ClientID [16]byte
+
+// Header is part of every request.
+type Header struct {
+	XID           uint64 // client-unique, rising; orders requests without transno
+	Op            Op
+	Flags         Flags
+	Client        ClientID
+	ClientGen     uint64 // boot generation of the client
+	Transno       uint64 // for replays
+	LastCommitted uint64 // the highest the client knows
+	VIP           uint32 // index of the served address in the MGS's VIP table; 0: none
+	VIPEpoch      uint64
+	PreVersions   [4]uint64
+	Credits       uint16
+}
+
+// ReplyKey identifies an NFS call for at-most-once execution: the client's
+// address, source port, RPC xid, procedure and a checksum over credential and
+// arguments. The zero key means that no reply record is kept.
+type ReplyKey struct {
+	Addr [16]byte // IPv6 or IPv4-mapped
+	Port uint16
+	XID  uint32
+	Proc uint32 // program<<8 | procedure
+	Sum  uint64
+}
+
+// IsZero tells whether no reply record is wanted.
+func (k *ReplyKey) IsZero() bool { return k.Proc == 0 }
+
+// MakeReplyAddr gives the key form of an address.
+func MakeReplyAddr(a netip.Addr) [16]byte { return a.As16() }
+
+// CreateHow selects the mode of OpCreate (RFC 1813 createmode3).
+type CreateHow uint8
+
+// Create modes.
+const (
+	Unchecked CreateHow = 0
+	Guarded   CreateHow = 1
+	Exclusive CreateHow = 2
+)
+
+// StableHow is the stability a write asks for or has got (RFC 1813 stable_how).
+type StableHow uint8
+
+// Stabilities.
+const (
+	Unstable StableHow = 0
+	DataSync StableHow = 1
+	FileSync StableHow = 2
+)
+
+// EpochClose carries one file's attributes when its IO epoch closes.
+type EpochClose struct {
+	FID          FID
+	Size, Used   uint64
+	Mtime, Ctime int64
+	// Seen is the Attr.Version the client last saw; informative.
+	Seen uint64
+}
+
+// Request is a message to a target. Name, Name2, Data and Bulk alias the
+// caller's buffers and are valid until the reply is given; a target that keeps
+// them copies them.
+type Request struct {
+	Header
+	Key ReplyKey
+
+	FID, FID2   FID
+	Name, Name2 []byte
+	Cred        Cred
+	SetAttr     SetAttr
+	Guard       bool
+	GuardCtime  int64
+	How         CreateHow
+	Verf        [8]byte
+	Type        FileType
+	RdevMajor   uint32
+	RdevMinor   uint32
+	Data        []byte
+	Cookie      uint64
+	Count       uint32
+	MaxEntries  uint32
+	Plus        bool
+	Layout      Layout
+	LogIDs      []uint64
+	Epochs      []EpochClose
+
+	Stripe uint8
+	Offset uint64
+	Size   uint64
+	LogID  uint64
+	Stable StableHow
+	Time   int64
+	Bulk   []byte
+}
+
+// Reset clears r for reuse but keeps the capacity of its slices' owners.
+func (r *Request) Reset() { *r = Request{} }
+
+// Dirent is a directory entry. Attr is set when the request asked for it
+// (Plus) and HasAttr is true.
+type Dirent struct {
+	Cookie  uint64
+	FID     FID
+	Type    FileType
+	Name    []byte
+	HasAttr bool
+	Attr    Attr
+}
+
+// ObjAttr is what an OST knows of an object.
+type ObjAttr struct {
+	Exists       bool
+	Size, Used   uint64
+	Mtime, Ctime int64
+	Version      uint64
+}
+
+// Statfs holds space figures in bytes and files.
+type Statfs struct {
+	Total, Free, Avail           uint64
+	Files, FilesFree, FilesAvail uint64
+}
+
+// Truncate asks the frontend to punch the objects of a file after an
+// operation that changed its size. LogID 0: nothing to do.
+type Truncate struct {
+	LogID uint64
+	Size  uint64
+}
+
+// Reply is a target's answer. Slices are owned by the reply until it is reused.
+type Reply struct {
+	XID           uint64
+	Status        Status
+	Transno       uint64
+	LastCommitted uint64
+	PreVersions   [4]uint64
+	// Reconstructed: the operation had been executed before, and this is the
+	// recorded result; Pre, DirPre and DirPre2 are not valid then.
+	Reconstructed bool
+
+	Attr              Attr
+	Pre               PreAttr
+	DirAttr, DirAttr2 Attr
+	HasDir, HasDir2   bool // DirAttr, DirAttr2 are valid (also in failures)
+	HasAttr           bool // Attr is valid (also in failures)
+	DirPre, DirPre2   PreAttr
+	Created           bool
+	Truncate          Truncate
+	Data              []byte
+	Entries           []Dirent
+	EOF               bool
+	Statfs            Statfs
+
+	Count       uint32
+	ObjPre      PreAttr
+	Obj         ObjAttr
+	FlushErrors uint64
+	Port        uint16 // with ErrPortMismatch: the recorded port
+}
+
+// Reset clears r for reuse and keeps Entries' and Data's capacity.
+func (r *Reply) Reset() {
+	e, d := r.Entries[:0], r.Data[:0]
+	*r = Reply{Entries: e, Data: d}
+}
+
+// Target executes requests. Implementations are the MDT, an OST and the MGS.
+type Target interface {
+	// Handle executes req, fills rep and calls done exactly once, before it
+	// returns or later from another goroutine. done must not block. With
+	// FlagWaitCommit done is called when the transno is durable.
+	Handle(req *Request, rep *Reply, done func())
+	// TryHandle executes req only if that needs no waiting for disk or other
+	// requests; it reports whether rep is the answer.
+	TryHandle(req *Request, rep *Reply) bool
+}
+
+// Conn is a client's path to one target.
+type Conn interface {
+	Target
+	// Call is Handle for callers that wait. A non-nil error means that no
+	// answer came (transport failure or ctx); the operation's fate is unknown.
+	Call(ctx context.Context, req *Request, rep *Reply) error
+	// Close ends the connection.
+	Close() error
+}

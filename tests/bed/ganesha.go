@@ -1,0 +1,149 @@
+package bed
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Ganesha runs Debian's nfs-ganesha with the VFS FSAL as a peer to test the
+// suites themselves and to compare figures with.
+type Ganesha struct {
+	c       Config
+	proc    *Proc
+	rpcbind *Proc
+	// Root is the directory below which exports are stored, one directory per
+	// export. NewGanesha sets it to Dir/export; change it before Start to
+	// store them on another file system.
+	Root string
+}
+
+// NewGanesha makes a Ganesha server; the error wraps ErrUnavailable if the
+// packages are missing.
+func NewGanesha(c Config) (*Ganesha, error) {
+	for _, p := range []string{"ganesha.nfsd", "rpcbind"} {
+		if _, err := LookPath(p); err != nil {
+			return nil, fmt.Errorf("bed: packages nfs-ganesha, nfs-ganesha-vfs, rpcbind: %w", err)
+		}
+	}
+	return &Ganesha{c: c, Root: filepath.Join(c.Dir, "export")}, nil
+}
+
+// Name returns "ganesha".
+func (g *Ganesha) Name() string { return "ganesha" }
+
+// Addr returns the service address.
+func (g *Ganesha) Addr() netip.Addr { return g.c.Addr }
+
+// Pid returns the running server's PID or 0.
+func (g *Ganesha) Pid() int {
+	if g.proc == nil {
+		return 0
+	}
+	return g.proc.Pid()
+}
+
+func (g *Ganesha) config() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `NFS_CORE_PARAM {
+	Protocols = 3;
+	mount_path_pseudo = true;
+	NFS_Port = %d;
+	MNT_Port = %d;
+	Enable_NLM = true;
+	Enable_RQUOTA = false;
+}
+NFSv4 { Graceless = true; RecoveryRoot = "%s"; }
+EXPORT_DEFAULTS { Access_Type = RW; Squash = No_Root_Squash; SecType = sys, none; Protocols = 3; Transports = TCP, UDP; }
+LOG { Default_Log_Level = EVENT; }
+`, NFSPort, MountPort, filepath.Join(g.c.Dir, "recov"))
+	for i, e := range g.c.Exports {
+		access, squash := "RW", "No_Root_Squash"
+		if e.ReadOnly {
+			access = "RO"
+		}
+		if e.RootSquash {
+			squash = "Root_Squash"
+		}
+		fmt.Fprintf(&b, "EXPORT { Export_Id = %d; Path = \"%s\"; Pseudo = \"%s\"; Access_Type = %s; Squash = %s; FSAL { Name = VFS; } }\n",
+			i+1, g.dir(e), e.Path, access, squash)
+	}
+	return b.String()
+}
+
+func (g *Ganesha) dir(e Export) string { return filepath.Join(g.Root, filepath.Clean("/"+e.Path)) }
+
+// Start starts rpcbind (once) and the server.
+func (g *Ganesha) Start(ctx context.Context) error {
+	for _, e := range g.c.Exports {
+		if err := os.MkdirAll(g.dir(e), 0o755); err != nil {
+			return fmt.Errorf("bed: ganesha: %w", err)
+		}
+	}
+	os.MkdirAll(filepath.Join(g.c.Dir, "recov"), 0o755)
+	conf := filepath.Join(g.c.Dir, "ganesha.conf")
+	if err := os.WriteFile(conf, []byte(g.config()), 0o644); err != nil {
+		return fmt.Errorf("bed: ganesha: %w", err)
+	}
+	if g.rpcbind == nil {
+		p, err := g.c.Node.Spawn(Command("rpcbind", "-f", "-w"))
+		if err != nil {
+			return err
+		}
+		g.rpcbind = p
+		for pingRPC(ctx, g.c.Node, netip.AddrPortFrom(g.c.Addr, 111), 100000, 2) != nil {
+			select {
+			case <-p.Done():
+				return fmt.Errorf("bed: rpcbind ended: %v", p.Err())
+			case <-ctx.Done():
+				return fmt.Errorf("bed: rpcbind does not answer: %w", ctx.Err())
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	cmd := Command("ganesha.nfsd", "-F", "-f", conf, "-L", g.logFile(), "-p", filepath.Join(g.c.Dir, "ganesha.pid"), "-N", "NIV_EVENT")
+	p, err := g.c.Node.Spawn(cmd)
+	if err != nil {
+		return err
+	}
+	g.proc = p
+	if err := waitAnswers(ctx, g.c.Node, g.c.Addr, p); err != nil {
+		return fmt.Errorf("%w\n%s", err, g.Log())
+	}
+	return nil
+}
+
+func (g *Ganesha) logFile() string { return filepath.Join(g.c.Dir, "ganesha.log") }
+
+// Kill9 kills the server; rpcbind stays.
+func (g *Ganesha) Kill9() error {
+	if g.proc != nil {
+		g.proc.Kill()
+		g.proc = nil
+	}
+	// A dead server's PID file keeps the next one from starting.
+	os.Remove(filepath.Join(g.c.Dir, "ganesha.pid"))
+	return nil
+}
+
+// Stop ends the server and rpcbind. Ganesha often needs longer than a test
+// should wait for its orderly end, so that is not insisted on.
+func (g *Ganesha) Stop() error {
+	if g.proc != nil {
+		g.proc.Stop(2 * time.Second)
+		g.proc = nil
+	}
+	if g.rpcbind != nil {
+		g.rpcbind.Kill()
+		g.rpcbind = nil
+	}
+	os.Remove(filepath.Join(g.c.Dir, "ganesha.pid"))
+	return nil
+}
+
+// Log returns the end of Ganesha's log.
+func (g *Ganesha) Log() string { return tail(g.logFile(), 4096) }

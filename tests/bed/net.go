@@ -1,0 +1,75 @@
+package bed
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// ip runs one `ip` command in the node's network namespace alone: it must see
+// the PIDs that the test sees, to name other nodes by them.
+func (n *Node) ip(args string) error {
+	cmd := Command("ip", strings.Fields(args)...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := n.Do(cmd.Start); err != nil {
+		return fmt.Errorf("bed: ip: %w", err)
+	}
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("bed: ip %s: %w: %s", args, err, bytes.TrimSpace(out.Bytes()))
+	}
+	return nil
+}
+
+// AddBridge makes a bridge in the node and, if addr is valid, gives it that
+// address. Interface names are at most 15 bytes.
+func (n *Node) AddBridge(name string, addr netip.Prefix) error {
+	if err := n.ip("link add " + name + " type bridge forward_delay 0"); err != nil {
+		return err
+	}
+	if addr.IsValid() {
+		if err := n.AddAddr(name, addr); err != nil {
+			return err
+		}
+	}
+	return n.ip("link set " + name + " up")
+}
+
+// AddAddr adds an address to an interface of the node.
+func (n *Node) AddAddr(dev string, addr netip.Prefix) error {
+	cmd := fmt.Sprintf("addr add %s dev %s", addr, dev)
+	if addr.Addr().Is6() {
+		cmd += " nodad"
+	}
+	return n.ip(cmd)
+}
+
+// AddTap makes a persistent tap interface and puts it on the bridge master.
+func (n *Node) AddTap(name, master string) error {
+	if err := n.ip("tuntap add " + name + " mode tap"); err != nil {
+		return err
+	}
+	if err := n.ip("link set " + name + " master " + master); err != nil {
+		return err
+	}
+	return n.ip("link set " + name + " up")
+}
+
+// Plug joins node n to the bridge master of node hub with a veth pair: dev in
+// n with address addr, port in hub.
+func (n *Node) Plug(hub *Node, master, port, dev string, addr netip.Prefix) error {
+	if err := hub.ip(fmt.Sprintf("link add %s type veth peer name %s netns %d", port, dev, n.holder.Process.Pid)); err != nil {
+		return err
+	}
+	if err := hub.ip("link set " + port + " master " + master); err != nil {
+		return err
+	}
+	if err := hub.ip("link set " + port + " up"); err != nil {
+		return err
+	}
+	if err := n.AddAddr(dev, addr); err != nil {
+		return err
+	}
+	return n.ip("link set " + dev + " up")
+}
