@@ -316,9 +316,9 @@ func (o *op) fsinfo(block bool) bool {
 	}
 	cfg := &o.a.srv.cfg
 	nfs3.PutFSInfoOK(&o.c.Out, &o.attr, o.h.FSID, &nfs3.FSInfo{
-		RTMax: cfg.RTMax, RTPref: cfg.RTMax, RTMult: 4096,
-		WTMax: cfg.WTMax, WTPref: cfg.WTMax, WTMult: 4096,
-		DTPref: min(cfg.DTMax, 64<<10), MaxFileSize: wire.MaxFileSize, TimeDelta: 1,
+		RTMax: cfg.RTMax, RTPref: cfg.RTPref, RTMult: 4096,
+		WTMax: cfg.WTMax, WTPref: cfg.WTPref, WTMult: 4096,
+		DTPref: cfg.DTPref, MaxFileSize: wire.MaxFileSize, TimeDelta: 1,
 		Properties: nfs3.FSFLink | nfs3.FSFSymlink | nfs3.FSFHomogeneous | nfs3.FSFCanSetTime,
 	})
 	o.c.Finish()

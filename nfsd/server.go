@@ -27,6 +27,9 @@ type Config struct {
 	// RTMax, WTMax and DTMax bound the bytes of one READ, WRITE and directory
 	// read. Default 1 MiB each.
 	RTMax, WTMax, DTMax uint32
+	// RTPref, WTPref and DTPref are the sizes that FSINFO recommends. Default:
+	// the maxima.
+	RTPref, WTPref, DTPref uint32
 	// InlineRead is the largest READ that a connection's reader answers itself
 	// when the data are in memory; longer ones go to a worker so that one stream
 	// does not hold up the connection's other calls. Default 64 KiB.
@@ -67,6 +70,14 @@ func New(cfg Config) (*Server, error) {
 	for _, p := range []*uint32{&cfg.RTMax, &cfg.WTMax, &cfg.DTMax} {
 		if *p == 0 || *p > mib {
 			*p = mib
+		}
+	}
+	for _, p := range []struct {
+		pref *uint32
+		max  uint32
+	}{{&cfg.RTPref, cfg.RTMax}, {&cfg.WTPref, cfg.WTMax}, {&cfg.DTPref, cfg.DTMax}} {
+		if *p.pref == 0 || *p.pref > p.max {
+			*p.pref = p.max
 		}
 	}
 	if cfg.InlineRead == 0 {

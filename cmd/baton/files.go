@@ -178,7 +178,7 @@ func (l *lister) list(args []string) error {
 			files, names = append(files, fi), append(names, p)
 		}
 	}
-	if err := l.print(files, names); err != nil {
+	if err := l.print(files, names, names); err != nil {
 		return err
 	}
 	l.printed = len(files) > 0
@@ -202,11 +202,11 @@ func (l *lister) dir(p string, head bool) error {
 		fmt.Fprintf(l.out, "%s:\n", printable(p))
 	}
 	l.printed = true
-	names := make([]string, len(infos))
+	names, bases := make([]string, len(infos)), make([]string, len(infos))
 	for i, fi := range infos {
-		names[i] = path.Join(p, fi.Name())
+		names[i], bases[i] = join(p, fi.Name()), fi.Name()
 	}
-	if err := l.print(infos, names); err != nil || !l.recursive {
+	if err := l.print(infos, names, bases); err != nil || !l.recursive {
 		return err
 	}
 	var errs []error
@@ -220,11 +220,11 @@ func (l *lister) dir(p string, head bool) error {
 	return errors.Join(errs...)
 }
 
-// print writes one line for each object.
-func (l *lister) print(infos []os.FileInfo, paths []string) error {
+// print writes one line for each object, under the names given.
+func (l *lister) print(infos []os.FileInfo, paths, names []string) error {
 	if !l.long {
-		for _, fi := range infos {
-			if _, err := fmt.Fprintln(l.out, printable(fi.Name())); err != nil {
+		for _, n := range names {
+			if _, err := fmt.Fprintln(l.out, printable(n)); err != nil {
 				return err
 			}
 		}
@@ -240,7 +240,7 @@ func (l *lister) print(infos []os.FileInfo, paths []string) error {
 		if fi.Mode()&fs.ModeDevice != 0 {
 			size = fmt.Sprintf("%d,%d", a.RdevMajor, a.RdevMinor)
 		}
-		name := printable(fi.Name())
+		name := printable(names[i])
 		if fi.Mode()&fs.ModeSymlink != 0 {
 			to, err := l.fs.Readlink(paths[i])
 			if err != nil {

@@ -116,7 +116,8 @@ func (n *Node) Start(ctx context.Context) (err error) {
 
 	n.nfs, err = nfsd.New(nfsd.Config{
 		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
-		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax), DTMax: 1 << 20,
+		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax),
+		RTPref: uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
 	})
 	if err != nil {
 		return err
@@ -200,7 +201,7 @@ func (n *Node) listen(ctx context.Context) error {
 				}
 			}
 		}
-		n.log.Info("serving", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", vip.Index, "epoch", vip.Epoch)
+		n.log.Info("listening", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", vip.Index, "epoch", vip.Epoch)
 	}
 	return nil
 }
@@ -218,34 +219,13 @@ func listenError(ap netip.AddrPort, network, name string, err error) error {
 }
 
 // mappings lists what rpcbind shall answer.
-func (n *Node) mappings(hosts bool) []rpcbind.Mapping {
-	var l []rpcbind.Mapping
-	add := func(netid string, prog, lo, hi uint32, port int) {
-		for v := lo; v <= hi; v++ {
-			l = append(l, rpcbind.Mapping{Prog: prog, Vers: v, Netid: netid, Port: uint16(port)})
-		}
+func (n *Node) mappings() []rpcbind.Mapping {
+	port, mount, udp := uint16(n.cfg.NFS.Port), uint16(n.cfg.NFS.MountPort), uint16(0)
+	if n.cfg.NFS.UDP {
+		udp = port
 	}
-	var v4, v6 bool
-	for _, a := range n.cfg.Addrs() {
-		v4, v6 = v4 || a.Is4(), v6 || a.Is6()
-	}
-	for _, f := range []struct {
-		on       bool
-		tcp, udp string
-	}{{v4, rpcbind.TCP, rpcbind.UDP}, {v6, rpcbind.TCP6, rpcbind.UDP6}} {
-		if !f.on {
-			continue
-		}
-		add(f.tcp, nfs3.Program, nfs3.Version, nfs3.Version, n.cfg.NFS.Port)
-		if n.cfg.NFS.UDP {
-			add(f.udp, nfs3.Program, nfs3.Version, nfs3.Version, n.cfg.NFS.Port)
-		}
-		for _, netid := range []string{f.tcp, f.udp} {
-			add(netid, mount3.Program, mount3.VersionOld, mount3.VersionOld, n.cfg.NFS.MountPort)
-			add(netid, mount3.Program, mount3.Version, mount3.Version, n.cfg.NFS.MountPort)
-		}
-	}
-	return l
+	l := rpcbind.Mappings(nfs3.Program, []uint32{nfs3.Version}, n.cfg.Addrs(), port, udp)
+	return append(l, rpcbind.Mappings(mount3.Program, []uint32{mount3.VersionOld, mount3.Version}, n.cfg.Addrs(), mount, mount)...)
 }
 
 // startRpcbind makes the ports known: through the system's rpcbind, or by
@@ -264,7 +244,7 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 	case config.RpcbindOff:
 		return nil
 	case config.RpcbindSystem:
-		r := &rpcbind.Registrar{System: sys, Mappings: n.mappings(false), Logger: n.log}
+		r := &rpcbind.Registrar{System: sys, Mappings: n.mappings(), Logger: n.log}
 		if err := r.Start(ctx); err != nil {
 			return fmt.Errorf("rpcbind: %w; set rpcbind.mode = \"own\" or \"off\"", err)
 		}
@@ -272,7 +252,7 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 		return nil
 	}
 	n.rpcTable = &rpcbind.Table{}
-	for _, m := range n.mappings(true) {
+	for _, m := range n.mappings() {
 		n.rpcTable.Set(m)
 	}
 	srv := &rpcbind.Server{Table: n.rpcTable}
@@ -293,11 +273,10 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 			}
 			return listenError(ap, "tcp+udp", "rpcbind", err)
 		}
-		for _, netid := range []string{rpcbind.TCP, rpcbind.UDP, rpcbind.TCP6, rpcbind.UDP6} {
-			for _, vers := range []uint32{rpcbind.VersPortmap, rpcbind.Vers3, rpcbind.Vers4} {
-				n.rpcTable.Set(rpcbind.Mapping{Prog: rpcbind.Program, Vers: vers, Netid: netid, Port: uint16(n.cfg.Rpcbind.Port)})
-			}
-		}
+	}
+	port := uint16(n.cfg.Rpcbind.Port)
+	for _, m := range rpcbind.Mappings(rpcbind.Program, []uint32{rpcbind.VersPortmap, rpcbind.Vers3, rpcbind.Vers4}, n.cfg.Addrs(), port, port) {
+		n.rpcTable.Set(m)
 	}
 	return nil
 }

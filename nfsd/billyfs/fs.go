@@ -207,7 +207,9 @@ func (f *FS) walk(p string, fl walkFlags) (place, error) {
 	var stackBuf [16]wire.FID
 	stack := append(stackBuf[:0], f.rootFID)
 	var pl place
-	links := 0
+	// links counts those followed; what is longer than tail in rest came from the
+	// last one, and what a link names is not made for it.
+	links, tail := 0, 0
 	rest := p
 	for {
 		rest = strings.TrimLeft(rest, "/")
@@ -237,7 +239,7 @@ func (f *FS) walk(p string, fl walkFlags) (place, error) {
 				pl.dir, pl.name = dir, name
 				return pl, nil
 			}
-			if fl&makeParents != 0 {
+			if fl&makeParents != 0 && !(links > 0 && len(rest) >= tail) {
 				err = f.mkdirAt(dir, name, 0o755, &pl.attr)
 				if err == syscall.EEXIST {
 					err = f.lookup(dir, name, &pl.attr)
@@ -262,6 +264,7 @@ func (f *FS) walk(p string, fl walkFlags) (place, error) {
 			if target[0] == '/' {
 				stack = stack[:1]
 			}
+			tail = len(rest)
 			if last {
 				rest = target
 			} else {

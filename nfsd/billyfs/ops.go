@@ -125,6 +125,10 @@ func (f *FS) mkdirAll(name string, perm os.FileMode) error {
 			return err
 		}
 		if !pl.found {
+			if l, err := f.walk(name[:at], 0); err == nil && l.found {
+				// A link that leads nowhere.
+				return syscall.EEXIST
+			}
 			err = f.mkdirAt(pl.dir, pl.name, perm, &pl.attr)
 			if err == syscall.EEXIST {
 				pl, err = f.walk(name[:at], follow)

@@ -109,7 +109,7 @@ func (c *crashModel) check(g *Target, f wire.FID, limit int) error {
 // TestPowerFail runs random operations, cuts the power again and again, and
 // looks whether everything that was said to be durable is there.
 func TestPowerFail(t *testing.T) {
-	for _, seed := range seeds(t, 150) {
+	for _, seed := range seeds(t, 20) {
 		t.Run(fmt.Sprintf("OST_SEED=%d", seed), func(t *testing.T) { powerFail(t, seed) })
 	}
 }

@@ -3,6 +3,7 @@ package ost
 import (
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -53,6 +54,25 @@ func (q *flushQueue) pop() *object {
 	return o
 }
 
+// popAll takes everything that is in the queue, at least one object; nil when
+// the queue is closed and empty.
+func (q *flushQueue) popAll(out []*object) []*object {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.head == nil {
+		if q.closed {
+			return nil
+		}
+		q.cond.Wait()
+	}
+	for o := q.head; o != nil; {
+		out = append(out, o)
+		o, o.qnext = o.qnext, nil
+	}
+	q.head, q.tail = nil, nil
+	return out
+}
+
 func (q *flushQueue) close() {
 	q.mu.Lock()
 	q.closed = true
@@ -87,10 +107,19 @@ func (t *Target) syncObject(o *object, w waiter) (clean bool) {
 		o.queued = true
 		if !o.flushing {
 			o.refs.Add(1)
-			t.queue.push(o)
+			t.enqueue(o)
 		}
 	}
 	return false
+}
+
+// enqueue gives o to the flushers; new objects gather in a queue of their own.
+func (t *Target) enqueue(o *object) {
+	if o.fresh.Load() {
+		t.fresh.push(o)
+	} else {
+		t.queue.push(o)
+	}
 }
 
 // startFlush takes the group that gathered. Called with smu held and flushing
@@ -122,7 +151,7 @@ func (t *Target) endFlush(o *object, n *dirtyNode, err error, buf []waiter) []wa
 	o.queued = again
 	o.smu.Unlock()
 	if again {
-		t.queue.push(o)
+		t.enqueue(o)
 	} else {
 		t.release(o)
 	}
@@ -152,15 +181,63 @@ func (t *Target) flusher() {
 		if o == nil {
 			return
 		}
-		o.smu.Lock()
-		n := t.startFlush(o)
-		o.smu.Unlock()
-		var err error
-		if n != nil {
-			t.stats.flushes.Add(1)
-			err = t.flush(o)
+		buf = t.flushOne(o, buf)
+	}
+}
+
+func (t *Target) flushOne(o *object, buf []waiter) []waiter {
+	o.smu.Lock()
+	n := t.startFlush(o)
+	o.smu.Unlock()
+	var err error
+	if n != nil {
+		t.stats.flushes.Add(1)
+		err = t.flush(o)
+	}
+	return t.endFlush(o, n, err, buf)
+}
+
+// grouper flushes new objects. Each needs a journal commit for its file and
+// one for its name; as a group they share one syncfs. While that runs the next
+// group gathers.
+func (t *Target) grouper() {
+	defer t.wg.Done()
+	var (
+		objs []*object
+		buf  []waiter
+		one  sync.WaitGroup
+		skip int
+	)
+	for {
+		if objs = t.fresh.popAll(objs[:0]); objs == nil {
+			return
 		}
-		buf = t.endFlush(o, n, err, buf)
+		if len(objs) >= groupObjects && skip == 0 && t.dirtyBytes.Load() < syncfsBytes {
+			began := time.Now()
+			buf = t.flushGroup(objs, buf)
+			if time.Since(began) > slowSyncfs {
+				// Somebody else's data on the same file system go with ours.
+				skip = 16
+			}
+			continue
+		}
+		if len(objs) >= groupObjects {
+			skip = max(0, skip-1)
+			for _, o := range objs {
+				t.queue.push(o)
+			}
+			continue
+		}
+		// Few: each for itself, and waited for, so that the next ones gather.
+		for _, o := range objs[1:] {
+			one.Add(1)
+			go func() {
+				defer one.Done()
+				t.flushOne(o, nil)
+			}()
+		}
+		buf = t.flushOne(objs[0], buf)
+		one.Wait()
 	}
 }
 
@@ -228,6 +305,9 @@ func (t *Target) finish(o *object, s *snapshot, err error) {
 		o.entryNew = o.entryNew || s.entryNew
 		o.segDirNew = o.segDirNew || s.segNames
 		return
+	}
+	if !o.entryNew {
+		o.fresh.Store(false)
 	}
 	t.refreshUsed(o, s.first)
 }
@@ -404,6 +484,24 @@ func (t *Target) flushDirty(limit uint64, wait bool) error {
 // flushTogether flushes the objects that nobody is flushing with one syncfs
 // and returns the others.
 func (t *Target) flushTogether(objs []*object) (rest []*object) {
+	group := make([]*object, 0, len(objs))
+	for _, o := range objs {
+		o.smu.Lock()
+		free := !o.queued && !o.flushing
+		if free {
+			o.queued = true // ours to flush; the reference stands for the queue's
+			group = append(group, o)
+		} else {
+			rest = append(rest, o)
+		}
+		o.smu.Unlock()
+	}
+	t.flushGroup(group, nil)
+	return rest
+}
+
+// flushGroup flushes objects that were taken out of a queue with one syncfs.
+func (t *Target) flushGroup(objs []*object, buf []waiter) []waiter {
 	type flush struct {
 		o   *object
 		n   *dirtyNode
@@ -413,33 +511,30 @@ func (t *Target) flushTogether(objs []*object) (rest []*object) {
 	group := make([]flush, 0, len(objs))
 	for _, o := range objs {
 		o.smu.Lock()
-		if o.queued || o.flushing {
-			o.smu.Unlock()
-			rest = append(rest, o)
-			continue
-		}
-		n := t.startFlush(o)
+		f := flush{o: o, n: t.startFlush(o)}
 		o.smu.Unlock()
-		// The reference of objs takes the place of the queue's.
-		f := flush{o: o, n: n}
-		f.s, f.err = t.prepare(o)
+		if f.n != nil {
+			f.s, f.err = t.prepare(o)
+		}
 		group = append(group, f)
 	}
+	t.stats.flushes.Add(1)
 	err := t.fs.Syncfs()
 	if err != nil {
 		err = fmt.Errorf("sync file system: %w", err)
 	}
-	var buf []waiter
 	for i := range group {
 		f := &group[i]
-		if f.err == nil {
-			f.err = err
+		if f.n != nil {
+			if f.err == nil {
+				f.err = err
+			}
+			if f.err == nil {
+				f.err = t.clearPunch(f.o, &f.s)
+			}
+			t.finish(f.o, &f.s, f.err)
 		}
-		if f.err == nil {
-			f.err = t.clearPunch(f.o, &f.s)
-		}
-		t.finish(f.o, &f.s, f.err)
 		buf = t.endFlush(f.o, f.n, f.err, buf)
 	}
-	return rest
+	return buf
 }

@@ -89,7 +89,8 @@ func (t *Target) tryObject(o *object, req *wire.Request, rep *wire.Reply) bool {
 	}
 	o.attr(&rep.Obj)
 	o.mu.Unlock()
-	return true
+	// A missing object may be one whose destruction is not durable.
+	return rep.Obj.Exists || req.Op != wire.OpSyncObject
 }
 
 // Handle implements wire.Target. Requests that wait for a flush are completed

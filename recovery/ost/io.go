@@ -187,7 +187,9 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 	if stable || t.track.n.Load() > int64(t.opts.MaxOpenFiles) {
 		return o, true
 	}
-	if o.hintBytes.Add(int64(done)) >= hintBytes {
+	// Small writes are left alone: they may be random, and pages under writeback
+	// hold up those who change them again.
+	if done >= hintWrite && o.hintBytes.Add(int64(done)) >= hintBytes {
 		o.hintBytes.Store(0)
 		t.hint(o, last)
 	}

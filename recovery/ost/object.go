@@ -37,6 +37,8 @@ type object struct {
 	refs atomic.Int32 // callers, dirty nodes, queued flushes
 	used atomic.Bool
 	dead atomic.Bool // destroyed; io
+	// fresh: the object was made and not flushed yet.
+	fresh atomic.Bool
 
 	lruPrev, lruNext *object // shard.mu
 
@@ -233,6 +235,10 @@ func (t *Target) load(o *object) error {
 	if errors.Is(err, errUnfinished) {
 		t.dropSegs(o, func(*seg) bool { return true })
 		t.log.Warn("object was created but never flushed before power was lost", "fid", o.key.fid, "stripe", o.key.stripe)
+		// Removed, not reused: should power fail again, a new header must not
+		// meet the old content. If this fails the object is missing all the same.
+		_ = t.fs.Remove(o.key.path())
+		t.dirs[o.key.dir()].changed()
 		return nil
 	}
 	if err != nil {
@@ -403,36 +409,33 @@ func (t *Target) openSeg(o *object, idx uint32, create bool) (*seg, error) {
 	if !have && !create {
 		return nil, nil
 	}
+	path := o.key.segDir() + "/" + segName(idx)
 	if have {
-		fd, err := t.openFile(o.key.segDir()+"/"+segName(idx), objfs.ReadWrite)
-		if err == nil {
-			h, st, herr := t.readHeader(fd, o.key, idx)
-			reset := errors.Is(herr, errUnfinished)
-			if reset {
-				// Never flushed: what is in it may be anything. The object is
-				// dirty then, or the old content could come back.
-				if herr = t.fs.Truncate(fd, 0); herr == nil {
-					h = header{FID: o.key.fid, Stripe: o.key.stripe, Segment: idx}
-					herr = t.putHeader(fd, &h)
-				}
-				if herr == nil {
-					st, herr = t.fs.Fstat(fd)
-				}
-			}
-			if herr != nil {
-				t.closeFD(fd)
-				return nil, herr
-			}
-			s := &seg{idx: idx, fd: fd, used: st.Used}
-			o.addSeg(s)
-			if reset {
-				s.dirty.Store(true)
-				t.track.mark(o)
-			}
-			return s, nil
-		}
-		if err != unix.ENOENT || !create {
+		fd, err := t.openFile(path, objfs.ReadWrite)
+		if err != nil && err != unix.ENOENT {
 			return nil, fmt.Errorf("open segment: %w", err)
+		}
+		if err == nil {
+			_, st, err := t.readHeader(fd, o.key, idx)
+			if err == nil {
+				s := &seg{idx: idx, fd: fd, used: st.Used}
+				o.addSeg(s)
+				return s, nil
+			}
+			t.closeFD(fd)
+			if !errors.Is(err, errUnfinished) {
+				return nil, err
+			}
+			// Never flushed: what is in it may be anything. Removed for the
+			// same reason as an unfinished object.
+			if err := t.fs.Remove(path); err != nil && err != unix.ENOENT {
+				return nil, fmt.Errorf("remove unfinished segment: %w", err)
+			}
+			o.segDirNew = true
+		}
+		delete(o.present, idx)
+		if !create {
+			return nil, nil
 		}
 	}
 	if !o.exists {
@@ -464,7 +467,6 @@ func (t *Target) openSeg(o *object, idx uint32, create bool) (*seg, error) {
 			o.present = make(map[uint32]struct{})
 		}
 	}
-	path := o.key.segDir() + "/" + segName(idx)
 	fd, err := t.openFile(path, objfs.ReadWrite|objfs.Create|objfs.Trunc)
 	if err != nil {
 		return nil, fmt.Errorf("create segment: %w", err)
@@ -500,6 +502,7 @@ func (t *Target) createFirst(o *object) (*seg, error) {
 		return nil, err
 	}
 	o.exists, o.entryNew = true, true
+	o.fresh.Store(true)
 	t.dirs[o.key.dir()].changed()
 	return s, nil
 }

@@ -34,10 +34,15 @@ const (
 	// one syncfs is cheaper than a flush of each.
 	syncfsObjects = 64
 	syncfsBytes   = 64 << 20
+	// From this many new objects on that wait for a flush, they share a syncfs,
+	// unless the last one took longer than slowSyncfs.
+	groupObjects = 4
+	slowSyncfs   = 50 * time.Millisecond
 
 	// hintBytes of new data in one object make the target start their
 	// writeback, so that a later COMMIT finds little to do.
 	hintBytes = 16 << 20
+	hintWrite = 64 << 10 // the smallest write that counts
 
 	fanOut = 256
 )
@@ -97,7 +102,7 @@ type Target struct {
 	startTransno uint64
 	table        table
 	track        tracker
-	queue        flushQueue
+	queue, fresh flushQueue
 	admit        admission
 	blocks       sync.Pool
 	openFDs      atomic.Int64
@@ -193,6 +198,7 @@ func Open(opts Options) (*Target, error) {
 	t.opts = opts
 	t.blocks.New = func() any { return new([headerSize]byte) }
 	t.queue.cond.L = &t.queue.mu
+	t.fresh.cond.L = &t.fresh.mu
 	t.table.init(opts.MaxOpenFiles)
 	if t.fs == nil {
 		fs, err := objfs.NewLinux(opts.Dir)
@@ -213,7 +219,8 @@ func Open(opts Options) (*Target, error) {
 		t.wg.Add(1)
 		go t.flusher()
 	}
-	t.wg.Add(1)
+	t.wg.Add(2)
+	go t.grouper()
 	go t.committer()
 	return t, nil
 }
@@ -340,6 +347,7 @@ func (t *Target) Close() error {
 	close(t.stop)
 	err := t.flushDirty(^uint64(0), true)
 	t.queue.close()
+	t.fresh.close()
 	t.wg.Wait()
 	if err == nil && t.track.n.Load() == 0 && t.flushErrors.Load() == 0 {
 		t.smu.Lock()

@@ -58,14 +58,20 @@ func (s *Baton) config() (toml, exports string) {
 		if x.RootSquash {
 			squash = "root_squash"
 		}
-		fmt.Fprintf(&e, "%s *(%s,%s,insecure)\n", x.Path, mode, squash)
+		fmt.Fprintf(&e, "%s *(%s,%s,insecure,dir=/)\n", x.Path, mode, squash)
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "data = %q\n", filepath.Join(s.c.Dir, "data"))
-	fmt.Fprintf(&b, "exports = %q\n", filepath.Join(s.c.Dir, "exports"))
-	fmt.Fprintf(&b, "addresses = [%q]\n", s.c.Addr.String())
-	fmt.Fprintf(&b, "nfs_port = %d\nmount_port = %d\n", NFSPort, MountPort)
-	return b.String(), e.String()
+	return fmt.Sprintf(`data_dir = %q
+[nfs]
+addresses = [%q]
+port = %d
+mount_port = %d
+[exports]
+file = %q
+[rpcbind]
+mode = "own"
+[http]
+address = ""
+`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), NFSPort, MountPort, filepath.Join(s.c.Dir, "exports")), e.String()
 }
 
 // Start writes the configuration and starts the server.

@@ -127,6 +127,37 @@ func TestGaneshaRestarts(t *testing.T) {
 	}
 }
 
+func TestBatonRestarts(t *testing.T) {
+	n := newNode(t, "b")
+	if err := n.AddBridge("br0", netip.MustParsePrefix("10.77.0.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	b, err := NewBaton(Config{Node: n, Dir: Dir(t), Addr: netip.MustParseAddr("10.77.0.1"), Exports: []Export{{Path: "/rw"}, {Path: "/ro", ReadOnly: true}}})
+	Need(t, err)
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	for range 2 {
+		if err := b.Start(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Kill9(); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Check(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Check(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestStatFields(t *testing.T) {
 	f := statFields("12 (a) b) S 1 2 3")
 	if len(f) != 4 || f[0] != "S" {

@@ -83,6 +83,9 @@ func (g *Ganesha) Start(ctx context.Context) error {
 		if err := os.MkdirAll(g.dir(e), 0o755); err != nil {
 			return fmt.Errorf("bed: ganesha: %w", err)
 		}
+		if e.RootSquash {
+			os.Chmod(g.dir(e), 0o777|os.ModeSticky)
+		}
 	}
 	os.MkdirAll(filepath.Join(g.c.Dir, "recov"), 0o755)
 	conf := filepath.Join(g.c.Dir, "ganesha.conf")

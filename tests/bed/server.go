@@ -28,7 +28,8 @@ type Config struct {
 	Dir string
 	// Addr is the service address; it must exist in Node.
 	Addr netip.Addr
-	// Exports are the exported directories; the first one is the default.
+	// Exports are the exported directories. Ganesha keeps one directory for
+	// each, baton exports the root of its one file system under each name.
 	Exports []Export
 }
 

@@ -307,9 +307,6 @@ func squash(args []string) error {
 	}
 	p := filepath.Join(dir, fmt.Sprint("squashed", os.Getpid()))
 	if err := os.Mkdir(p, 0o755); err != nil {
-		if errors.Is(err, unix.EACCES) {
-			return nil // nobody may not write here, which root could
-		}
 		return err
 	}
 	st, err := os.Stat(p)

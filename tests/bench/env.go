@@ -1,0 +1,185 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/baton-nfs/baton/tests/bed"
+	"github.com/baton-nfs/baton/tests/bench/nfsload"
+)
+
+// Names of the servers that can be compared.
+const (
+	batonServer   = "baton"
+	ganeshaServer = "ganesha"
+	// dirsyncServer is Ganesha on directories with the attribute D (chattr +D):
+	// ext4 then makes names durable before it returns, as baton does.
+	dirsyncServer = "ganesha-dirsync"
+)
+
+// env is one running server and the connections to it.
+type env struct {
+	name    string
+	node    *bed.Node
+	srv     bed.Server
+	seconds time.Duration
+	conns   []*nfsload.Conn // four
+	root    []byte
+	data    []byte // 1 MiB of content
+	serial  int
+}
+
+const benchAddr = "10.77.0.1"
+
+// newEnv starts a server in a node of its own, below dir.
+func newEnv(ctx context.Context, name, dir string, seconds time.Duration) (e *env, err error) {
+	node, err := bed.NewNode(name)
+	if err != nil {
+		return nil, err
+	}
+	e = &env{name: name, node: node, seconds: seconds, data: make([]byte, mib)}
+	for i := range e.data {
+		e.data[i] = byte(i*7 + 1) // every page begins with the same byte
+	}
+	defer func() {
+		if err != nil {
+			e.close()
+		}
+	}()
+	if err := node.AddBridge("br0", netip.MustParsePrefix(benchAddr+"/24")); err != nil {
+		return nil, err
+	}
+	c := bed.Config{Node: node, Dir: filepath.Join(dir, name), Addr: netip.MustParseAddr(benchAddr), Exports: []bed.Export{{Path: "/bench"}}}
+	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	switch name {
+	case batonServer:
+		e.srv, err = bed.NewBaton(c)
+	case ganeshaServer:
+		e.srv, err = bed.NewGanesha(c)
+	case dirsyncServer:
+		var g *bed.Ganesha
+		if g, err = bed.NewGanesha(c); err == nil {
+			if g.Root, err = dirsync(ctx, node, c.Dir); err == nil {
+				e.srv = g
+			}
+		}
+	default:
+		return nil, fmt.Errorf("unknown server %q", name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := e.srv.Start(ctx); err != nil {
+		return nil, err
+	}
+	mc, err := node.DialContext(ctx, "tcp", fmt.Sprintf("%s:%d", benchAddr, bed.MountPort))
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s: %w", name, err)
+	}
+	m := nfsload.NewConn(mc, nfsload.ProgMount)
+	defer m.Close()
+	if e.root, err = m.Mount("/bench"); err != nil {
+		return nil, err
+	}
+	for range 4 {
+		nc, err := node.DialContext(ctx, "tcp", fmt.Sprintf("%s:%d", benchAddr, bed.NFSPort))
+		if err != nil {
+			return nil, fmt.Errorf("connect to %s: %w", name, err)
+		}
+		e.conns = append(e.conns, nfsload.NewConn(nc, nfsload.ProgNFS))
+	}
+	return e, nil
+}
+
+// dirsync makes a directory with the attribute D on the same disk, or, where
+// that is no ext4, in an image on the same disk that is mounted in the node.
+func dirsync(ctx context.Context, node *bed.Node, dir string) (string, error) {
+	root := filepath.Join(dir, "dirsync")
+	if err := os.MkdirAll(root, 0o755); err != nil {
+		return "", err
+	}
+	chattr := func() error {
+		_, err := node.Run(ctx, "chattr", "+D", root)
+		return err
+	}
+	if out, err := exec.Command("stat", "-f", "-c", "%T", dir).Output(); err == nil && strings.HasPrefix(string(out), "ext") {
+		return root, chattr()
+	}
+	img := filepath.Join(dir, "dirsync.img")
+	for _, args := range [][]string{
+		{"truncate", "-s", "8G", img}, {"mkfs.ext4", "-q", "-F", img}, {"mount", "-o", "loop", img, root},
+	} {
+		if _, err := node.Run(ctx, args[0], args[1:]...); err != nil {
+			return "", fmt.Errorf("%w: %v", bed.ErrUnavailable, err)
+		}
+	}
+	return root, chattr()
+}
+
+func (e *env) close() {
+	for _, c := range e.conns {
+		c.Close()
+	}
+	if e.srv != nil && e.srv.Pid() != 0 {
+		if err := e.srv.Stop(); err != nil {
+			fmt.Fprintf(os.Stderr, "stop %s: %v\n", e.name, err)
+		}
+	}
+	e.node.Close()
+}
+
+// cpu returns the processor time that the server has used.
+func (e *env) cpu() (time.Duration, error) {
+	u, err := bed.ProcUsage(e.srv.Pid())
+	return u.CPU, err
+}
+
+// runRow runs a row in a new directory, which it empties and removes.
+func (e *env) runRow(r *row, c conc) ([]outcome, error) {
+	e.serial++
+	name := fmt.Sprintf("%s-%d", r.key, e.serial)
+	dir, err := e.conns[0].Mkdir(e.root, name)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", r.key, err)
+	}
+	out, err := r.run(e, dir, c)
+	if err != nil {
+		return nil, fmt.Errorf("%s with %v outstanding: %w", r.key, c, err)
+	}
+	if err := e.empty(dir); err != nil {
+		return nil, fmt.Errorf("%s: clean up: %w", r.key, err)
+	}
+	if err := e.conns[0].Unlink(e.root, name, true); err != nil {
+		return nil, fmt.Errorf("%s: clean up: %w", r.key, err)
+	}
+	return out, nil
+}
+
+// empty removes all files of a directory over all connections.
+func (e *env) empty(dir []byte) error {
+	es, err := e.conns[0].ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	return e.all(func(i int) nfsload.Worker {
+		k := i - len(e.conns)
+		return &funcs{
+			next: func(c *nfsload.Conn, _ int) (uint32, bool) {
+				if k += len(e.conns); k >= len(es) {
+					return 0, false
+				}
+				c.Dirop(dir, []byte(es[k].Name))
+				return nfsload.ProcRemove, true
+			},
+			reply: status(nfsload.ProcRemove),
+		}
+	})
+}
