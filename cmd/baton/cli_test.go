@@ -19,6 +19,7 @@ import (
 	"github.com/baton-nfs/baton/internal/metrics"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/internal/status/statustest"
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/cockroachdb/datadriven"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -74,6 +75,8 @@ func (f *fakeNode) setReload(err error) {
 }
 
 func (f *fakeNode) Status() status.Status { return *statustest.Sample() }
+func (f *fakeNode) FS() *client.FS        { return nil }
+
 func (f *fakeNode) Metrics() prometheus.Collector {
 	return metrics.NewCollector(f.Status)
 }

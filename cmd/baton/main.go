@@ -11,6 +11,7 @@ import (
 	"os"
 
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/node"
 	"github.com/spf13/cobra"
 )
 
@@ -97,6 +98,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.`,
 	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.configCmd(), a.versionCmd()} {
 		root.AddCommand(c)
 	}
+	root.AddCommand(a.fileCmds(node.OpenFS)...)
 	if fsckCmd != nil {
 		root.AddCommand(fsckCmd(a))
 	}

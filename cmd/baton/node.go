@@ -7,6 +7,7 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/node"
 	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -22,6 +23,8 @@ type service interface {
 	ReloadExports() error
 	Status() status.Status
 	Metrics() prometheus.Collector
+	// FS is the file system, for the commands that work on files; it may be nil.
+	FS() *client.FS
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

@@ -188,6 +188,11 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 		}
 		return s.node.Status().Exports, nil
 	})
+	if fs := s.node.FS(); fs != nil {
+		if err := handleFiles(ctl, fs, true); err != nil {
+			return nil, err
+		}
+	}
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
 	}

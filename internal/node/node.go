@@ -358,6 +358,9 @@ func (n *Node) ReloadExports() error {
 	return nil
 }
 
+// FS is the node's file system client, from Start to Stop.
+func (n *Node) FS() *client.FS { return n.fs }
+
 // Probe goes through the data path: an attribute read at the MDT and a status
 // from every OST.
 func (n *Node) Probe(ctx context.Context) error {

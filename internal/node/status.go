@@ -12,6 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	nfs "github.com/willscott/go-nfs"
+	"golang.org/x/sys/unix"
 
 	"github.com/baton-nfs/baton/internal/metrics"
 	"github.com/baton-nfs/baton/internal/status"
@@ -83,6 +84,17 @@ func rss() uint64 {
 	return pages * uint64(os.Getpagesize())
 }
 
+// dirFree is the space that is left for ordinary users in a directory's file system.
+func dirFree(dir string) uint64 {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0
+	}
+	return st.Bavail * uint64(st.Bsize)
+}
+
+func (n *Node) minFree() uint64 { return uint64(n.cfg.FS.MinFree) }
+
 func (n *Node) targetStatus(s *status.Status) {
 	t := n.targets
 	ms := t.mdt.Stats()
@@ -90,6 +102,10 @@ func (n *Node) targetStatus(s *status.Status) {
 		Name: mdtName, Kind: status.KindMDT, State: status.StateUp, Dir: t.mdtDir,
 		Transno: ms.Transno, LastCommitted: ms.LastCommitted, Clients: ms.Clients,
 		Bytes: ms.Engine.DiskBytes, Files: ms.Inodes, LogRecords: uint64(ms.PendingTruncates), Ops: ms.Ops + ms.TryHits,
+	}
+	m.Free = dirFree(t.mdtDir)
+	if m.Free < n.minFree() {
+		m.State, m.Reason = status.StateFull, "less than min_free left on the disk"
 	}
 	if why := t.fails.get(mdtName); ms.Down || why != "" {
 		m.State, m.Reason = status.StateFailed, why
@@ -102,6 +118,9 @@ func (n *Node) targetStatus(s *status.Status) {
 			Name: ostName(i), Kind: status.KindOST, State: status.StateUp, Dir: t.dirs[i],
 			Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: 1, Dirty: uint64(max(os.DirtyBytes, 0)),
 			Files: uint64(os.Objects), FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes, Free: free[i].Free,
+		}
+		if x.Free < n.minFree() {
+			x.State, x.Reason = status.StateFull, "less than min_free left on the disk"
 		}
 		if why := t.fails.get(ostName(i)); os.Failed || why != "" {
 			x.State, x.Reason = status.StateFailed, why

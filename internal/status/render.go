@@ -33,7 +33,7 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 			state += " (" + clean(x.Reason) + ")"
 		}
 		t.row(x.Name, state, num(x.Transno), num(x.LastCommitted), strconv.Itoa(x.Clients), Bytes(x.Dirty), num(x.Files),
-			Bytes(x.Bytes), Bytes(x.Free), PerSec(x.OpsPerSec))
+			usedBytes(x.Bytes), Bytes(x.Free), PerSec(x.OpsPerSec))
 	}
 	t.write(&b)
 
@@ -245,4 +245,12 @@ func Span(d time.Duration) string {
 		return out
 	}
 	return "0s"
+}
+
+// usedBytes shows what a target uses; not every target knows.
+func usedBytes(n uint64) string {
+	if n == 0 {
+		return "-"
+	}
+	return Bytes(n)
 }

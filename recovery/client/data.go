@@ -212,7 +212,7 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 	f.Call(ctx, o, req, rep)
 	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
 		e.markOpen()
-		if st := f.punch(ctx, o, &rep.Attr, rep.Truncate); st != wire.OK {
+		if st := f.punch(ctx, o, e, &rep.Attr, rep.Truncate); st != wire.OK {
 			rep.Status = st
 		}
 	}
@@ -228,13 +228,14 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 	e := f.epochs.ref(f, a.FID)
 	e.trunc.Lock()
 	e.markOpen()
-	st := f.punch(ctx, o, a, t)
+	st := f.punch(ctx, o, e, a, t)
 	e.trunc.Unlock()
 	f.epochs.release(f, e)
 	return st
 }
 
-func (f *FS) punch(ctx context.Context, o Owner, a *wire.Attr, t wire.Truncate) wire.Status {
+// punch executes a logged size change on all objects; e.trunc is held.
+func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
 	m := f.get()
 	defer f.put(m)
 	var mg merger
@@ -260,7 +261,7 @@ func (f *FS) punch(ctx context.Context, o Owner, a *wire.Attr, t wire.Truncate) 
 		}
 		mg.add(&a.Layout, s, &m.rep.Obj)
 	}
-	f.epochs.truncDone(t.LogID)
+	e.logs = append(e.logs, t.LogID)
 	a.Size, a.Used = t.Size, mg.used
 	return wire.OK
 }

@@ -25,6 +25,10 @@ type epoch struct {
 	open atomic.Bool
 
 	trunc sync.Mutex // serialises size changes: MDT first, then punches
+	// logs are truncate records whose punches the OSTs have executed; they are
+	// reported to the MDT once the objects were flushed. Guarded by trunc, or by
+	// closing being set.
+	logs []uint64
 }
 
 func (e *epoch) markOpen() { e.open.Store(true) }
@@ -37,9 +41,6 @@ type epochTable struct {
 		m  map[wire.FID]*epoch
 	}
 	n atomic.Int64
-
-	doneMu sync.Mutex
-	done   []uint64 // truncate log ids to report
 }
 
 func (t *epochTable) init() {
@@ -117,20 +118,6 @@ func (t *epochTable) created(f *FS, fid wire.FID) {
 	t.release(f, e)
 }
 
-func (t *epochTable) truncDone(id uint64) {
-	t.doneMu.Lock()
-	t.done = append(t.done, id)
-	t.doneMu.Unlock()
-}
-
-func (t *epochTable) takeDone() []uint64 {
-	t.doneMu.Lock()
-	d := t.done
-	t.done = nil
-	t.doneMu.Unlock()
-	return d
-}
-
 // closeBatch is how many epochs are closed in one MDT transaction.
 const closeBatch = 512
 
@@ -165,7 +152,7 @@ func (f *FS) closer() {
 func (f *FS) OpenEpochs() int { return int(f.epochs.n.Load()) }
 
 // closeEpochs flushes and closes up to closeBatch epochs that were idle for at
-// least idle, and reports finished truncations. It returns how many it closed.
+// least idle, and reports their finished truncations. It returns how many it closed.
 func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 	var batch []*epoch
 	limit := time.Now().Add(-idle).UnixNano()
@@ -184,21 +171,13 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 			break
 		}
 	}
-	ids := f.epochs.takeDone()
-	if len(batch) == 0 && len(ids) == 0 {
+	if len(batch) == 0 {
 		return 0, nil
 	}
 	var firstErr error
 	m := f.get()
 	defer f.put(m)
-	if len(ids) > 0 {
-		m.req.Op = wire.OpTruncateDone
-		m.req.LogIDs = ids
-		f.Call(ctx, Owner{}, &m.req, &m.rep)
-		if m.rep.Status != wire.OK {
-			firstErr = fmt.Errorf("client: report finished truncations: %w", m.rep.Status)
-		}
-	}
+	var logs []uint64
 	closes := make([]wire.EpochClose, 0, len(batch))
 	failed := make(map[wire.FID]bool)
 	for _, e := range batch {
@@ -206,11 +185,24 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		switch st {
 		case wire.OK:
 			closes = append(closes, ec)
+			logs = append(logs, e.logs...)
 		case wire.ErrStale, wire.ErrNoEnt:
-			// The file is gone; its epoch went with it.
+			// The file is gone, and its epoch and truncate records with it.
 		default:
 			failed[e.fid] = true
 			firstErr = fmt.Errorf("client: flush %v before its IO epoch closes: %w", e.fid, st)
+		}
+	}
+	if len(logs) > 0 {
+		// Reported again with the epoch if it is lost; doing a punch that was
+		// done is harmless.
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpTruncateDone
+		m.req.LogIDs = logs
+		f.Call(ctx, Owner{}, &m.req, &m.rep)
+		if m.rep.Status != wire.OK {
+			firstErr = fmt.Errorf("client: report finished truncations: %w", m.rep.Status)
 		}
 	}
 	if len(closes) > 0 {

@@ -299,6 +299,17 @@ func (f *FS) noteFlush(ost uint16, total uint64) {
 	seen.Store(total)
 }
 
+// FlushErrors is the number of failed flushes that the OSTs have told of. A
+// program that writes through the FS checks it before and after: if it rose,
+// data written in between may be lost.
+func (f *FS) FlushErrors() uint64 {
+	var n uint64
+	for i := range f.flushSeen {
+		n += f.flushSeen[i].Load()
+	}
+	return n
+}
+
 // Statfs adds up the OSTs' space and the MDT's files.
 func (f *FS) Statfs(ctx context.Context, o Owner) (wire.Statfs, wire.Status) {
 	m := f.get()

@@ -378,3 +378,54 @@ func TestEmptyEngineIsNotAnMDT(t *testing.T) {
 		t.Error("opened without an engine")
 	}
 }
+
+// slowEngine lets a test act between a read of the engine and its return.
+type slowEngine struct {
+	store.Engine
+	after func()
+}
+
+func (e *slowEngine) Get(k, buf []byte) ([]byte, error) {
+	v, err := e.Engine.Get(k, buf)
+	if f := e.after; f != nil {
+		e.after = nil
+		f()
+	}
+	return v, err
+}
+
+// TestStaleFill: what a reader took from the engine before a change does not
+// get into the cache after it.
+func TestStaleFill(t *testing.T) {
+	b := newBed(t, vfs.NewMem(), Options{})
+	f := b.create(wire.RootFID, "a")
+	b.close()
+	b.open()
+	e := &slowEngine{Engine: b.e}
+	b.m.e = e
+	get := func(f wire.FID) *wire.Reply {
+		return b.call(&wire.Request{Header: wire.Header{Op: wire.OpGetattr}, FID: f})
+	}
+	look := func(name string) *wire.Reply {
+		return b.call(&wire.Request{Header: wire.Header{Op: wire.OpLookup}, FID: wire.RootFID, Name: []byte(name)})
+	}
+	e.after = func() {
+		b.must(&wire.Request{Header: wire.Header{Op: wire.OpRemove}, FID: wire.RootFID, Name: []byte("a")})
+	}
+	if rep := get(f); rep.Status != wire.OK {
+		t.Fatal(rep.Status) // it was there when it was read
+	}
+	if rep := get(f); rep.Status != wire.ErrStale {
+		t.Errorf("a removed file: %v", rep.Status)
+	}
+	look("..") // the root is cached now
+	e.after = func() { b.create(wire.RootFID, "n") }
+	if rep := look("n"); rep.Status != wire.ErrNoEnt {
+		t.Fatal(rep.Status)
+	}
+	if rep := look("n"); rep.Status != wire.OK {
+		t.Errorf("a new name: %v", rep.Status)
+	}
+	b.m.e = b.e
+	b.close()
+}

@@ -46,8 +46,28 @@ func Scratch() (string, error) {
 	return scratchDir, scratchErr
 }
 
+var (
+	cleanupMu sync.Mutex
+	cleanups  []func()
+)
+
+// AtCleanup makes Cleanup call f before it removes the scratch directory, the
+// last one added first.
+func AtCleanup(f func()) {
+	cleanupMu.Lock()
+	defer cleanupMu.Unlock()
+	cleanups = append(cleanups, f)
+}
+
 // Cleanup removes the scratch directory. Nodes clean up by themselves.
 func Cleanup() {
+	cleanupMu.Lock()
+	defer cleanupMu.Unlock()
+	for len(cleanups) > 0 {
+		f := cleanups[len(cleanups)-1]
+		cleanups = cleanups[:len(cleanups)-1]
+		f()
+	}
 	if scratchDir != "" {
 		os.RemoveAll(scratchDir)
 	}

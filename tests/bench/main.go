@@ -1,7 +1,7 @@
 // Bench compares NFSv3 servers on this machine: baton as it comes (durable),
 // nfs-ganesha as it comes, and nfs-ganesha with names as durable as baton's.
-// All servers run at the same time on the same disk and take turns, row by row
-// and round by round. It needs root for its namespaces. See `make bench`.
+// All servers run at the same time, store their data on the same new file
+// system, and take turns, row by row and round by round. It needs root for its namespaces. See `make bench`.
 package main
 
 import (
@@ -34,7 +34,7 @@ type options struct {
 	rounds        int
 	seconds       time.Duration
 	scale         []int
-	scaleServers  []string
+	image         bool
 }
 
 func main() {
@@ -44,6 +44,7 @@ func main() {
 	rounds := flag.Int("rounds", 3, "rounds; medians are printed")
 	seconds := flag.Float64("seconds", 3, "seconds for each measurement")
 	scaleMax := flag.Int("scale", 0, "also measure one directory of 1,000 files and ten times as many up to this number; 0 for not")
+	disk := flag.String("disk", "image", "where the servers store their data: image (a new ext4 in a file, mounted over a loop device) or dir (a directory); both below $"+bed.TestDirEnv+" or the temporary directory")
 	jsonFile := flag.String("json", "", "also write everything to this file")
 	mdFile := flag.String("markdown", "", "also write the tables to this file")
 	flag.Parse()
@@ -57,6 +58,18 @@ func main() {
 	}
 	for n := 1000; n <= *scaleMax; n *= 10 {
 		o.scale = append(o.scale, n)
+	}
+	switch *disk {
+	case "image":
+		o.image = true
+		if err := privateMounts(); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: private mounts:", err)
+			os.Exit(1)
+		}
+	case "dir":
+	default:
+		fmt.Fprintf(os.Stderr, "bench: unknown -disk=%s\n", *disk)
+		os.Exit(2)
 	}
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
@@ -120,6 +133,12 @@ func run(ctx context.Context, o options) (*report, error) {
 	if err := os.Chmod(scratch, 0o755); err != nil {
 		return nil, err
 	}
+	data := scratch
+	if o.image {
+		if data, err = freshDisk(scratch); err != nil {
+			return nil, fmt.Errorf("new file system (use -disk=dir where loop devices are impossible): %w", err)
+		}
+	}
 	var uts unix.Utsname
 	unix.Uname(&uts)
 	rep := &report{
@@ -133,7 +152,7 @@ func run(ctx context.Context, o options) (*report, error) {
 		}
 	}()
 	for _, s := range o.servers {
-		e, err := newEnv(ctx, s, scratch, o.seconds)
+		e, err := newEnv(ctx, s, data, o.seconds)
 		if err != nil {
 			return nil, fmt.Errorf("start %s: %w", s, err)
 		}

@@ -14,7 +14,7 @@ type result struct {
 	Server string    `json:"server"`
 	Unit   string    `json:"unit"`
 	Rate   []float64 `json:"rate"`   // Unit, one value for each round
-	CPU    []float64 `json:"cpu_us"` // server CPU microseconds per RPC
+	CPU    []float64 `json:"cpu_us"` // server CPU microseconds per operation (entry, MiB)
 	order  int       // position in the table
 }
 
@@ -83,7 +83,7 @@ func (r *report) markdown(w io.Writer, servers []string) {
 		}
 	}
 	for _, s := range servers {
-		head = append(head, "CPU µs/RPC "+s)
+		head = append(head, "CPU µs/op "+s)
 	}
 	table := [][]string{head}
 	type key struct {

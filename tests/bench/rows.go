@@ -26,7 +26,7 @@ var allConcs = []conc{{1, 1}, {1, 32}, {4, 16}}
 // outcome is one timed run of one row.
 type outcome struct {
 	ops     int64 // operations, or bytes where the row says so
-	calls   int64 // RPCs, to divide CPU time by; ops if 0
+	calls   int64 // what to divide CPU time by: operations, entries or MiB
 	elapsed time.Duration
 	cpu     time.Duration // of the server, while the row ran
 }
@@ -414,7 +414,6 @@ func createWrite(e *env, dir []byte, c conc) ([]outcome, error) {
 			},
 		}
 	}, nil)
-	o.calls = 3 * o.ops
 	return []outcome{o}, err
 }
 
