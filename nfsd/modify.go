@@ -36,6 +36,9 @@ func (o *op) write(bool) bool {
 	}
 	var pre wire.PreAttr
 	if st == wire.OK {
+		st = o.dropPrivileges()
+	}
+	if st == wire.OK {
 		pre, st = o.a.srv.fs.Write(o.ctx, o.a.owner(), &o.attr, a.Offset, a.Data, a.Stable)
 	}
 	if st != wire.OK {
@@ -51,6 +54,32 @@ func (o *op) write(bool) bool {
 	nfs3.PutWriteOK(&o.c.Out, pre, &o.attr, o.h.FSID, a.Count, a.Stable, &verf)
 	o.finish()
 	return true
+}
+
+// dropPrivileges clears the setuid and setgid bits of a file that somebody other
+// than root is about to change, as local file systems do, durably and before the
+// first byte. The setgid bit of a file that its group may not execute means
+// something else and stays.
+func (o *op) dropPrivileges() wire.Status {
+	drop := o.attr.Mode & 0o4000
+	if o.attr.Mode&0o2010 == 0o2010 {
+		drop |= 0o2000
+	}
+	if drop == 0 || o.cred.UID == 0 {
+		return wire.OK
+	}
+	q := o.newReq(wire.OpSetattr)
+	q.Cred = wire.Cred{}
+	q.Flags = wire.FlagWaitCommit
+	q.FID = o.h.FID
+	q.SetAttr = wire.SetAttr{Mask: wire.SetMode, Mode: o.attr.Mode &^ drop}
+	fs, owner := o.a.srv.fs, o.a.owner()
+	fs.Call(o.ctx, owner, q, &o.rep)
+	if o.rep.Status != wire.OK {
+		return o.rep.Status
+	}
+	st, _ := fs.Attr(o.ctx, owner, o.h.FID, &o.attr, true)
+	return st
 }
 
 func (o *op) commit(bool) bool {

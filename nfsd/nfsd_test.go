@@ -268,6 +268,24 @@ func TestPermissions(t *testing.T) {
 	want(t, "mknod of a fifo by a user", mk.Status, nfs.NFSStatusOk)
 }
 
+func TestWriteClearsSetuid(t *testing.T) {
+	b := newBed(t, 1)
+	root, dir := b.root(), b.mount("/data")
+	fh := root.mustCreate(dir, "f")
+	for _, c := range []struct{ before, after uint32 }{{0o6777, 0o777}, {0o2767, 0o2767}, {0o2777, 0o777}, {0o4666, 0o666}} {
+		want(t, "chmod", root.setattr(fh, wire.SetAttr{Mask: wire.SetMode, Mode: c.before}).Status, nfs.NFSStatusOk)
+		want(t, "write by root", root.write(fh, 0, "x", wire.FileSync).Status, nfs.NFSStatusOk)
+		if a, _ := root.getattr(fh); a.Mode != c.before {
+			t.Fatalf("mode %o after a write by root, want %o", a.Mode, c.before)
+		}
+		w := b.as(user(5, 5)).write(fh, 0, "y", wire.FileSync)
+		want(t, "write by a user", w.Status, nfs.NFSStatusOk)
+		if w.Wcc.After.Attr.Mode != c.after {
+			t.Fatalf("mode %o after a write by a user to mode %o, want %o", w.Wcc.After.Attr.Mode, c.before, c.after)
+		}
+	}
+}
+
 func TestReaddirWhileTheDirectoryChanges(t *testing.T) {
 	b := newBed(t, 1)
 	c, dir := b.root(), b.mount("/data")

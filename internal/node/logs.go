@@ -110,13 +110,12 @@ func (t *targets) destroyer(ctx context.Context) {
 
 // runLogs destroys the objects of all files whose unlink is durable.
 func (t *targets) runLogs(ctx context.Context) error {
-	var after uint64
 	for ctx.Err() == nil {
-		recs, err := t.mdt.PendingLogs(after, logBatch)
+		recs, err := t.mdt.PendingLogs(t.logsDone, logBatch)
 		if err != nil || len(recs) == 0 {
 			return err
 		}
-		after = recs[len(recs)-1].ID
+		last := recs[len(recs)-1].ID
 		unlinks := recs[:0]
 		for _, l := range recs {
 			// The punches of logged truncations are their clients' business.
@@ -134,6 +133,8 @@ func (t *targets) runLogs(ctx context.Context) error {
 		if err := t.mdt.LogDone(ids); err != nil {
 			return err
 		}
+		// Ids rise, so what is done need not be passed again.
+		t.logsDone = last
 	}
 	return ctx.Err()
 }

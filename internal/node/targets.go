@@ -34,6 +34,9 @@ type targets struct {
 	id  wire.ClientID
 	gen uint64
 
+	// logsDone is the id up to which runLogs has destroyed objects.
+	logsDone uint64
+
 	freeMu sync.Mutex
 	free   []mdt.OSTState
 	freeAt time.Time

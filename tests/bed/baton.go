@@ -16,6 +16,8 @@ type Baton struct {
 	bin  string
 	proc *Proc
 	log  *os.File
+
+	rpcbind string // mode
 }
 
 // NewBaton builds ./cmd/baton (once per process) and makes a server with its
@@ -25,7 +27,13 @@ func NewBaton(c Config) (*Baton, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Baton{c: c, bin: bin}, nil
+	s := &Baton{c: c, bin: bin, rpcbind: "own"}
+	if c.NFSPort != 0 {
+		s.rpcbind = "off"
+	} else {
+		s.c.NFSPort, s.c.MountPort = NFSPort, MountPort
+	}
+	return s, nil
 }
 
 // Name returns "baton".
@@ -68,10 +76,10 @@ mount_port = %d
 [exports]
 file = %q
 [rpcbind]
-mode = "own"
+mode = %q
 [http]
 address = ""
-`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), NFSPort, MountPort, filepath.Join(s.c.Dir, "exports")), e.String()
+`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), s.c.NFSPort, s.c.MountPort, filepath.Join(s.c.Dir, "exports"), s.rpcbind), e.String()
 }
 
 // Start writes the configuration and starts the server.
@@ -100,7 +108,7 @@ func (s *Baton) Start(ctx context.Context) error {
 		return err
 	}
 	s.proc = p
-	if err := waitAnswers(ctx, s.c.Node, s.c.Addr, p); err != nil {
+	if err := waitAnswers(ctx, s.c.Node, s.c.Addr, s.c.NFSPort, s.c.MountPort, p); err != nil {
 		return fmt.Errorf("%w\n%s", err, s.Log())
 	}
 	return nil

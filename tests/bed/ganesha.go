@@ -114,7 +114,7 @@ func (g *Ganesha) Start(ctx context.Context) error {
 		return err
 	}
 	g.proc = p
-	if err := waitAnswers(ctx, g.c.Node, g.c.Addr, p); err != nil {
+	if err := waitAnswers(ctx, g.c.Node, g.c.Addr, NFSPort, MountPort, p); err != nil {
 		return fmt.Errorf("%w\n%s", err, g.Log())
 	}
 	return nil

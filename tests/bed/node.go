@@ -63,6 +63,10 @@ type Node struct {
 	pid    *os.File
 	gone   chan struct{} // closed when the first process has been waited for
 
+	// host, of a node without namespaces, takes what must run on the thread
+	// whose end kills the started processes.
+	host chan func()
+
 	closeOnce sync.Once
 }
 
@@ -125,12 +129,32 @@ func NewNode(name string) (*Node, error) {
 	return n, nil
 }
 
+// HostNode returns a node without namespaces of its own: its programs run
+// beside the test, on the machine's loopback, without any privileges. They are
+// killed when the test process ends.
+func HostNode() *Node {
+	n := &Node{name: "host", host: make(chan func())}
+	go func() {
+		// The parent of a process, as its death signal sees it, is a thread.
+		runtime.LockOSThread()
+		for f := range n.host {
+			f()
+		}
+	}()
+	return n
+}
+
 // Name returns the name given to NewNode.
 func (n *Node) Name() string { return n.name }
 
 // Close kills every process of the node and waits until the first one is gone.
+// Nothing may be started in it afterwards.
 func (n *Node) Close() error {
 	n.closeOnce.Do(func() {
+		if n.host != nil {
+			close(n.host)
+			return
+		}
 		n.stdin.Close()
 		n.holder.Process.Kill()
 		select {
@@ -189,6 +213,10 @@ func Command(name string, args ...string) *exec.Cmd {
 // runs in the foreign namespaces.
 func (n *Node) onThread(all bool, f func() error) error {
 	errc := make(chan error, 1)
+	if n.host != nil {
+		n.host <- func() { errc <- f() }
+		return <-errc
+	}
 	go func() {
 		runtime.LockOSThread() // deliberately never unlocked
 		errc <- func() error {
@@ -234,6 +262,12 @@ func (n *Node) Start(cmd *exec.Cmd) error {
 		if wd, err := os.Getwd(); err == nil {
 			cmd.Dir = wd
 		}
+	}
+	if n.host != nil {
+		if cmd.SysProcAttr == nil {
+			cmd.SysProcAttr = &syscall.SysProcAttr{}
+		}
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
 	return n.onThread(true, cmd.Start)
 }

@@ -31,9 +31,13 @@ type Config struct {
 	// Exports are the exported directories. Ganesha keeps one directory for
 	// each, baton exports the root of its one file system under each name.
 	Exports []Export
+	// NFSPort and MountPort are used if they are not 0; then the server
+	// neither answers as rpcbind nor registers anywhere (baton only).
+	NFSPort, MountPort int
 }
 
-// NFSPort and MountPort are the TCP and UDP ports of every server of a bed.
+// NFSPort and MountPort are the TCP and UDP ports of servers whose Config does
+// not say otherwise.
 const (
 	NFSPort   = 2049
 	MountPort = 20048
@@ -89,13 +93,13 @@ func NewServer(name string, c Config) (Server, error) {
 
 // waitAnswers waits until NFS 3 and MOUNT 3 answer their NULL procedures, the
 // process ends, or ctx does.
-func waitAnswers(ctx context.Context, n *Node, addr netip.Addr, p *Proc) error {
+func waitAnswers(ctx context.Context, n *Node, addr netip.Addr, nfsPort, mountPort int, p *Proc) error {
 	for _, s := range []struct {
 		prog uint32
-		port uint16
-	}{{100003, NFSPort}, {100005, MountPort}} {
+		port int
+	}{{100003, nfsPort}, {100005, mountPort}} {
 		for {
-			err := pingRPC(ctx, n, netip.AddrPortFrom(addr, s.port), s.prog, 3)
+			err := pingRPC(ctx, n, netip.AddrPortFrom(addr, uint16(s.port)), s.prog, 3)
 			if err == nil {
 				break
 			}
