@@ -117,7 +117,7 @@ func (n *Node) targetStatus(s *status.Status) {
 		x := status.Target{
 			Name: ostName(i), Kind: status.KindOST, State: status.StateUp, Dir: t.dirs[i],
 			Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: 1, Dirty: uint64(max(os.DirtyBytes, 0)),
-			Files: uint64(os.Objects), FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes, Free: free[i].Free,
+			FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes, Free: free[i].Free,
 		}
 		if x.Free < n.minFree() {
 			x.State, x.Reason = status.StateFull, "less than min_free left on the disk"

@@ -32,7 +32,7 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 		if x.Reason != "" {
 			state += " (" + clean(x.Reason) + ")"
 		}
-		t.row(x.Name, state, num(x.Transno), num(x.LastCommitted), strconv.Itoa(x.Clients), Bytes(x.Dirty), num(x.Files),
+		t.row(x.Name, state, num(x.Transno), num(x.LastCommitted), strconv.Itoa(x.Clients), Bytes(x.Dirty), filesOrDash(x.Files),
 			usedBytes(x.Bytes), Bytes(x.Free), PerSec(x.OpsPerSec))
 	}
 	t.write(&b)
@@ -253,4 +253,11 @@ func usedBytes(n uint64) string {
 		return "-"
 	}
 	return Bytes(n)
+}
+
+func filesOrDash(n uint64) string {
+	if n == 0 {
+		return "-"
+	}
+	return num(n)
 }

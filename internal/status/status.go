@@ -72,7 +72,7 @@ type Target struct {
 	Dirty         uint64  `json:"dirty"`   // bytes not durable yet
 	Bytes         uint64  `json:"bytes"`   // used by the target
 	Free          uint64  `json:"free"`    // of its file system
-	Files         uint64  `json:"files"`   // inodes of an MDT, objects of an OST
+	Files         uint64  `json:"files"`   // inodes of an MDT; an OST does not count its objects
 	LogRecords    uint64  `json:"log_records"`
 	FlushErrors   uint64  `json:"flush_errors"`
 	Ops           uint64  `json:"ops"`

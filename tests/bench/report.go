@@ -72,9 +72,7 @@ func (r *report) markdown(w io.Writer, servers []string) {
 	fmt.Fprintf(w, "Command: `%s`; %s; %d CPUs, Linux %s; medians of %d rounds of %.3g s each, servers taking turns.\n\n", r.Command, r.Started, r.CPUs, r.Kernel, r.Rounds, r.Seconds)
 	base := slices.Contains(servers, batonServer)
 	head := []string{"operation", "outstanding"}
-	for _, s := range servers {
-		head = append(head, s)
-	}
+	head = append(head, servers...)
 	if base {
 		for _, s := range servers {
 			if s != batonServer {
