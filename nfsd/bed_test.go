@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,6 +38,10 @@ type bed struct {
 	rpc  *sunrpc.Server
 	a    *Address
 	stop func()
+
+	// during, if set, is called (a func(wire.Op)) after an OST has executed a
+	// request and before its answer is given.
+	during atomic.Value
 
 	// what survives a restart
 	mem   vfs.FS
@@ -87,7 +92,7 @@ func (b *bed) start(stripes int) {
 			t.Fatal(err)
 		}
 		osts = append(osts, o)
-		conns = append(conns, wire.InProc(o))
+		conns = append(conns, &hookConn{wire.InProc(o), b})
 	}
 	b.fs, err = client.New(client.Options{
 		MDT: wire.InProc(b.mdt), OSTs: conns, ID: wire.ClientID{1}, Gen: b.gen, Clock: b.clk.Now,
@@ -126,6 +131,20 @@ func (b *bed) start(stripes int) {
 			o.Close()
 		}
 	}
+}
+
+type hookConn struct {
+	wire.Conn
+	b *bed
+}
+
+func (h *hookConn) Call(ctx context.Context, req *wire.Request, rep *wire.Reply) error {
+	op := req.Op
+	err := h.Conn.Call(ctx, req, rep)
+	if f, _ := h.b.during.Load().(func(wire.Op)); f != nil {
+		f(op)
+	}
+	return err
 }
 
 // restart stops everything in an orderly way and starts it on the same stores.

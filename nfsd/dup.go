@@ -41,7 +41,8 @@ func (t *dupTable) init() {
 }
 
 // begin registers o's call, or holds o (or drops its call) when the same call is
-// being executed; it returns nil then.
+// being executed; it returns nil then, and o may already be running elsewhere: it
+// must not be touched any more.
 func (t *dupTable) begin(o *op, k *wire.ReplyKey) *dupEntry {
 	key := dupKey{addr: k.Addr, xid: k.XID, proc: k.Proc, sum: k.Sum}
 	s := &t.shards[k.XID%uint32(len(t.shards))]

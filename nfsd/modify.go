@@ -38,6 +38,10 @@ func (o *op) write(bool) bool {
 	if st == wire.OK {
 		st = o.dropPrivileges()
 	}
+	// The verifier from before: if the data are lost while the reply is on its
+	// way, the one that tells of it must not come with these data.
+	var verf [8]byte
+	o.a.putVerifier(&verf)
 	if st == wire.OK {
 		pre, st = o.a.srv.fs.Write(o.ctx, o.a.owner(), &o.attr, a.Offset, a.Data, a.Stable)
 	}
@@ -49,8 +53,6 @@ func (o *op) write(bool) bool {
 		o.finish()
 		return true
 	}
-	var verf [8]byte
-	o.a.putVerifier(&verf)
 	nfs3.PutWriteOK(&o.c.Out, pre, &o.attr, o.h.FSID, a.Count, a.Stable, &verf)
 	o.finish()
 	return true
@@ -112,6 +114,7 @@ func (o *op) commit(bool) bool {
 		o.finish()
 		return true
 	}
+	// The verifier from after the flush: it tells of all losses up to it.
 	var verf [8]byte
 	o.a.putVerifier(&verf)
 	nfs3.PutCommitOK(&o.c.Out, wire.PreAttr{}, &o.attr, o.h.FSID, &verf)
@@ -131,6 +134,9 @@ func (o *op) setattr(bool) bool {
 	}
 	if st != wire.OK {
 		return o.fail(st)
+	}
+	if a.Guard {
+		a.GuardCtime = o.guard(a.GuardCtime)
 	}
 	if !o.modify(wire.OpSetattr) {
 		return true
@@ -152,6 +158,25 @@ func (o *op) setattr(bool) bool {
 	}
 	o.setattrDone()
 	return true
+}
+
+// guard turns the ctime that a SETATTR is guarded by into the MDT's. While an IO
+// epoch is open the client was told an object's ctime, which the MDT does not
+// know. The MDT decides all the same, since a retransmission has to find its
+// record first; a ctime that nothing has makes it refuse.
+func (o *op) guard(ctime int64) int64 {
+	fs, owner := o.a.srv.fs, o.a.owner()
+	q := o.newReq(wire.OpGetattr)
+	q.FID = o.h.FID
+	fs.Call(o.ctx, owner, q, &o.rep)
+	if o.rep.Status != wire.OK || !o.rep.Attr.EpochOpen {
+		return ctime
+	}
+	raw := o.rep.Attr.Ctime
+	if st, _ := fs.Complete(o.ctx, owner, &o.rep.Attr, true); st != wire.OK || o.rep.Attr.Ctime != ctime {
+		return -1
+	}
+	return raw
 }
 
 func (o *op) setattrDone() {
@@ -226,8 +251,9 @@ func (o *op) create(bool) bool {
 
 func (o *op) createDone() {
 	if o.rep.Status == wire.OK && o.proc == nfs.NFSProcedureCreate {
-		if o.rep.Created && !o.rep.Reconstructed && o.rep.Attr.EpochOpen {
-			o.a.srv.fs.Created(o.rep.Attr.FID)
+		// A new file may have been given a size, too.
+		if o.rep.Truncate.LogID == 0 && o.rep.Created && !o.rep.Reconstructed && o.rep.Attr.EpochOpen {
+			o.a.srv.fs.Created(o.rep.Attr.FID, o.rep.Transno)
 			o.madeDone()
 			return
 		}

@@ -84,6 +84,9 @@ func (h nfsHandler) ServeRPC(c *sunrpc.Call) {
 		c.State = o
 	}
 	o.c, o.a, o.proc = c, h.a, nfs.NFSProcedure(c.Proc)
+	if c.Conn != nil && c.Conn.Value() == nil {
+		h.a.srv.connOpened(c.Conn)
+	}
 	p := &procs[o.proc]
 	if p.run == nil {
 		c.Fail(sunrpc.ProcUnavail)
@@ -211,9 +214,11 @@ func (o *op) modify(code wire.Op) bool {
 		Sum:  o.checksum(),
 	}
 	if o.dup == nil {
-		if o.dup = o.a.srv.dups.begin(o, &r.Key); o.dup == nil {
+		d := o.a.srv.dups.begin(o, &r.Key)
+		if d == nil {
 			return false
 		}
+		o.dup = d
 	}
 	return true
 }
@@ -257,7 +262,7 @@ func (o *op) resolvePort() bool {
 	if o.rep.Status != wire.ErrPortMismatch {
 		return false
 	}
-	if o.a.srv.connAlive(o.c.Remote.Addr(), o.rep.Port) {
+	if o.a.srv.connAlive(o.c.Local.Addr(), o.c.Remote.Addr(), o.rep.Port) {
 		o.req.Flags |= wire.FlagForceNew
 	} else {
 		o.req.Flags |= wire.FlagAnyPort

@@ -253,6 +253,10 @@ func (o *op) list(fh []byte, cookie uint64, verf [8]byte, dirCount, maxCount uin
 	o.dw.Begin(&o.c.Out, &o.attr, o.h.FSID, &own, dirCount, maxCount)
 	for i := range o.rep.Entries {
 		e := &o.rep.Entries[i]
+		if string(e.Name) == ".." && o.h.FID == o.set.roots[o.h.FSID] {
+			// An export ends at its root.
+			e.FID, e.Attr = o.attr.FID, o.attr
+		}
 		if !plus {
 			if !o.dw.Add(e) {
 				break
@@ -264,14 +268,9 @@ func (o *op) list(fh []byte, cookie uint64, verf [8]byte, dirCount, maxCount uin
 				e.HasAttr = false
 			}
 		}
-		fid, gen := e.FID, e.Attr.Generation
-		if string(e.Name) == ".." && o.h.FID == o.set.roots[o.h.FSID] {
-			fid, gen, e.Attr, e.FID = o.attr.FID, o.attr.Generation, o.attr, o.attr.FID
-		}
 		var h []byte
 		if e.HasAttr {
-			o.a.srv.cfg.Codec.Encode(nfs3.Handle{FSID: o.h.FSID, FID: fid, Generation: gen}, &o.fh)
-			h = o.fh[:]
+			h = o.encodeFH(&e.Attr)
 		}
 		if !o.dw.AddPlus(e, h) {
 			break

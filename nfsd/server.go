@@ -49,7 +49,7 @@ type Server struct {
 	// conns holds the live TCP connections by peer, for the rule that a reply
 	// record of a living connection does not answer a call of another.
 	connMu sync.Mutex
-	conns  map[netip.AddrPort]*sunrpc.Conn
+	conns  map[connKey]*sunrpc.Conn
 }
 
 // exportSet is one version of the export table with the directories resolved.
@@ -83,7 +83,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.InlineRead == 0 {
 		cfg.InlineRead = 64 << 10
 	}
-	s := &Server{cfg: cfg, fs: cfg.FS, log: cfg.Logger, conns: make(map[netip.AddrPort]*sunrpc.Conn)}
+	s := &Server{cfg: cfg, fs: cfg.FS, log: cfg.Logger, conns: make(map[connKey]*sunrpc.Conn)}
 	s.dups.init()
 	s.mounts.init()
 	s.exp.Store(&exportSet{table: &exports.Table{}, roots: map[uint64]wire.FID{}})
@@ -149,31 +149,46 @@ func (a *Address) MountProgram() sunrpc.Program {
 	}
 }
 
+// connKey is a connection's peer and the service address it came to: a client
+// may use one port towards two addresses.
+type connKey struct {
+	local  netip.Addr
+	remote netip.AddrPort
+}
+
+func keyOf(c *sunrpc.Conn) connKey { return connKey{c.Local().Addr(), c.Remote()} }
+
+// connOpened runs on the connection's reader at its first call, so before
+// ConnClosed whatever becomes of the call.
+func (s *Server) connOpened(c *sunrpc.Conn) {
+	c.SetValue(known{})
+	s.connMu.Lock()
+	s.conns[keyOf(c)] = c
+	s.connMu.Unlock()
+}
+
+// known marks a connection that is in Server.conns.
+type known struct{}
+
 // ConnClosed must be called (sunrpc.Config.OnClose) when a connection ends.
 func (s *Server) ConnClosed(c *sunrpc.Conn) {
 	s.connMu.Lock()
-	if s.conns[c.Remote()] == c {
-		delete(s.conns, c.Remote())
+	if k := keyOf(c); s.conns[k] == c {
+		delete(s.conns, k)
 	}
 	s.connMu.Unlock()
 }
 
-func (s *Server) connAlive(addr netip.Addr, port uint16) bool {
+func (s *Server) connAlive(local, addr netip.Addr, port uint16) bool {
 	s.connMu.Lock()
 	defer s.connMu.Unlock()
-	c := s.conns[netip.AddrPortFrom(addr, port)]
+	c := s.conns[connKey{local, netip.AddrPortFrom(addr, port)}]
 	return c != nil && c.Alive()
 }
 
 // decide finds what the export with the given FSID allows the caller. Without
 // block, ok is false when the caller's host name has to be looked up first.
 func (s *Server) decide(c *sunrpc.Call, fsid uint64, block bool) (dec *exports.Decision, set *exportSet, st wire.Status, ok bool) {
-	if c.Conn != nil && c.Conn.Value() == nil {
-		c.Conn.SetValue(known{})
-		s.connMu.Lock()
-		s.conns[c.Remote] = c.Conn
-		s.connMu.Unlock()
-	}
 	set = s.exp.Load()
 	dec, v := set.table.MatchFSID(fsid, c.Remote.Addr(), c.Remote.Port())
 	if v == exports.Pending {
@@ -186,9 +201,6 @@ func (s *Server) decide(c *sunrpc.Call, fsid uint64, block bool) (dec *exports.D
 	}
 	return dec, set, v.Status(), true
 }
-
-// known marks a connection that is in Server.conns.
-type known struct{}
 
 // SetExports installs a new table. Directories that do not exist are made
 // (mode 0755, root). The old table stays when it returns an error.

@@ -66,6 +66,15 @@ func (t *targets) recover(ctx context.Context) error {
 }
 
 func (t *targets) punch(ctx context.Context, l *mdt.LogRec) error {
+	// With the inode's ctime, so that a time that was set since is not overruled.
+	var in wire.Reply
+	switch st := t.call(ctx, t.mdt, &wire.Request{Header: wire.Header{Op: wire.OpGetattr}, FID: l.FID}, &in); st {
+	case wire.OK:
+	case wire.ErrStale:
+		return nil
+	default:
+		return fmt.Errorf("truncate %v: %w", l.FID, st)
+	}
 	for s := uint8(0); s < l.Layout.Count; s++ {
 		i := int(l.Layout.OST[s])
 		if i >= len(t.osts) {
@@ -73,7 +82,7 @@ func (t *targets) punch(ctx context.Context, l *mdt.LogRec) error {
 		}
 		req := wire.Request{
 			Header: wire.Header{Op: wire.OpPunch, Flags: wire.FlagWaitCommit},
-			FID:    l.FID, Stripe: s, Size: client.ObjectSize(&l.Layout, s, l.Size), LogID: l.ID,
+			FID:    l.FID, Stripe: s, Size: client.ObjectSize(&l.Layout, s, l.Size), LogID: l.ID, Time: in.Attr.Ctime,
 		}
 		var rep wire.Reply
 		if st := t.call(ctx, t.osts[i], &req, &rep); st != wire.OK {
@@ -150,6 +159,7 @@ func (t *targets) destroy(recs []mdt.LogRec) error {
 	var jobs []*job
 	for i := range recs {
 		l := &recs[i]
+		t.fs.Unlinked(l.FID)
 		for s := uint8(0); s < l.Layout.Count; s++ {
 			o := int(l.Layout.OST[s])
 			if o >= len(t.osts) {

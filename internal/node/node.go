@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,6 +45,8 @@ type Node struct {
 	fs       *client.FS
 	nfs      *nfsd.Server
 	names    *exports.NameCache
+	// svcMu guards services, and the order of new verifiers and new services.
+	svcMu    sync.Mutex
 	services []*service
 	rpcTable *rpcbind.Table
 	rpcMode  string
@@ -136,6 +139,28 @@ func (n *Node) Start(ctx context.Context) (err error) {
 // lostData gives all write verifiers new values, because an OST has lost data
 // that were acknowledged as UNSTABLE. If the registry cannot store them the node
 // must not go on answering COMMIT, so it stops answering at all.
+// addService enters a service and, if it serves NFS, gives it its verifier as it is
+// now: data may have been lost since the address was registered.
+func (n *Node) addService(s *service) {
+	n.svcMu.Lock()
+	defer n.svcMu.Unlock()
+	if s.nfs != nil {
+		for _, v := range n.reg.VIPs() {
+			if v.Index == s.vip.Index {
+				s.nfs.SetVerifier(v.VerifierBytes())
+			}
+		}
+	}
+	n.services = append(n.services, s)
+}
+
+// serving lists the services there are.
+func (n *Node) serving() []*service {
+	n.svcMu.Lock()
+	defer n.svcMu.Unlock()
+	return slices.Clone(n.services)
+}
+
 func (n *Node) lostData(reg *mgs.Registry) {
 	vips, err := reg.NewVerifiers()
 	if err != nil {
@@ -143,9 +168,12 @@ func (n *Node) lostData(reg *mgs.Registry) {
 		os.Exit(1)
 	}
 	n.verifier.Add(1)
+	n.svcMu.Lock()
+	defer n.svcMu.Unlock()
 	for _, s := range n.services {
 		for i := range vips {
-			if vips[i].Index == s.vip.Index {
+			// The portmapper's services have no verifier.
+			if s.nfs != nil && vips[i].Index == s.vip.Index {
 				s.nfs.SetVerifier(vips[i].VerifierBytes())
 			}
 		}
@@ -173,7 +201,7 @@ func (n *Node) listen(ctx context.Context) error {
 			Workers:                 n.cfg.NFS.Workers,
 			OnClose:                 n.nfs.ConnClosed,
 		})
-		n.services = append(n.services, s)
+		n.addService(s)
 		for _, l := range []struct {
 			name string
 			port int
@@ -256,7 +284,7 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 		n.rpcTable.Set(m)
 	}
 	srv := &rpcbind.Server{Table: n.rpcTable}
-	for _, s := range n.services {
+	for _, s := range n.serving() {
 		rs := sunrpc.NewServer(sunrpc.Config{Programs: srv.Programs(), Logger: n.log, MaxRecord: 64 << 10, MaxConns: 256, MaxInflightBytes: 8 << 20, Workers: 4})
 		ap := netip.AddrPortFrom(s.vip.Addr, uint16(n.cfg.Rpcbind.Port))
 		v := &service{vip: s.vip, rpc: rs, port: map[netip.AddrPort]string{ap: "rpcbind"}}
@@ -264,7 +292,7 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 		if err == nil {
 			_, err = rs.ListenUDP(ap, sunrpc.ListenOptions{})
 		}
-		n.services = append(n.services, v)
+		n.addService(v)
 		if err != nil {
 			if n.cfg.Rpcbind.Mode == config.RpcbindAuto {
 				n.log.Warn("portmap is not available; clients must name the ports themselves (mount options port= and mountport=)", "err", listenError(ap, "tcp+udp", "rpcbind", err))
@@ -288,7 +316,7 @@ func (n *Node) Stop(ctx context.Context) error {
 	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 	defer cancel()
 	var wg sync.WaitGroup
-	for _, s := range n.services {
+	for _, s := range n.serving() {
 		wg.Go(func() {
 			r := s.rpc.Drain(dctx)
 			n.log.Info("drained", "address", s.vip.Addr, "orderly", r.Orderly, "forced", r.Forced, "replies", r.Replies)
@@ -303,7 +331,7 @@ func (n *Node) teardown(ctx context.Context) error {
 	if n.rpcReg != nil {
 		errs = append(errs, n.rpcReg.Stop(ctx))
 	}
-	for _, s := range n.services {
+	for _, s := range n.serving() {
 		errs = append(errs, s.rpc.Close())
 	}
 	if n.cancel != nil {
@@ -345,8 +373,10 @@ func (n *Node) ReloadExports() error {
 	if err != nil {
 		return err
 	}
+	old := n.nfs.Exports()
 	n.names.SetHosts(t.Hosts())
 	if err := n.nfs.SetExports(context.Background(), t); err != nil {
+		n.names.SetHosts(old.Hosts())
 		return err
 	}
 	for _, w := range t.Warnings() {

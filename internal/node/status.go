@@ -142,7 +142,7 @@ func (n *Node) serviceStatus(s *status.Status) {
 	}
 	procs := map[[2]uint32]uint64{}
 	seen := map[uint32]bool{}
-	for _, sv := range n.services {
+	for _, sv := range n.serving() {
 		st := sv.rpc.Stats()
 		s.Memory.InFlight += uint64(max(st.BufferBytes, 0))
 		for _, a := range st.Addrs {

@@ -27,6 +27,7 @@ type targets struct {
 	engine store.Engine
 	mdt    *mdt.MDT
 	mdtDir string
+	reg    *mgs.Registry
 	osts   []*ost.Target
 	dirs   []string
 	fs     *client.FS
@@ -103,7 +104,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if err != nil {
 		return nil, nil, nil, 0, err
 	}
-	t := &targets{log: log, mdtDir: cfg.MDT.Dir}
+	t := &targets{log: log, mdtDir: cfg.MDT.Dir, reg: reg}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, t.close())
@@ -117,16 +118,6 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	}
 	if err = t.openMDT(cfg, clk); err != nil {
 		return nil, nil, nil, 0, err
-	}
-	for i, o := range t.osts {
-		if !o.LostUnflushed() {
-			continue
-		}
-		log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
-		if _, err = reg.NewVerifiers(); err != nil {
-			return nil, nil, nil, 0, err
-		}
-		break
 	}
 	conns := make([]wire.Conn, len(t.osts))
 	for i, o := range t.osts {
@@ -163,6 +154,15 @@ func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict) error {
 		}
 		t.osts = append(t.osts, o)
 		t.dirs = append(t.dirs, oc.Dir)
+		if !o.LostUnflushed() {
+			continue
+		}
+		// At once: the OST will not tell again at the next start, which may come
+		// soon if another target cannot be opened.
+		t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
+		if _, err := t.reg.NewVerifiers(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -196,6 +196,13 @@ func (t *targets) openMDT(cfg *config.Config, clk *clock.Strict) error {
 		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
 	}
 	m.Store(t.mdt)
+	// The wall clock may have been put back since the last run. New timestamps,
+	// those of writes too, must be newer than all that were given.
+	st, err := mdt.ReadState(e)
+	if err != nil {
+		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
+	}
+	clk.NotBefore(st.Time)
 	return nil
 }
 
@@ -269,10 +276,22 @@ func (t *targets) close() error {
 	if t.engine != nil {
 		errs = append(errs, t.engine.Close())
 	}
+	var told, failed uint64
+	if t.fs != nil {
+		told = t.fs.FlushErrors()
+	}
 	for i, o := range t.osts {
 		if err := o.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", ostName(i), err))
 		}
+		failed += o.FlushErrors()
+	}
+	if failed > told {
+		// A flush failed and no reply has told of it: the next start finds the
+		// same kernel and nothing to warn of.
+		t.log.Error("data could not be flushed before the stop; write verifiers change so that clients send them again")
+		_, err := t.reg.NewVerifiers()
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

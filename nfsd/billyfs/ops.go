@@ -515,7 +515,7 @@ func (f *FS) createAt(dir wire.FID, name string, perm os.FileMode) (wire.Attr, e
 		return wire.Attr{}, err
 	}
 	if f.o.Durable && m.rep.Created && m.rep.Attr.EpochOpen {
-		f.c.Created(m.rep.Attr.FID)
+		f.c.Created(m.rep.Attr.FID, m.rep.Transno)
 	}
 	return m.rep.Attr, f.complete(&m.rep.Attr)
 }

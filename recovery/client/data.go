@@ -1,7 +1,9 @@
 package client
 
 import (
+	"cmp"
 	"context"
+	"slices"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -82,7 +84,7 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 	if len(data) == 0 {
 		return a.Pre(), wire.OK
 	}
-	e, st := f.epochs.acquire(ctx, f, o, a.FID)
+	e, st := f.epochs.acquire(ctx, f, o, a)
 	if st != wire.OK {
 		return pre, st
 	}
@@ -94,10 +96,12 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 		if st != wire.OK {
 			return pre, st
 		}
-		pre = a.Pre()
-		pre.Size = obPre.Size
-		if obPre.Valid && obPre.Ctime > pre.Ctime {
-			pre.Ctime, pre.Mtime = obPre.Ctime, obPre.Mtime
+		if obPre.Valid {
+			pre = a.Pre()
+			pre.Size = obPre.Size
+			if obPre.Ctime > pre.Ctime {
+				pre.Ctime, pre.Mtime = obPre.Ctime, obPre.Mtime
+			}
 		}
 		g := merger{}
 		g.add(&a.Layout, 0, &ob)
@@ -113,6 +117,8 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 	return wire.PreAttr{}, st
 }
 
+// writePiece writes to one object. An OST that can write only a part says so
+// without an error; it is asked again for the rest and tells the reason then.
 func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, data []byte, stable wire.StableHow, now int64) (wire.PreAttr, wire.ObjAttr, wire.Status) {
 	c, st := f.ost(a, p.stripe)
 	if st != wire.OK {
@@ -120,22 +126,36 @@ func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, da
 	}
 	m := f.get()
 	defer f.put(m)
-	m.req.Op = wire.OpWrite
-	m.req.FID, m.req.Stripe = a.FID, p.stripe
-	m.req.Offset = p.obj
-	m.req.Bulk = data[p.start : p.start+p.n]
-	m.req.Stable = stable
-	m.req.Time = now
-	f.header(o, &m.req)
-	if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-		return wire.PreAttr{}, wire.ObjAttr{}, wire.ErrTargetDown
+	var pre wire.PreAttr
+	for done := 0; ; {
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpWrite
+		m.req.FID, m.req.Stripe = a.FID, p.stripe
+		m.req.Offset = p.obj + uint64(done)
+		m.req.Bulk = data[p.start+done : p.start+p.n]
+		m.req.Stable = stable
+		m.req.Time = now
+		f.header(o, &m.req)
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+			return wire.PreAttr{}, wire.ObjAttr{}, wire.ErrTargetDown
+		}
+		f.noteFlush(a.Layout.OST[p.stripe], m.rep.FlushErrors)
+		n := int(m.rep.Count)
+		switch {
+		case m.rep.Status != wire.OK:
+			return wire.PreAttr{}, wire.ObjAttr{}, m.rep.Status
+		case n == 0 || n > p.n-done:
+			return wire.PreAttr{}, wire.ObjAttr{}, wire.ErrIO
+		}
+		if done == 0 && n == p.n {
+			// Of a write in two steps there is no state before.
+			pre = m.rep.ObjPre
+		}
+		if done += n; done == p.n {
+			return pre, m.rep.Obj, wire.OK
+		}
 	}
-	f.noteFlush(a.Layout.OST[p.stripe], m.rep.FlushErrors)
-	st = m.rep.Status
-	if st == wire.OK && int(m.rep.Count) != p.n {
-		st = wire.ErrIO
-	}
-	return m.rep.ObjPre, m.rep.Obj, st
 }
 
 // writePieces writes the parts of a striped range, those of different stripes
@@ -200,13 +220,15 @@ func (f *FS) syncObjects(ctx context.Context, o Owner, a *wire.Attr, mg *merger)
 }
 
 // Setattr runs OpSetattr in req and, when it changes the size, the punches that
-// belong to it, in order with other size changes of this client. It blocks until
-// all of it is as durable as req.Flags ask.
+// belong to it, in order with other size changes of this client. A size change
+// is durable when it returns, whatever req.Flags say: a punch must not come
+// before its record, nor a write before the epoch that the size change opens.
 func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.Reply) {
 	if req.SetAttr.Mask&wire.SetSize == 0 {
 		f.Call(ctx, o, req, rep)
 		return
 	}
+	req.Flags |= wire.FlagWaitCommit
 	e := f.epochs.ref(f, req.FID)
 	e.trunc.Lock()
 	f.Call(ctx, o, req, rep)
@@ -220,25 +242,61 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 	f.epochs.release(f, e)
 }
 
-// Truncated finishes a size change that OpCreate made on an existing file.
+// Truncated finishes a size change that OpCreate made, durably: on an existing
+// file, or on a new one that was given a size.
 func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Truncate) wire.Status {
 	if t.LogID == 0 {
 		return wire.OK
 	}
-	e := f.epochs.ref(f, a.FID)
+	// Not only taken for open: since the MDT opened the epoch, an older use of the
+	// file may have ended and closed it.
+	e, st := f.epochs.acquire(ctx, f, o, a)
+	if st == wire.ErrStale {
+		return wire.OK // removed meanwhile
+	}
+	if st != wire.OK {
+		return st
+	}
 	e.trunc.Lock()
-	e.markOpen()
-	st := f.punch(ctx, o, e, a, t)
+	st = f.punch(ctx, o, e, a, t)
 	e.trunc.Unlock()
 	f.epochs.release(f, e)
 	return st
 }
 
-// punch executes a logged size change on all objects; e.trunc is held.
+// punch executes a logged size change on all objects, after those before it that
+// failed; e.trunc is held.
 func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
+	// One that failed and cut nothing off that this one leaves is not needed
+	// any more; the MDT has dropped its record. It may also be t itself.
+	e.undone = slices.DeleteFunc(e.undone, func(u wire.Truncate) bool {
+		return u.LogID == t.LogID || u.LogID < t.LogID && u.Size >= t.Size
+	})
+	e.undone = append(e.undone, t)
+	slices.SortFunc(e.undone, func(a, b wire.Truncate) int { return cmp.Compare(a.LogID, b.LogID) })
+	return f.punchUndone(ctx, o, e, a)
+}
+
+func (f *FS) punchUndone(ctx context.Context, o Owner, e *epoch, a *wire.Attr) wire.Status {
+	for len(e.undone) > 0 {
+		if st := f.punchOne(ctx, o, e, a, e.undone[0]); st != wire.OK {
+			e.retry.Store(true)
+			return st
+		}
+		e.undone = e.undone[1:]
+	}
+	e.retry.Store(false)
+	return wire.OK
+}
+
+// maxLogs bounds the unreported truncate records of one file.
+const maxLogs = 256
+
+func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
 	m := f.get()
 	defer f.put(m)
 	var mg merger
+	missing := false
 	for s := uint8(0); s < a.Layout.Count; s++ {
 		c, st := f.ost(a, s)
 		if st != wire.OK {
@@ -259,13 +317,28 @@ func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.
 		if m.rep.Status != wire.OK {
 			return m.rep.Status
 		}
+		missing = missing || !m.rep.Obj.Exists
 		mg.add(&a.Layout, s, &m.rep.Obj)
 	}
-	e.logs = append(e.logs, t.LogID)
+	if !missing && len(e.logs) < maxLogs {
+		e.logs = append(e.logs, t.LogID)
+	} else {
+		// An object that does not exist cannot remember that it was cut: a
+		// recovery would do it again, on data that were written since. So the
+		// record must be gone before the next write.
+		if st := f.syncObjects(ctx, o, a, nil); st != wire.OK {
+			return st
+		}
+		e.logs = append(e.logs, t.LogID)
+		if st := f.reportLogs(ctx, e.logs, wire.FlagWaitCommit); st != wire.OK {
+			return st
+		}
+		e.logs = e.logs[:0]
+	}
 	a.Size, a.Used = t.Size, mg.used
 	return wire.OK
 }
 
-// Created tells that OpCreate with FlagOpenEpoch has opened the file's IO epoch
-// and that this is durable.
-func (f *FS) Created(fid wire.FID) { f.epochs.created(f, fid) }
+// Created tells that the OpCreate with the given transno and FlagOpenEpoch has
+// opened the file's IO epoch and that this is durable. It does not block.
+func (f *FS) Created(fid wire.FID, transno uint64) { f.epochs.created(fid, transno) }

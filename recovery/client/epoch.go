@@ -19,15 +19,23 @@ type epoch struct {
 	refs int // under the shard's lock
 	// closing is not nil while the closer works on the epoch; closed at its end.
 	closing chan struct{}
-	last    int64 // UnixNano of the last release, under the shard's lock
+	// gone is not nil when the file was unlinked and the epoch taken out of the
+	// table; closed when the last reference is given back. Under the shard's lock.
+	gone chan struct{}
+	last int64 // UnixNano of the last release, under the shard's lock
 
 	mu   sync.Mutex // serialises opening
 	open atomic.Bool
 
 	trunc sync.Mutex // serialises size changes: MDT first, then punches
+	// undone are size changes that the MDT has made and the OSTs have not
+	// executed, by log id. Nothing is written before they were tried again: a
+	// recovery executes them, and would cut off what was written after them.
+	// Guarded by trunc, or by closing being set; retry tells that there are any.
+	undone []wire.Truncate
+	retry  atomic.Bool
 	// logs are truncate records whose punches the OSTs have executed; they are
-	// reported to the MDT once the objects were flushed. Guarded by trunc, or by
-	// closing being set.
+	// reported to the MDT once the objects were flushed. Guarded like undone.
 	logs []uint64
 }
 
@@ -39,6 +47,8 @@ type epochTable struct {
 	shards [epochShards]struct {
 		mu sync.Mutex
 		m  map[wire.FID]*epoch
+		// closed is the transno of the newest OpCloseEpoch for files of this shard.
+		closed uint64
 	}
 	n atomic.Int64
 }
@@ -76,28 +86,42 @@ func (t *epochTable) ref(f *FS, fid wire.FID) *epoch {
 }
 
 // acquire is ref plus opening the epoch at the MDT, durably, if it is not open.
-func (t *epochTable) acquire(ctx context.Context, f *FS, o Owner, fid wire.FID) (*epoch, wire.Status) {
-	e := t.ref(f, fid)
-	if e.open.Load() {
-		return e, wire.OK
+// a tells the file and its layout. Size changes that failed at the OSTs are
+// tried again.
+func (t *epochTable) acquire(ctx context.Context, f *FS, o Owner, a *wire.Attr) (*epoch, wire.Status) {
+	e := t.ref(f, a.FID)
+	st := wire.OK
+	if !e.open.Load() {
+		st = t.open(ctx, f, o, e)
 	}
+	if st == wire.OK && e.retry.Load() {
+		e.trunc.Lock()
+		st = f.punchUndone(ctx, o, e, a)
+		e.trunc.Unlock()
+	}
+	if st != wire.OK {
+		t.release(f, e)
+		return nil, st
+	}
+	return e, wire.OK
+}
+
+func (t *epochTable) open(ctx context.Context, f *FS, o Owner, e *epoch) wire.Status {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.open.Load() {
-		return e, wire.OK
+		return wire.OK
 	}
 	m := f.get()
 	defer f.put(m)
 	m.req.Op = wire.OpOpenEpoch
 	m.req.Flags = wire.FlagWaitCommit
-	m.req.FID = fid
+	m.req.FID = e.fid
 	f.Call(ctx, o, &m.req, &m.rep)
-	if m.rep.Status != wire.OK {
-		t.release(f, e)
-		return nil, m.rep.Status
+	if m.rep.Status == wire.OK {
+		e.open.Store(true)
 	}
-	e.open.Store(true)
-	return e, wire.OK
+	return m.rep.Status
 }
 
 func (t *epochTable) release(f *FS, e *epoch) {
@@ -105,18 +129,69 @@ func (t *epochTable) release(f *FS, e *epoch) {
 	s.mu.Lock()
 	e.refs--
 	e.last = time.Now().UnixNano()
-	if e.refs == 0 && !e.open.Load() {
+	switch {
+	case e.refs > 0:
+	case e.gone != nil:
+		close(e.gone)
+	case !e.open.Load():
 		delete(s.m, e.fid)
 		t.n.Add(-1)
 	}
 	s.mu.Unlock()
 }
 
-func (t *epochTable) created(f *FS, fid wire.FID) {
-	e := t.ref(f, fid)
-	e.open.Store(true)
-	t.release(f, e)
+// created enters the epoch that the create with the given transno has opened.
+// It does not wait: it is called from completions. Readers may see a file
+// before its create is answered, so the file may have been written meanwhile,
+// and that epoch even be closed again. Then the entry does not count as open:
+// the next write asks the MDT.
+func (t *epochTable) created(fid wire.FID, transno uint64) {
+	s := &t.shards[t.shard(fid)]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.m[fid]
+	if e == nil {
+		e = &epoch{fid: fid, last: time.Now().UnixNano()}
+		s.m[fid] = e
+		t.n.Add(1)
+	}
+	if e.closing == nil && transno > s.closed {
+		e.open.Store(true)
+	}
 }
+
+// forget takes an unlinked file's epoch out of the table and waits until it is
+// not used any more. Who comes later asks the MDT, which refuses.
+func (t *epochTable) forget(fid wire.FID) {
+	s := &t.shards[t.shard(fid)]
+	for {
+		s.mu.Lock()
+		e := s.m[fid]
+		if e == nil {
+			s.mu.Unlock()
+			return
+		}
+		wait := e.closing
+		if wait == nil {
+			delete(s.m, fid)
+			t.n.Add(-1)
+			if e.refs == 0 {
+				s.mu.Unlock()
+				return
+			}
+			e.gone = make(chan struct{})
+			wait = e.gone
+		}
+		s.mu.Unlock()
+		<-wait
+	}
+}
+
+// Unlinked tells that a file was removed for good, and returns when none of this
+// client's writes to it is under way any more. Its objects may be destroyed
+// then: a write that came later would make them anew, and nobody would ever
+// destroy them again.
+func (f *FS) Unlinked(fid wire.FID) { f.epochs.forget(fid) }
 
 // closeBatch is how many epochs are closed in one MDT transaction.
 const closeBatch = 512
@@ -174,54 +249,58 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 	if len(batch) == 0 {
 		return 0, nil
 	}
-	var firstErr error
-	m := f.get()
-	defer f.put(m)
-	var logs []uint64
+	items := make([]closeItem, len(batch))
+	for i, e := range batch {
+		items[i].e = e
+	}
+	f.flushForClose(ctx, items)
 	closes := make([]wire.EpochClose, 0, len(batch))
+	var logs []uint64
+	var firstErr error
 	failed := make(map[wire.FID]bool)
-	for _, e := range batch {
-		ec, st := f.flushForClose(ctx, m, e.fid)
-		switch st {
+	fail := func(err error, which []wire.EpochClose) {
+		if firstErr == nil {
+			firstErr = err
+		}
+		for i := range which {
+			failed[which[i].FID] = true
+		}
+	}
+	for i := range items {
+		it := &items[i]
+		switch it.st {
 		case wire.OK:
-			closes = append(closes, ec)
-			logs = append(logs, e.logs...)
+			closes = append(closes, it.result())
+			logs = append(logs, it.e.logs...)
 		case wire.ErrStale, wire.ErrNoEnt:
 			// The file is gone, and its epoch and truncate records with it.
 		default:
-			failed[e.fid] = true
-			firstErr = fmt.Errorf("client: flush %v before its IO epoch closes: %w", e.fid, st)
+			failed[it.e.fid] = true
+			fail(fmt.Errorf("client: flush %v before its IO epoch closes: %w", it.e.fid, it.st), nil)
 		}
 	}
-	if len(logs) > 0 {
-		// Reported again with the epoch if it is lost; doing a punch that was
-		// done is harmless.
-		m.req.Reset()
-		m.rep.Reset()
-		m.req.Op = wire.OpTruncateDone
-		m.req.LogIDs = logs
-		f.Call(ctx, Owner{}, &m.req, &m.rep)
-		if m.rep.Status != wire.OK {
-			firstErr = fmt.Errorf("client: report finished truncations: %w", m.rep.Status)
-		}
-	}
-	if len(closes) > 0 {
-		m.req.Reset()
-		m.rep.Reset()
+	var transno uint64
+	// If the report is lost in a crash, the closing of the epochs is too, and the
+	// records are worked on again. An epoch stays open until its records are
+	// reported: later writes must not meet an old record in a recovery.
+	if st := f.reportLogs(ctx, logs, 0); st != wire.OK {
+		fail(fmt.Errorf("client: report finished truncations: %w", st), closes)
+	} else if len(closes) > 0 {
+		m := f.get()
 		m.req.Op = wire.OpCloseEpoch
 		m.req.Epochs = closes
 		f.Call(ctx, Owner{}, &m.req, &m.rep)
+		transno = m.rep.Transno
 		if m.rep.Status != wire.OK {
-			firstErr = fmt.Errorf("client: close IO epochs: %w", m.rep.Status)
-			for i := range closes {
-				failed[closes[i].FID] = true
-			}
+			fail(fmt.Errorf("client: close IO epochs: %w", m.rep.Status), closes)
 		}
+		f.put(m)
 	}
 	for _, e := range batch {
 		s := &f.epochs.shards[f.epochs.shard(e.fid)]
 		s.mu.Lock()
 		e.closing = nil
+		s.closed = max(s.closed, transno)
 		if failed[e.fid] {
 			e.last = time.Now().UnixNano()
 		} else {
@@ -234,63 +313,166 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 	return len(batch), firstErr
 }
 
-func (f *FS) flushForClose(ctx context.Context, m *msg, fid wire.FID) (wire.EpochClose, wire.Status) {
-	m.req.Reset()
-	m.rep.Reset()
+// maxLogIDs bounds the records of one OpTruncateDone.
+const maxLogIDs = 4096
+
+// reportLogs sends OpTruncateDone for truncate records whose punches are durable.
+func (f *FS) reportLogs(ctx context.Context, ids []uint64, flags wire.Flags) wire.Status {
+	m := f.get()
+	defer f.put(m)
+	for len(ids) > 0 {
+		n := min(len(ids), maxLogIDs)
+		m.req.Reset()
+		m.rep.Reset()
+		m.req.Op = wire.OpTruncateDone
+		m.req.Flags = flags
+		m.req.LogIDs = ids[:n]
+		f.Call(ctx, Owner{}, &m.req, &m.rep)
+		if m.rep.Status != wire.OK {
+			return m.rep.Status
+		}
+		ids = ids[n:]
+	}
+	return wire.OK
+}
+
+// closeItem is a file on its way to OpCloseEpoch.
+type closeItem struct {
+	e  *epoch
+	a  wire.Attr
+	st wire.Status
+	mg merger
+}
+
+func (it *closeItem) result() wire.EpochClose {
+	return wire.EpochClose{FID: it.e.fid, Size: it.mg.size, Used: it.mg.used, Mtime: it.mg.mtime, Ctime: it.mg.ctime, Seen: it.a.Version}
+}
+
+// maxFlushes bounds the object flushes that are under way together.
+const maxFlushes = 1024
+
+// flushForClose flushes the files' objects, all at once so that the OSTs can
+// share disk flushes, and collects what the MDT is to be told. Failures are in
+// the items.
+func (f *FS) flushForClose(ctx context.Context, items []closeItem) {
+	for len(items) > 0 {
+		n, flushes := 0, 0
+		for n < len(items) && flushes < maxFlushes {
+			it := &items[n]
+			if it.st = f.rawAttr(ctx, it.e.fid, &it.a); it.st == wire.OK && len(it.e.undone) > 0 {
+				it.st = f.punchUndone(ctx, Owner{}, it.e, &it.a)
+			}
+			flushes += int(it.a.Layout.Count)
+			n++
+		}
+		f.syncItems(items[:n], flushes)
+		items = items[n:]
+	}
+}
+
+func (f *FS) syncItems(items []closeItem, flushes int) {
+	type flush struct {
+		it *closeItem
+		m  *msg
+	}
+	under := make([]flush, 0, flushes)
+	var wg sync.WaitGroup
+	for i := range items {
+		it := &items[i]
+		for s := uint8(0); it.st == wire.OK && s < it.a.Layout.Count; s++ {
+			c, st := f.ost(&it.a, s)
+			if st != wire.OK {
+				it.st = st
+				break
+			}
+			m := f.get()
+			m.req.Op = wire.OpSyncObject
+			m.req.FID, m.req.Stripe = it.a.FID, s
+			f.header(Owner{}, &m.req)
+			under = append(under, flush{it, m})
+			wg.Add(1)
+			c.Handle(&m.req, &m.rep, wg.Done)
+		}
+	}
+	wg.Wait()
+	for _, x := range under {
+		s := x.m.req.Stripe
+		f.noteFlush(x.it.a.Layout.OST[s], x.m.rep.FlushErrors)
+		if x.m.rep.Status != wire.OK {
+			x.it.st = x.m.rep.Status
+		}
+		x.it.mg.add(&x.it.a.Layout, s, &x.m.rep.Obj)
+		f.put(x.m)
+	}
+}
+
+// rawAttr reads what the MDT knows of an object.
+func (f *FS) rawAttr(ctx context.Context, fid wire.FID, a *wire.Attr) wire.Status {
+	m := f.get()
+	defer f.put(m)
 	m.req.Op = wire.OpGetattr
 	m.req.FID = fid
 	f.Call(ctx, Owner{}, &m.req, &m.rep)
-	if m.rep.Status != wire.OK {
-		return wire.EpochClose{}, m.rep.Status
+	if m.rep.Status == wire.OK {
+		*a = m.rep.Attr
 	}
-	a := m.rep.Attr
-	var mg merger
-	if st := f.syncObjects(ctx, Owner{}, &a, &mg); st != wire.OK {
-		return wire.EpochClose{}, st
-	}
-	return wire.EpochClose{FID: fid, Size: mg.size, Used: mg.used, Mtime: mg.mtime, Ctime: mg.ctime, Seen: a.Version}, wire.OK
+	return m.rep.Status
 }
 
 // CloseLeftEpochs closes epochs that an earlier incarnation of this client left
 // open when it died with its node.
 func (f *FS) CloseLeftEpochs(ctx context.Context, fids []wire.FID) error {
-	m := f.get()
-	defer f.put(m)
 	for len(fids) > 0 {
 		n := min(len(fids), closeBatch)
-		var closes []wire.EpochClose
-		for _, fid := range fids[:n] {
-			e := f.epochs.ref(f, fid)
-			e.trunc.Lock()
-			inUse := e.open.Load()
-			var ec wire.EpochClose
-			st := wire.OK
-			if !inUse {
-				ec, st = f.flushForClose(ctx, m, fid)
-			}
-			e.trunc.Unlock()
-			f.epochs.release(f, e)
-			switch {
-			case inUse:
-			case st == wire.OK:
-				closes = append(closes, ec)
-			case st == wire.ErrStale || st == wire.ErrNoEnt:
-			default:
-				return fmt.Errorf("client: close the IO epoch of %v left by a crash: %w", fid, st)
-			}
+		if err := f.closeLeft(ctx, fids[:n]); err != nil {
+			return err
 		}
 		fids = fids[n:]
-		if len(closes) == 0 {
+	}
+	return nil
+}
+
+func (f *FS) closeLeft(ctx context.Context, fids []wire.FID) error {
+	var items []closeItem
+	defer func() {
+		for i := range items {
+			items[i].e.trunc.Unlock()
+			f.epochs.release(f, items[i].e)
+		}
+	}()
+	for _, fid := range fids {
+		e := f.epochs.ref(f, fid)
+		e.trunc.Lock()
+		if e.open.Load() {
+			// In use again: the closer closes it.
+			e.trunc.Unlock()
+			f.epochs.release(f, e)
 			continue
 		}
-		m.req.Reset()
-		m.rep.Reset()
-		m.req.Op = wire.OpCloseEpoch
-		m.req.Epochs = closes
-		f.Call(ctx, Owner{}, &m.req, &m.rep)
-		if m.rep.Status != wire.OK {
-			return fmt.Errorf("client: close IO epochs left by a crash: %w", m.rep.Status)
+		items = append(items, closeItem{e: e})
+	}
+	f.flushForClose(ctx, items)
+	var closes []wire.EpochClose
+	for i := range items {
+		it := &items[i]
+		switch it.st {
+		case wire.OK:
+			closes = append(closes, it.result())
+		case wire.ErrStale, wire.ErrNoEnt:
+		default:
+			return fmt.Errorf("client: close the IO epoch of %v left by a crash: %w", it.e.fid, it.st)
 		}
+	}
+	if len(closes) == 0 {
+		return nil
+	}
+	m := f.get()
+	defer f.put(m)
+	m.req.Op = wire.OpCloseEpoch
+	m.req.Epochs = closes
+	f.Call(ctx, Owner{}, &m.req, &m.rep)
+	if m.rep.Status != wire.OK {
+		return fmt.Errorf("client: close IO epochs left by a crash: %w", m.rep.Status)
 	}
 	return nil
 }

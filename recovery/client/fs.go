@@ -319,8 +319,7 @@ func (f *FS) Statfs(ctx context.Context, o Owner) (wire.Statfs, wire.Status) {
 	if m.rep.Status != wire.OK {
 		return wire.Statfs{}, m.rep.Status
 	}
-	sum := m.rep.Statfs
-	sum.Total, sum.Free, sum.Avail = 0, 0, 0
+	sum := wire.Statfs{Files: m.rep.Statfs.Files, FilesFree: m.rep.Statfs.FilesFree, FilesAvail: m.rep.Statfs.FilesAvail}
 	for i, c := range f.o.OSTs {
 		m.req.Reset()
 		m.rep.Reset()
@@ -333,6 +332,11 @@ func (f *FS) Statfs(ctx context.Context, o Owner) (wire.Statfs, wire.Status) {
 		sum.Total += m.rep.Statfs.Total
 		sum.Free += m.rep.Statfs.Free
 		sum.Avail += m.rep.Statfs.Avail
+	}
+	if sum.FilesFree == 0 && sum.Free > 0 {
+		// The MDT makes inodes as long as there is space and may not know of it.
+		sum.FilesFree, sum.FilesAvail = sum.Free/4096, sum.Avail/4096
+		sum.Files += sum.FilesFree
 	}
 	return sum, wire.OK
 }

@@ -353,7 +353,7 @@ func (t *Target) flushFiles(o *object, s *snapshot) error {
 	if err := t.clearPunch(o, s); err != nil {
 		return err
 	}
-	if s.entryNew {
+	if s.entryNew && !t.fs.SyncsNames() {
 		return t.dirs[o.key.dir()].sync(t.fs)
 	}
 	return nil

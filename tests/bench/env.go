@@ -200,15 +200,15 @@ func (e *env) empty(dir []byte) error {
 	}
 	return e.all(func(i int) nfsload.Worker {
 		k := i - len(e.conns)
-		return &funcs{
-			next: func(c *nfsload.Conn, _ int) (uint32, bool) {
+		return &nfsload.Funcs{
+			NextFunc: func(c *nfsload.Conn, _ int) (uint32, bool) {
 				if k += len(e.conns); k >= len(es) {
 					return 0, false
 				}
 				c.Dirop(dir, []byte(es[k].Name))
 				return nfsload.ProcRemove, true
 			},
-			reply: status(nfsload.ProcRemove),
+			ReplyFunc: nfsload.CheckStatus(nfsload.ProcRemove),
 		}
 	})
 }

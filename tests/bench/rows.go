@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -128,32 +127,10 @@ func (e *env) all(worker func(i int) nfsload.Worker) error {
 	return nil
 }
 
-// funcs is a Worker made of two functions.
-type funcs struct {
-	next  func(c *nfsload.Conn, slot int) (uint32, bool)
-	reply func(slot int, body []byte) (int, error)
-}
-
-func (f *funcs) Next(c *nfsload.Conn, slot int) (uint32, bool) { return f.next(c, slot) }
-func (f *funcs) Reply(slot int, body []byte) (int, error)      { return f.reply(slot, body) }
-
-// status takes a reply whose status alone matters.
-func status(proc uint32) func(int, []byte) (int, error) {
-	return func(_ int, b []byte) (int, error) {
-		if len(b) < 4 {
-			return 0, nfsload.ErrProtocol
-		}
-		if s := binary.BigEndian.Uint32(b); s != 0 {
-			return 0, &nfsload.StatusError{Proc: proc, Status: s}
-		}
-		return 1, nil
-	}
-}
-
 // writer writes n bytes at each offset that off returns; wrote counts bytes.
 func writer(fh func() []byte, n int, stable uint32, off func() (uint64, bool), data []byte) nfsload.Worker {
-	return &funcs{
-		next: func(c *nfsload.Conn, _ int) (uint32, bool) {
+	return &nfsload.Funcs{
+		NextFunc: func(c *nfsload.Conn, _ int) (uint32, bool) {
 			o, ok := off()
 			if !ok {
 				return 0, false
@@ -165,7 +142,7 @@ func writer(fh func() []byte, n int, stable uint32, off func() (uint64, bool), d
 			c.Payload(data[:n])
 			return nfsload.ProcWrite, true
 		},
-		reply: func(_ int, b []byte) (int, error) {
+		ReplyFunc: func(_ int, b []byte) (int, error) {
 			d := nfsload.Decoder{B: b}
 			if err := d.Status(nfsload.ProcWrite); err != nil {
 				return 0, err
@@ -247,15 +224,15 @@ func readFile(e *env, dir []byte, c conc, n int, rnd bool) ([]outcome, error) {
 		if rnd {
 			off = random(uint64(i), uint64(n), fileSize)
 		}
-		return &funcs{
-			next: func(c *nfsload.Conn, _ int) (uint32, bool) {
+		return &nfsload.Funcs{
+			NextFunc: func(c *nfsload.Conn, _ int) (uint32, bool) {
 				o, _ := off()
 				c.Opaque(fhs[0])
 				c.U64(o)
 				c.U32(uint32(n))
 				return nfsload.ProcRead, true
 			},
-			reply: func(_ int, b []byte) (int, error) {
+			ReplyFunc: func(_ int, b []byte) (int, error) {
 				d := nfsload.Decoder{B: b}
 				if err := d.Status(nfsload.ProcRead); err != nil {
 					return 0, err
@@ -302,15 +279,15 @@ func fileSyncWrite(e *env, dir []byte, c conc) ([]outcome, error) {
 func (e *env) names(dir []byte, prefix string, from, n int) error {
 	return e.all(func(i int) nfsload.Worker {
 		k := from + i - len(e.conns)
-		return &funcs{
-			next: func(c *nfsload.Conn, _ int) (uint32, bool) {
+		return &nfsload.Funcs{
+			NextFunc: func(c *nfsload.Conn, _ int) (uint32, bool) {
 				if k += len(e.conns); k >= from+n {
 					return 0, false
 				}
 				create(c, dir, prefix, k)
 				return nfsload.ProcCreate, true
 			},
-			reply: status(nfsload.ProcCreate),
+			ReplyFunc: nfsload.CheckStatus(nfsload.ProcCreate),
 		}
 	})
 }
@@ -340,8 +317,8 @@ func overNames(e *env, dir []byte, c conc, proc uint32) ([]outcome, error) {
 	}
 	o, err := e.timed(c, func(i int) nfsload.Worker {
 		r := rand.NewPCG(uint64(i), 12)
-		return &funcs{
-			next: func(c *nfsload.Conn, _ int) (uint32, bool) {
+		return &nfsload.Funcs{
+			NextFunc: func(c *nfsload.Conn, _ int) (uint32, bool) {
 				x := &es[r.Uint64()%nameCount]
 				switch proc {
 				case nfsload.ProcLookup:
@@ -355,7 +332,7 @@ func overNames(e *env, dir []byte, c conc, proc uint32) ([]outcome, error) {
 				}
 				return proc, true
 			},
-			reply: status(proc),
+			ReplyFunc: nfsload.CheckStatus(proc),
 		}
 	}, nil)
 	return []outcome{o}, err
@@ -370,8 +347,8 @@ func createWrite(e *env, dir []byte, c conc) ([]outcome, error) {
 	o, err := e.timed(c, func(i int) nfsload.Worker {
 		slots := make([]state, c.depth)
 		k := i
-		return &funcs{
-			next: func(cn *nfsload.Conn, slot int) (uint32, bool) {
+		return &nfsload.Funcs{
+			NextFunc: func(cn *nfsload.Conn, slot int) (uint32, bool) {
 				s := &slots[slot]
 				switch s.phase {
 				case 0:
@@ -394,7 +371,7 @@ func createWrite(e *env, dir []byte, c conc) ([]outcome, error) {
 				cn.U32(0)
 				return nfsload.ProcCommit, true
 			},
-			reply: func(slot int, b []byte) (int, error) {
+			ReplyFunc: func(slot int, b []byte) (int, error) {
 				s := &slots[slot]
 				proc := []uint32{nfsload.ProcCreate, nfsload.ProcWrite, nfsload.ProcCommit}[s.phase]
 				d := nfsload.Decoder{B: b}
@@ -422,8 +399,8 @@ func nameOps(e *env, dir []byte, c conc) ([]outcome, error) {
 	made := make([]int, c.conns) // names of connection i: i, i+conns, ...
 	worker := func(proc uint32, limit func(i int) int, args func(cn *nfsload.Conn, k int), count []int) func(i int) nfsload.Worker {
 		return func(i int) nfsload.Worker {
-			return &funcs{
-				next: func(cn *nfsload.Conn, _ int) (uint32, bool) {
+			return &nfsload.Funcs{
+				NextFunc: func(cn *nfsload.Conn, _ int) (uint32, bool) {
 					if count[i] >= limit(i) {
 						return 0, false
 					}
@@ -431,7 +408,7 @@ func nameOps(e *env, dir []byte, c conc) ([]outcome, error) {
 					count[i]++
 					return proc, true
 				},
-				reply: status(proc),
+				ReplyFunc: nfsload.CheckStatus(proc),
 			}
 		}
 	}
@@ -473,15 +450,15 @@ func lister(dir []byte, slots int, entries int, rounds int) nfsload.Worker {
 		rounds       int
 	}
 	st := make([]state, slots)
-	return &funcs{
-		next: func(c *nfsload.Conn, slot int) (uint32, bool) {
+	return &nfsload.Funcs{
+		NextFunc: func(c *nfsload.Conn, slot int) (uint32, bool) {
 			if rounds > 0 && st[slot].rounds == rounds {
 				return 0, false
 			}
 			c.ReaddirplusArgs(dir, st[slot].cookie, st[slot].verf)
 			return nfsload.ProcReaddirplus, true
 		},
-		reply: func(slot int, b []byte) (int, error) {
+		ReplyFunc: func(slot int, b []byte) (int, error) {
 			s := &st[slot]
 			cookie, verf, n, eof, err := nfsload.ReadPage(b, nil)
 			if err != nil {

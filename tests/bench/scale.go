@@ -50,9 +50,9 @@ func scale(e *env, sizes []int) ([]scalePoint, error) {
 		rate := func(proc uint32, next func(r *rand.PCG, cn *nfsload.Conn)) (float64, error) {
 			o, err := e.timed(c, func(i int) nfsload.Worker {
 				r := rand.NewPCG(uint64(i), 13)
-				return &funcs{
-					next:  func(cn *nfsload.Conn, _ int) (uint32, bool) { next(r, cn); return proc, true },
-					reply: status(proc),
+				return &nfsload.Funcs{
+					NextFunc:  func(cn *nfsload.Conn, _ int) (uint32, bool) { next(r, cn); return proc, true },
+					ReplyFunc: nfsload.CheckStatus(proc),
 				}
 			}, nil)
 			return float64(o.ops) / o.elapsed.Seconds(), err
@@ -75,8 +75,8 @@ func scale(e *env, sizes []int) ([]scalePoint, error) {
 			return nil, fmt.Errorf("CREATE: %w", err)
 		}
 		start = time.Now()
-		if _, err := e.conns[0].Run(32, start.Add(time.Hour), &funcs{
-			next: func(cn *nfsload.Conn, _ int) (uint32, bool) {
+		if _, err := e.conns[0].Run(32, start.Add(time.Hour), &nfsload.Funcs{
+			NextFunc: func(cn *nfsload.Conn, _ int) (uint32, bool) {
 				if removed == made {
 					return 0, false
 				}
@@ -84,7 +84,7 @@ func scale(e *env, sizes []int) ([]scalePoint, error) {
 				removed++
 				return nfsload.ProcRemove, true
 			},
-			reply: status(nfsload.ProcRemove),
+			ReplyFunc: nfsload.CheckStatus(nfsload.ProcRemove),
 		}); err != nil {
 			return nil, fmt.Errorf("REMOVE: %w", err)
 		}

@@ -218,7 +218,6 @@ func (s *summary) read(r io.Reader) error {
 	}
 }
 
-
 func newSummary(progress io.Writer) *summary {
 	return &summary{tests: map[[2]string]*test{}, buildOutput: map[string][]string{}, showEvery: progress}
 }

@@ -51,6 +51,10 @@ type FS interface {
 	// Fdatasync makes the file's data and size durable; for directories it is
 	// fsync and makes their entries durable.
 	Fdatasync(fd int) error
+	// SyncsNames tells that Fdatasync of a file that was just made also makes
+	// its name durable, because the file system's journal has both in one
+	// transaction; the directory need not be synced then.
+	SyncsNames() bool
 	// StartWriteback begins writing the file's dirty pages without waiting.
 	StartWriteback(fd int) error
 	// Readahead begins reading [off, off+n) into memory.

@@ -12,8 +12,9 @@ import (
 
 // Linux is the real file system below one directory.
 type Linux struct {
-	dir  int
-	path string
+	dir   int
+	path  string
+	names bool
 }
 
 // NewLinux opens dir, which it makes (with parents, mode 0700) if it does not
@@ -26,8 +27,21 @@ func NewLinux(dir string) (*Linux, error) {
 	if err != nil {
 		return nil, fmt.Errorf("object store: open %s: %w", dir, err)
 	}
-	return &Linux{dir: fd, path: dir}, nil
+	l := &Linux{dir: fd, path: dir}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err == nil {
+		switch st.Type {
+		// ext4 and XFS make an inode and its first name in one transaction, which
+		// an fdatasync of the inode waits for; btrfs logs the name with the inode.
+		case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC:
+			l.names = true
+		}
+	}
+	return l, nil
 }
+
+// SyncsNames implements FS.
+func (l *Linux) SyncsNames() bool { return l.names }
 
 // Shut closes the directory.
 func (l *Linux) Shut() error { return unix.Close(l.dir) }

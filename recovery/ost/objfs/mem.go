@@ -65,6 +65,9 @@ func NewMem(now func() int64) *Mem {
 	return &Mem{root: newNode(true), fds: map[int]*memNode{}, next: 3, now: now}
 }
 
+// SyncsNames implements FS: the model is as strict as POSIX.
+func (m *Mem) SyncsNames() bool { return false }
+
 // SetCapacity bounds the data pages of all files; writes beyond it get ENOSPC.
 func (m *Mem) SetCapacity(bytes int64) {
 	m.mu.Lock()

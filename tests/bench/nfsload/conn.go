@@ -253,6 +253,27 @@ type Worker interface {
 	Reply(slot int, body []byte) (done int, err error)
 }
 
+// Funcs is a Worker made of two functions.
+type Funcs struct {
+	NextFunc  func(c *Conn, slot int) (uint32, bool)
+	ReplyFunc func(slot int, body []byte) (int, error)
+}
+
+// Next calls NextFunc.
+func (f *Funcs) Next(c *Conn, slot int) (uint32, bool) { return f.NextFunc(c, slot) }
+
+// Reply calls ReplyFunc.
+func (f *Funcs) Reply(slot int, body []byte) (int, error) { return f.ReplyFunc(slot, body) }
+
+// CheckStatus is a ReplyFunc for replies whose status alone matters; each is
+// one operation.
+func CheckStatus(proc uint32) func(int, []byte) (int, error) {
+	return func(_ int, b []byte) (int, error) {
+		d := Decoder{B: b}
+		return 1, d.Status(proc)
+	}
+}
+
 // Run keeps depth calls outstanding until the deadline passes or no slot has a
 // next call, and waits for the last reply. It returns the completed operations.
 func (c *Conn) Run(depth int, deadline time.Time, w Worker) (int64, error) {

@@ -36,7 +36,7 @@ func init() {
 		"as":       {as, "internal: one operation as another user"},
 		"bigfile":  {bigfile, "-max OFFSET DIR: sparse files with large offsets"},
 		"readdir":  {readdirTest, "-n N DIR: reading a directory while it changes"},
-		"bigdir":   {bigdir, "-n N DIR: many entries in one directory"},
+		"bigdir":   {bigdir, "-n N DIR: a directory of many entries"},
 		"readonly": {readonly, "DIR: a read-only export refuses changes"},
 		"squash":   {squash, "DIR: root is nobody"},
 		"names":    {names, "DIR: file names, links, special files, times"},
