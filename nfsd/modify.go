@@ -132,6 +132,9 @@ func (o *op) setattr(bool) bool {
 	if st == wire.OK {
 		st = nfs3.CheckSattr(&a.Attr)
 	}
+	if st == wire.OK {
+		st = o.current(&o.h)
+	}
 	if st != wire.OK {
 		return o.fail(st)
 	}
@@ -220,6 +223,9 @@ func (o *op) dirOp(fh, name []byte, sa *wire.SetAttr, code wire.Op) bool {
 	}
 	if st == wire.OK && sa != nil {
 		st = nfs3.CheckSattr(sa)
+	}
+	if st == wire.OK {
+		st = o.current(&o.h)
 	}
 	if st != wire.OK {
 		o.fail(st)
@@ -372,6 +378,9 @@ func (o *op) rename(bool) bool {
 	if st == wire.OK {
 		st = nfs3.CheckName(o.proc, a.ToName)
 	}
+	if st == wire.OK {
+		st = o.current(&o.h2)
+	}
 	if st != wire.OK {
 		return o.fail(st)
 	}
@@ -403,6 +412,12 @@ func (o *op) link(bool) bool {
 	}
 	if st == wire.OK {
 		st = nfs3.CheckName(o.proc, a.Name)
+	}
+	if st == wire.OK {
+		st = o.current(&o.h2)
+	}
+	if st == wire.OK {
+		st = o.current(&o.h)
 	}
 	if st != wire.OK {
 		return o.fail(st)

@@ -138,6 +138,24 @@ func (o *op) openAttr(fh []byte, block bool) (st wire.Status, ok bool) {
 	return st, ok
 }
 
+// current makes sure that h's generation is its object's. FIDs are not used
+// twice by one store, but they are by another store that was made under the same
+// cluster key: handles from before must not reach into it. o.req and o.rep are
+// used. It may block.
+func (o *op) current(h *nfs3.Handle) wire.Status {
+	q := o.newReq(wire.OpGetattr)
+	q.FID = h.FID
+	fs, owner := o.a.srv.fs, o.a.owner()
+	if !fs.Try(owner, q, &o.rep) {
+		fs.Call(o.ctx, owner, q, &o.rep)
+	}
+	// Any error is the MDT's to give: a retransmission must find its record first.
+	if o.rep.Status == wire.OK && o.rep.Attr.Generation != h.Generation {
+		return wire.ErrStale
+	}
+	return wire.OK
+}
+
 // fail answers with an error and no attributes.
 func (o *op) fail(st wire.Status) bool {
 	if o.dropped(st) {
@@ -262,7 +280,10 @@ func (o *op) resolvePort() bool {
 	if o.rep.Status != wire.ErrPortMismatch {
 		return false
 	}
-	if o.a.srv.connAlive(o.c.Local.Addr(), o.c.Remote.Addr(), o.rep.Port) {
+	// A call whose own connection is dead may be the original that was read after
+	// its retransmission: it must not be executed as another call either.
+	gone := o.c.Conn != nil && !o.c.Conn.Alive()
+	if !gone && o.a.srv.connAlive(o.c.Local.Addr(), o.c.Remote.Addr(), o.rep.Port) {
 		o.req.Flags |= wire.FlagForceNew
 	} else {
 		o.req.Flags |= wire.FlagAnyPort

@@ -103,6 +103,9 @@ func (o *op) lookup(block bool) bool {
 		fs.Call(o.ctx, owner, q, &o.rep)
 	}
 	st = o.rep.Status
+	if o.rep.HasDir && o.rep.DirAttr.Generation != o.h.Generation {
+		return o.failAttr(wire.ErrStale, nil)
+	}
 	if st == wire.OK {
 		if st, ok = fs.Complete(o.ctx, owner, &o.rep.Attr, block); !ok {
 			return false
@@ -139,6 +142,9 @@ func (o *op) readlink(block bool) bool {
 			return false
 		}
 		fs.Call(o.ctx, owner, q, &o.rep)
+	}
+	if o.rep.HasAttr && o.rep.Attr.Generation != o.h.Generation {
+		return o.failAttr(wire.ErrStale, nil)
 	}
 	if o.rep.Status != wire.OK {
 		return o.failAttr(o.rep.Status, opt(&o.rep.Attr, o.rep.HasAttr))

@@ -39,12 +39,12 @@ type Node struct {
 	started time.Time
 	boot    uint64
 
-	unlock   func()
-	reg      *mgs.Registry
-	targets  *targets
-	fs       *client.FS
-	nfs      *nfsd.Server
-	names    *exports.NameCache
+	unlock  func()
+	reg     *mgs.Registry
+	targets *targets
+	fs      *client.FS
+	nfs     *nfsd.Server
+	names   *exports.NameCache
 	// svcMu guards services, and the order of new verifiers and new services.
 	svcMu    sync.Mutex
 	services []*service
@@ -125,7 +125,7 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	n.names = exports.NewNameCache(exports.NameConfig{})
+	n.names = exports.NewNameCache(exports.NameConfig{Resolver: exports.SystemResolver{}})
 	n.wg.Go(func() { n.names.Run(run) })
 	if err = n.ReloadExports(); err != nil {
 		return err
@@ -136,9 +136,6 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	return n.startRpcbind(ctx)
 }
 
-// lostData gives all write verifiers new values, because an OST has lost data
-// that were acknowledged as UNSTABLE. If the registry cannot store them the node
-// must not go on answering COMMIT, so it stops answering at all.
 // addService enters a service and, if it serves NFS, gives it its verifier as it is
 // now: data may have been lost since the address was registered.
 func (n *Node) addService(s *service) {
@@ -161,6 +158,9 @@ func (n *Node) serving() []*service {
 	return slices.Clone(n.services)
 }
 
+// lostData gives all write verifiers new values, because an OST has lost data
+// that were acknowledged as UNSTABLE. If the registry cannot store them the node
+// must not go on answering COMMIT, so it stops answering at all.
 func (n *Node) lostData(reg *mgs.Registry) {
 	vips, err := reg.NewVerifiers()
 	if err != nil {

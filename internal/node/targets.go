@@ -137,6 +137,10 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if err = t.recover(ctx); err != nil {
 		return nil, nil, nil, 0, errors.Join(err, fs.Close(ctx))
 	}
+	// Once more: closing the epochs has brought in the times of objects.
+	if err = t.advance(clk); err != nil {
+		return nil, nil, nil, 0, errors.Join(err, fs.Close(ctx))
+	}
 	return fs, reg, t, t.gen, nil
 }
 
@@ -196,11 +200,16 @@ func (t *targets) openMDT(cfg *config.Config, clk *clock.Strict) error {
 		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
 	}
 	m.Store(t.mdt)
-	// The wall clock may have been put back since the last run. New timestamps,
-	// those of writes too, must be newer than all that were given.
-	st, err := mdt.ReadState(e)
+	return t.advance(clk)
+}
+
+// advance makes the clock's later readings newer than all times that the MDT
+// knows of: the wall clock may have been put back since the last run, and a
+// change must never look older than what it changed.
+func (t *targets) advance(clk *clock.Strict) error {
+	st, err := mdt.ReadState(t.engine)
 	if err != nil {
-		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
+		return fmt.Errorf("%s: %w", mdtName, err)
 	}
 	clk.NotBefore(st.Time)
 	return nil

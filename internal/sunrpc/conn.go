@@ -97,8 +97,19 @@ func (c *Conn) Remote() netip.AddrPort { return c.remote }
 func (c *Conn) Local() netip.AddrPort { return c.local }
 
 // Alive reports whether the peer can still send and be sent to, as far as is known: false after its
-// FIN, after an error, and after the server closed the connection.
-func (c *Conn) Alive() bool { return c.alive.Load() }
+// FIN, after an error, and after the server closed the connection. The kernel is asked (a system call),
+// because a FIN or RST may have come that the reader has not got to yet.
+func (c *Conn) Alive() bool {
+	if !c.alive.Load() {
+		return false
+	}
+	established := false
+	err := c.rc.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		established = err == nil && info.State == unix.BPF_TCP_ESTABLISHED
+	})
+	return err == nil && established
+}
 
 // SetValue stores v for Value: a slot for the handler's per-connection cache.
 func (c *Conn) SetValue(v any) { c.value.Store(&v) }

@@ -23,6 +23,9 @@ type epoch struct {
 	// table; closed when the last reference is given back. Under the shard's lock.
 	gone chan struct{}
 	last int64 // UnixNano of the last release, under the shard's lock
+	// untouched: opened by the create and not used since, so there are no objects.
+	// Under the shard's lock, or closing being set.
+	untouched bool
 
 	mu   sync.Mutex // serialises opening
 	open atomic.Bool
@@ -76,6 +79,7 @@ func (t *epochTable) ref(f *FS, fid wire.FID) *epoch {
 		}
 		if e.closing == nil {
 			e.refs++
+			e.untouched = false
 			s.mu.Unlock()
 			return e
 		}
@@ -151,7 +155,7 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 	defer s.mu.Unlock()
 	e := s.m[fid]
 	if e == nil {
-		e = &epoch{fid: fid, last: time.Now().UnixNano()}
+		e = &epoch{fid: fid, last: time.Now().UnixNano(), untouched: transno > s.closed}
 		s.m[fid] = e
 		t.n.Add(1)
 	}
@@ -379,6 +383,9 @@ func (f *FS) syncItems(items []closeItem, flushes int) {
 	var wg sync.WaitGroup
 	for i := range items {
 		it := &items[i]
+		if it.e.untouched {
+			continue
+		}
 		for s := uint8(0); it.st == wire.OK && s < it.a.Layout.Count; s++ {
 			c, st := f.ost(&it.a, s)
 			if st != wire.OK {

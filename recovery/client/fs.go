@@ -62,6 +62,9 @@ type FS struct {
 	stop   chan struct{}
 	wg     sync.WaitGroup
 	closed atomic.Bool
+	// finishing is held shared by what completions start in the background, which
+	// may be after the program has stopped serving; Close waits for it.
+	finishing sync.RWMutex
 }
 
 type msg struct {
@@ -125,6 +128,8 @@ func (f *FS) Close(ctx context.Context) error {
 	}
 	close(f.stop)
 	f.wg.Wait()
+	f.finishing.Lock()
+	defer f.finishing.Unlock()
 	var first error
 	for {
 		n, err := f.closeEpochs(ctx, 0)

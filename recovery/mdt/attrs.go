@@ -218,6 +218,7 @@ func (t *tx) openEpoch(in *Inode) wire.Status {
 		in.Opener = t.req.Client
 	}
 	in.Attr.EpochOpen, in.HadData, in.SizeVersion = true, true, t.transno
+	in.Attr.EpochShared = in.Opens > 1
 	t.set(appendEpochKey(t.kb, in.Attr.FID, t.req.Client), appendU64Rec(t.vb, t.transno))
 	return wire.OK
 }
@@ -275,7 +276,7 @@ func (t *tx) dropEpochs(in *Inode, which func(wire.ClientID) bool) {
 			in.Opener = left[0]
 		}
 	}
-	in.Attr.EpochOpen = in.Opens > 0
+	in.Attr.EpochOpen, in.Attr.EpochShared = in.Opens > 0, in.Opens > 1
 }
 
 // closeEpochs takes over the sizes of files whose data are durable. Files that

@@ -254,7 +254,7 @@ func DecodeInode(f wire.FID, v []byte) (*Inode, error) {
 			}
 			in.Opens = be.Uint16(v)
 			copy(in.Opener[:], v[2:])
-			a.EpochOpen = in.Opens > 0
+			a.EpochOpen, a.EpochShared = in.Opens > 0, in.Opens > 1
 			if in.Opens == 0 {
 				return nil, fmt.Errorf("inode %v: %w", f, errRecord)
 			}

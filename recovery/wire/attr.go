@@ -58,6 +58,8 @@ type Attr struct {
 	// EpochOpen tells that an IO epoch is open: Size, Used, Mtime and Ctime
 	// are then hints and the OSTs have the truth.
 	EpochOpen bool
+	// EpochShared tells that more than one client has an IO epoch open.
+	EpochShared bool
 }
 
 // PreAttr is what weak cache consistency data needs of an object's state

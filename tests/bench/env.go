@@ -38,7 +38,7 @@ type env struct {
 const benchAddr = "10.77.0.1"
 
 // newEnv starts a server in a node of its own, below dir.
-func newEnv(ctx context.Context, name, dir string, seconds time.Duration) (e *env, err error) {
+func newEnv(ctx context.Context, name, dir string, seconds time.Duration, batch bool) (e *env, err error) {
 	node, err := bed.NewNode(name)
 	if err != nil {
 		return nil, err
@@ -94,7 +94,9 @@ func newEnv(ctx context.Context, name, dir string, seconds time.Duration) (e *en
 		if err != nil {
 			return nil, fmt.Errorf("connect to %s: %w", name, err)
 		}
-		e.conns = append(e.conns, nfsload.NewConn(nc, nfsload.ProgNFS))
+		conn := nfsload.NewConn(nc, nfsload.ProgNFS)
+		conn.Batch = batch
+		e.conns = append(e.conns, conn)
 	}
 	return e, nil
 }

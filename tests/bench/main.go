@@ -34,7 +34,7 @@ type options struct {
 	rounds        int
 	seconds       time.Duration
 	scale         []int
-	image         bool
+	image, batch  bool
 }
 
 func main() {
@@ -45,10 +45,11 @@ func main() {
 	seconds := flag.Float64("seconds", 3, "seconds for each measurement")
 	scaleMax := flag.Int("scale", 0, "also measure one directory of 1,000 files and ten times as many up to this number; 0 for not")
 	disk := flag.String("disk", "image", "where the servers store their data: image (a new ext4 in a file, mounted over a loop device) or dir (a directory); both below $"+bed.TestDirEnv+" or the temporary directory")
+	batch := flag.Bool("batch", false, "write all calls of a connection that are due at once; the default writes each by itself, as calls that come one by one do")
 	jsonFile := flag.String("json", "", "also write everything to this file")
 	mdFile := flag.String("markdown", "", "also write the tables to this file")
 	flag.Parse()
-	o := options{servers: strings.Split(*servers, ","), rounds: *rounds, concs: strings.Split(*concs, ","), seconds: time.Duration(*seconds * float64(time.Second))}
+	o := options{batch: *batch, servers: strings.Split(*servers, ","), rounds: *rounds, concs: strings.Split(*concs, ","), seconds: time.Duration(*seconds * float64(time.Second))}
 	switch *rowsFlag {
 	case "all":
 		o.rows = strings.Split(rowKeys(), ",")
@@ -142,7 +143,7 @@ func run(ctx context.Context, o options) (*report, error) {
 	var uts unix.Utsname
 	unix.Uname(&uts)
 	rep := &report{
-		Started: time.Now().UTC().Format("2006-01-02 15:04 UTC"), CPUs: runtime.NumCPU(), Seconds: o.seconds.Seconds(), Rounds: o.rounds,
+		Started: time.Now().UTC().Format("2006-01-02 15:04 UTC"), CPUs: runtime.NumCPU(), Seconds: o.seconds.Seconds(), Rounds: o.rounds, Batch: o.batch,
 		Kernel: string(bytes.TrimRight(uts.Release[:], "\x00")),
 	}
 	envs := map[string]*env{}
@@ -152,7 +153,7 @@ func run(ctx context.Context, o options) (*report, error) {
 		}
 	}()
 	for _, s := range o.servers {
-		e, err := newEnv(ctx, s, data, o.seconds)
+		e, err := newEnv(ctx, s, data, o.seconds, o.batch)
 		if err != nil {
 			return nil, fmt.Errorf("start %s: %w", s, err)
 		}

@@ -27,12 +27,14 @@ type memory struct {
 
 // report is everything that a run found out.
 type report struct {
-	Command string       `json:"command"`
-	Started string       `json:"started"`
-	CPUs    int          `json:"cpus"`
-	Kernel  string       `json:"kernel"`
-	Seconds float64      `json:"seconds"`
-	Rounds  int          `json:"rounds"`
+	Command string  `json:"command"`
+	Started string  `json:"started"`
+	CPUs    int     `json:"cpus"`
+	Kernel  string  `json:"kernel"`
+	Seconds float64 `json:"seconds"`
+	Rounds  int     `json:"rounds"`
+	// Batch says whether calls that were due together were written together.
+	Batch   bool         `json:"batch"`
 	Results []*result    `json:"results"`
 	Memory  []memory     `json:"memory"`
 	Scale   []scalePoint `json:"scale,omitempty"`
@@ -69,7 +71,11 @@ func human(v float64) string {
 
 // markdown writes the tables.
 func (r *report) markdown(w io.Writer, servers []string) {
-	fmt.Fprintf(w, "Command: `%s`; %s; %d CPUs, Linux %s; medians of %d rounds of %.3g s each, servers taking turns.\n\n", r.Command, r.Started, r.CPUs, r.Kernel, r.Rounds, r.Seconds)
+	how := "every call written by itself"
+	if r.Batch {
+		how = "calls written in batches: a whole window may travel in one segment"
+	}
+	fmt.Fprintf(w, "Command: `%s`; %s; %d CPUs, Linux %s; medians of %d rounds of %.3g s each, servers taking turns; %s.\n\n", r.Command, r.Started, r.CPUs, r.Kernel, r.Rounds, r.Seconds, how)
 	base := slices.Contains(servers, batonServer)
 	head := []string{"operation", "outstanding"}
 	head = append(head, servers...)

@@ -116,7 +116,11 @@ func (e *env) all(worker func(i int) nfsload.Worker) error {
 	var wg sync.WaitGroup
 	for i, conn := range e.conns {
 		w := worker(i)
-		wg.Go(func() { _, errs[i] = conn.Run(16, time.Now().Add(time.Hour), w) })
+		wg.Go(func() {
+			defer func(b bool) { conn.Batch = b }(conn.Batch)
+			conn.Batch = true
+			_, errs[i] = conn.Run(16, time.Now().Add(time.Hour), w)
+		})
 	}
 	wg.Wait()
 	for _, err := range errs {
@@ -332,7 +336,7 @@ func overNames(e *env, dir []byte, c conc, proc uint32) ([]outcome, error) {
 				}
 				return proc, true
 			},
-			ReplyFunc: nfsload.CheckStatus(proc),
+			ReplyFunc: nfsload.CheckObject(proc),
 		}
 	}, nil)
 	return []outcome{o}, err

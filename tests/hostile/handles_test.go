@@ -134,10 +134,19 @@ func TestHandles(t *testing.T) {
 		c.refuses(make([]byte, nfs3.HandleSize), c.root, nfs.NFSStatusBadHandle)
 	})
 	step("another generation", func(t *testing.T, c *client) {
-		for _, fh := range [][]byte{file, dir} {
-			h := open(fh)
-			h.Generation++
-			c.refuses(seal(h), c.root, nfs.NFSStatusStale)
+		h := open(dir)
+		h.Generation++
+		c.refuses(seal(h), c.root, nfs.NFSStatusStale)
+		h = open(file)
+		h.Generation++
+		for _, m := range badHandleCalls(seal(h), c.root) {
+			want := nfs.NFSStatusStale
+			if nfs.NFSProcedure(m.proc) == nfs.NFSProcedureLookup {
+				want = nfs.NFSStatusNotDir // either is true
+			}
+			if st := c.status(m); st != want {
+				t.Errorf("procedure %d: status %d, want %d", m.proc, uint32(st), uint32(want))
+			}
 		}
 	})
 	step("an object that never was", func(t *testing.T, c *client) {

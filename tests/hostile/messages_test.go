@@ -197,10 +197,10 @@ func resultOf(proc nfs.NFSProcedure) decoder {
 type reaction int
 
 const (
-	replies reaction = iota
-	ignores          // a reply message: nobody waits for an answer
-	mayIgnore        // CALLIT and BCAST: no answer unless the call succeeds (RFC 1833 section 2.2.1)
-	closes           // not an RPC message: the stream is lost
+	replies   reaction = iota
+	ignores            // a reply message: nobody waits for an answer
+	mayIgnore          // CALLIT and BCAST: no answer unless the call succeeds (RFC 1833 section 2.2.1)
+	closes             // not an RPC message: the stream is lost
 )
 
 func expect(msg []byte) reaction {

@@ -101,7 +101,7 @@ func OpenPebble(dir string, o Options) (*Pebble, error) {
 			return u.AvailBytes, u.TotalBytes, err
 		}
 	}
-	p.fs = &freezeFS{FS: fs, onFail: p.fail}
+	p.fs = &freezeFS{FS: fs, onFail: p.fail, spare: p.spare}
 
 	cache := o.Cache
 	if cache == nil {
@@ -360,10 +360,7 @@ func (p *Pebble) Room() store.Room {
 		p.room.Store(uint32(store.RoomOK))
 		return store.RoomOK
 	}
-	reserve := uint64(p.reserve)
-	if reserve == 0 {
-		reserve = min(total/100, DefaultReserve)
-	}
+	reserve := p.reserveOf(total)
 	r := store.RoomOK
 	switch {
 	case avail < reserve/16:
@@ -375,6 +372,20 @@ func (p *Pebble) Room() store.Room {
 	}
 	p.room.Store(uint32(r))
 	return r
+}
+
+// reserveOf is the space to keep free on a disk of total bytes.
+func (p *Pebble) reserveOf(total uint64) uint64 {
+	if p.reserve == 0 {
+		return min(total/100, DefaultReserve)
+	}
+	return uint64(max(p.reserve, 0))
+}
+
+// spare tells whether n bytes can be taken without touching the reserve.
+func (p *Pebble) spare(n int64) bool {
+	avail, total, err := p.usage()
+	return err != nil || avail >= uint64(n)+p.reserveOf(total)
 }
 
 // Metrics implements store.Engine.

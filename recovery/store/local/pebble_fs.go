@@ -25,6 +25,8 @@ type freezeFS struct {
 	vfs.FS
 	frozen atomic.Bool
 	onFail func(error)
+	// spare, if set, tells whether n bytes can be taken that are not needed yet.
+	spare func(n int64) bool
 }
 
 // critical tells whether Pebble cannot continue after a write error on name.
@@ -168,8 +170,11 @@ func (f *freezeFile) WriteAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
+// Preallocate does nothing when it would take the disk's reserve: a log's
+// preallocation is bigger than what a full disk has left for removals and for
+// the next start.
 func (f *freezeFile) Preallocate(off, n int64) error {
-	if f.fs.frozen.Load() {
+	if f.fs.frozen.Load() || f.fs.spare != nil && !f.fs.spare(n) {
 		return nil
 	}
 	return f.File.Preallocate(off, n)

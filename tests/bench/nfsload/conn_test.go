@@ -3,6 +3,7 @@ package nfsload
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"testing"
@@ -71,15 +72,17 @@ func pair(t testing.TB, serve func(net.Conn)) *Conn {
 }
 
 func TestRunCountsEveryReply(t *testing.T) {
-	for _, depth := range []int{1, 7, 64} {
+	for _, depth := range []int{1, -7, 7, -64, 64} {
 		c := pair(t, echoNull)
+		c.Batch = depth < 0
+		depth = max(depth, -depth)
 		start := time.Now()
 		const n = 50000
 		ops, err := c.Run(depth, start.Add(time.Hour), &nulls{left: n})
 		if err != nil || ops != n {
 			t.Fatalf("depth %d: %d operations, %v; want %d", depth, ops, err, n)
 		}
-		t.Logf("depth %d: %.0f calls/s", depth, n/time.Since(start).Seconds())
+		t.Logf("depth %d, batched %v: %.0f calls/s", depth, c.Batch, n/time.Since(start).Seconds())
 	}
 }
 
@@ -146,7 +149,9 @@ func TestReadPage(t *testing.T) {
 	for i := range uint32(3) {
 		b = appendU32(b, 1, 0, i)
 		b = appendOpaque(b, []byte{'a' + byte(i)})
-		b = appendU32(b, 0, i+10, 0, 1)
+		b = appendU32(b, 0, i+10, 1)
+		b = append(b, make([]byte, attrSize)...)
+		b = appendU32(b, 1)
 		b = appendOpaque(b, []byte("handle"))
 	}
 	b = appendU32(b, 0, 1)
@@ -162,9 +167,36 @@ func TestReadPage(t *testing.T) {
 	}
 }
 
+func TestCheckObject(t *testing.T) {
+	attr := make([]byte, attrSize)
+	get := append(appendU32(nil, 0), attr...)
+	look := appendOpaque(appendU32(nil, 0), []byte("handle"))
+	look = append(append(append(appendU32(look, 1), attr...), 0, 0, 0, 1), attr...)
+	acc := appendU32(append(appendU32(nil, 0, 1), attr...), 0x1f)
+	for proc, b := range map[uint32][]byte{ProcGetattr: get, ProcLookup: look, ProcAccess: acc} {
+		f := CheckObject(proc)
+		if n, err := f(0, b); n != 1 || err != nil {
+			t.Errorf("procedure %d: %d, %v", proc, n, err)
+		}
+		for i := range b {
+			if _, err := f(0, b[:i]); err == nil {
+				t.Errorf("procedure %d: a result cut to %d bytes was accepted", proc, i)
+			}
+		}
+		if _, err := f(0, append(b, 0, 0, 0, 0)); err == nil {
+			t.Errorf("procedure %d: a longer result was accepted", proc)
+		}
+	}
+}
+
 func BenchmarkNull(b *testing.B) {
-	c := pair(b, echoNull)
-	if _, err := c.Run(32, time.Now().Add(time.Hour), &nulls{left: b.N}); err != nil {
-		b.Fatal(err)
+	for _, batch := range []bool{false, true} {
+		b.Run(fmt.Sprint("batched=", batch), func(b *testing.B) {
+			c := pair(b, echoNull)
+			c.Batch = batch
+			if _, err := c.Run(32, time.Now().Add(time.Hour), &nulls{left: b.N}); err != nil {
+				b.Fatal(err)
+			}
+		})
 	}
 }

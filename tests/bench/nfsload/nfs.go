@@ -203,6 +203,9 @@ type Entry struct {
 
 // ReadPage parses one READDIRPLUS result: it calls each for every entry with
 // a handle and name that alias b, and returns where to go on.
+//
+// An entry without attributes or handle is an error: leaving them out would be
+// allowed, and cheaper, but is not what is measured.
 func ReadPage(b []byte, each func(name, fh []byte)) (cookie uint64, verf uint64, entries int, eof bool, err error) {
 	d := Decoder{B: b}
 	if err := d.Status(ProcReaddirplus); err != nil {
@@ -214,13 +217,19 @@ func ReadPage(b []byte, each func(name, fh []byte)) (cookie uint64, verf uint64,
 		d.U64()
 		name := d.Opaque()
 		cookie = d.U64()
-		d.PostAttr()
+		attr := d.U32()
+		if attr != 0 {
+			d.take(attrSize)
+		}
 		var fh []byte
 		if d.U32() != 0 {
 			fh = d.Opaque()
 		}
 		if d.Err != nil {
 			return 0, 0, 0, false, d.Err
+		}
+		if s := string(name); (attr == 0 || len(fh) == 0) && s != "." && s != ".." {
+			return 0, 0, 0, false, fmt.Errorf("entry %q without attributes or handle: %w", name, ErrProtocol)
 		}
 		entries++
 		if each != nil {
@@ -265,5 +274,35 @@ func (c *Conn) ReadDir(dir []byte) ([]Entry, error) {
 		if n == 0 {
 			return nil, fmt.Errorf("READDIRPLUS returned an empty page: %w", ErrProtocol)
 		}
+	}
+}
+
+// CheckObject is a ReplyFunc for GETATTR, LOOKUP and ACCESS that insists on what
+// a client asked for: attributes, a handle, access bits.
+func CheckObject(proc uint32) func(int, []byte) (int, error) {
+	return func(_ int, b []byte) (int, error) {
+		d := Decoder{B: b}
+		if err := d.Status(proc); err != nil {
+			return 0, err
+		}
+		switch proc {
+		case ProcGetattr:
+			d.take(attrSize)
+		case ProcLookup:
+			if fh := d.Opaque(); len(fh) == 0 {
+				return 0, fmt.Errorf("LOOKUP without a handle: %w", ErrProtocol)
+			}
+			d.PostAttr()
+			d.PostAttr()
+		case ProcAccess:
+			d.PostAttr()
+			if d.U32() == 0 {
+				return 0, fmt.Errorf("ACCESS grants root nothing: %w", ErrProtocol)
+			}
+		}
+		if d.Err == nil && len(d.B) != 0 {
+			return 0, fmt.Errorf("procedure %d: %d bytes too many: %w", proc, len(d.B), ErrProtocol)
+		}
+		return 1, d.Err
 	}
 }

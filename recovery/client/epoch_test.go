@@ -1,0 +1,572 @@
+package client
+
+import (
+	"bytes"
+	"math/rand"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// Random reads, writes and size changes against a slice of bytes, while epochs
+// open and close.
+func TestModel(t *testing.T) {
+	for _, stripes := range []int{1, 2, 3} {
+		b := newBed(t, stripes, Options{})
+		rng := rand.New(rand.NewSource(int64(stripes)))
+		const limit = 8 * stripe
+		for file := range 3 {
+			a, transno := b.create(name(file), file == 1)
+			f := a.FID
+			if file == 1 {
+				b.fs.Created(f, transno)
+			}
+			var model []byte
+			for step := range 150 {
+				off := rng.Intn(limit)
+				switch op := rng.Intn(10); {
+				case op < 4:
+					p := make([]byte, 1+rng.Intn(3*stripe))
+					rng.Read(p)
+					how := wire.StableHow(rng.Intn(3))
+					if st := b.tryWrite(f, uint64(off), p, how); st != wire.OK {
+						t.Fatal(st)
+					}
+					if end := off + len(p); end > len(model) {
+						model = append(model, make([]byte, end-len(model))...)
+					}
+					copy(model[off:], p)
+				case op < 6:
+					if st := b.truncate(f, uint64(off)); st != wire.OK {
+						t.Fatal(st)
+					}
+					if off <= len(model) {
+						model = model[:off:off]
+					} else {
+						model = append(model, make([]byte, off-len(model))...)
+					}
+				case op < 7:
+					b.closeAll()
+					if n := b.fs.OpenEpochs(); n != 0 {
+						t.Fatalf("%d epochs left", n)
+					}
+					if a := b.mdtAttr(f); a.EpochOpen || a.Size != uint64(len(model)) {
+						t.Fatalf("step %d: the MDT has size %d, open %v, want %d", step, a.Size, a.EpochOpen, len(model))
+					}
+				case op < 8:
+					a := b.attr(f)
+					if st := b.fs.Commit(ctx, Owner{}, &a); st != wire.OK || a.Size != uint64(len(model)) {
+						t.Fatalf("commit: %v size %d", st, a.Size)
+					}
+				}
+				b.checkSize("model", f, uint64(len(model)))
+				n := 1 + rng.Intn(2*stripe)
+				var want []byte
+				if off < len(model) {
+					want = model[off:min(off+n, len(model))]
+				}
+				if got := b.read(f, uint64(off), n); !bytes.Equal(got, want) {
+					t.Fatalf("stripes %d file %d step %d: read of %d at %d differs", stripes, file, step, n, off)
+				}
+			}
+			b.closeAll()
+			if l := b.pending(); len(l) != 0 {
+				t.Fatalf("left in the log: %+v", l)
+			}
+		}
+	}
+}
+
+func TestMerge(t *testing.T) {
+	l := wire.Layout{StripeSize: stripe, Count: 2}
+	a := wire.Attr{Type: wire.TypeReg, Size: 999, Used: 999, Mtime: 50, Ctime: 100}
+	merge := func(objs ...wire.ObjAttr) wire.Attr {
+		var g merger
+		for i := range objs {
+			g.add(&l, uint8(i), &objs[i])
+		}
+		r := a
+		g.apply(&r)
+		return r
+	}
+	for _, c := range []struct {
+		what string
+		objs []wire.ObjAttr
+		want wire.Attr
+	}{
+		{"no objects: empty, times of the inode", []wire.ObjAttr{{Size: 7}, {}}, wire.Attr{Mtime: 50, Ctime: 100}},
+		{"newest object decides", []wire.ObjAttr{{Exists: true, Size: 10, Used: 1, Mtime: 300, Ctime: 300}, {Exists: true, Size: 5, Used: 2, Mtime: 200, Ctime: 200}},
+			wire.Attr{Size: stripe + 5, Used: 3, Mtime: 300, Ctime: 300}},
+		{"inode newer: its mtime stays", []wire.ObjAttr{{Exists: true, Size: 10, Used: 1, Mtime: 90, Ctime: 90}}, wire.Attr{Size: 10, Used: 1, Mtime: 50, Ctime: 100}},
+		{"as old as the inode: its mtime stays", []wire.ObjAttr{{Exists: true, Size: 10, Mtime: 100, Ctime: 100}}, wire.Attr{Size: 10, Mtime: 50, Ctime: 100}},
+	} {
+		c.want.Type = wire.TypeReg
+		if got := merge(c.objs...); got != c.want {
+			t.Errorf("%s:\n%+v, want\n%+v", c.what, got, c.want)
+		}
+	}
+}
+
+// Before the first write is answered the epoch is open at the MDT, durably, and
+// once per file, not per write.
+func TestEpochOpensOnce(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	var bad atomic.Bool
+	b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+		if req.Op == wire.OpOpenEpoch && req.Flags&wire.FlagWaitCommit == 0 {
+			bad.Store(true)
+		}
+		return false
+	})
+	for i := range 5 {
+		b.write(a.FID, uint64(i), []byte("x"))
+		if !b.mdtAttr(a.FID).EpochOpen {
+			t.Fatal("written without an epoch")
+		}
+	}
+	if n := b.count(wire.OpOpenEpoch); n != 1 || bad.Load() {
+		t.Errorf("%d opens, one of them not durable: %v", n, bad.Load())
+	}
+	b.closeAll()
+	b.write(a.FID, 0, []byte("x"))
+	if n := b.count(wire.OpOpenEpoch); n != 2 {
+		t.Errorf("%d opens after one close", n)
+	}
+	c, transno := b.create("g", true)
+	b.fs.Created(c.FID, transno)
+	b.write(c.FID, 0, []byte("x"))
+	if n := b.count(wire.OpOpenEpoch); n != 2 {
+		t.Errorf("%d opens: a created file's epoch was open", n)
+	}
+}
+
+// The OSTs are not asked about files that were made and not written.
+func TestCloseOfUntouchedFiles(t *testing.T) {
+	b := newBed(t, 2, Options{})
+	a, transno := b.create("f", true)
+	b.fs.Created(a.FID, transno)
+	b.closeAll()
+	if m := b.mdtAttr(a.FID); m.EpochOpen || m.Size != 0 || m.Mtime != a.Mtime || m.Ctime != a.Ctime {
+		t.Errorf("%+v", m)
+	}
+	if n := b.count(wire.OpSyncObject); n != 0 {
+		t.Errorf("%d flushes", n)
+	}
+	a, transno = b.create("g", true)
+	b.fs.Created(a.FID, transno)
+	b.write(a.FID, 10, []byte("x"))
+	b.closeAll()
+	if m := b.mdtAttr(a.FID); m.EpochOpen || m.Size != 11 {
+		t.Errorf("%+v", m)
+	}
+}
+
+// After Close nothing is changed any more.
+func TestTruncatedAfterFSClose(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("12345678"))
+	if err := b.fs.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if st := b.fs.Truncated(ctx, Owner{}, &a, wire.Truncate{LogID: 1}); st != wire.ErrTargetDown {
+		t.Error(st)
+	}
+	if n := b.count(wire.OpPunch); n != 0 {
+		t.Errorf("%d punches", n)
+	}
+}
+
+// The closer works by itself, and early when there are too many epochs.
+func TestCloser(t *testing.T) {
+	b := newBed(t, 2, Options{EpochIdle: 8 * time.Millisecond})
+	var fids []wire.FID
+	for i := range 40 {
+		a, _ := b.create(name(i), false)
+		b.write(a.FID, uint64(i), []byte("data"))
+		fids = append(fids, a.FID)
+	}
+	wait(t, "epochs to close", func() bool { return b.fs.OpenEpochs() == 0 })
+	for i, f := range fids {
+		if a := b.mdtAttr(f); a.EpochOpen || a.Size != uint64(i)+4 {
+			t.Fatalf("file %d: %+v", i, a)
+		}
+	}
+}
+
+func wait(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("waiting for", what)
+		}
+	}
+}
+
+// Writers, truncaters and closing race; in the end size and data are those of
+// the last operation, at the MDT too.
+func TestCloseAgainstUse(t *testing.T) {
+	b := newBed(t, 2, Options{})
+	stop := make(chan struct{})
+	var closer, users sync.WaitGroup
+	closer.Add(1)
+	go func() {
+		defer closer.Done()
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if _, err := b.fs.closeEpochs(ctx, 0); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	fids := make([]wire.FID, 4)
+	for i := range fids {
+		a, _ := b.create(name(i), false)
+		fids[i] = a.FID
+		users.Add(1)
+		go func() {
+			defer users.Done()
+			for k := uint64(1); k <= 150; k++ {
+				if st := b.tryWrite(fids[i], k*1000, []byte("tail"), wire.Unstable); st != wire.OK {
+					t.Error(st)
+					return
+				}
+				var a wire.Attr
+				if st, _ := b.fs.Attr(ctx, Owner{}, fids[i], &a, true); st != wire.OK || a.Size != k*1000+4 {
+					t.Errorf("file %d: %v size %d after write %d", i, st, a.Size, k)
+					return
+				}
+				if k%10 == 0 {
+					if st := b.truncate(fids[i], k*500); st != wire.OK {
+						t.Error(st)
+						return
+					}
+					if st, _ := b.fs.Attr(ctx, Owner{}, fids[i], &a, true); st != wire.OK || a.Size != k*500 {
+						t.Errorf("file %d: %v size %d after truncate %d", i, st, a.Size, k)
+						return
+					}
+				}
+			}
+		}()
+	}
+	users.Wait()
+	close(stop)
+	closer.Wait()
+	b.closeAll()
+	for _, f := range fids {
+		if a := b.mdtAttr(f); a.EpochOpen || a.Size != 150*500 {
+			t.Errorf("%+v", a)
+		}
+	}
+	if l := b.pending(); len(l) != 0 {
+		t.Errorf("log: %+v", l)
+	}
+}
+
+// A file can be seen before its create is answered. What others did to it by
+// then must not make the creator believe in an epoch that is closed again.
+func TestCreatedAfterClose(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, transno := b.create("f", true)
+	b.write(a.FID, 0, []byte("1234"))
+	b.closeAll()
+	b.fs.Created(a.FID, transno)
+	b.write(a.FID, 0, []byte("12345678"))
+	b.closeAll()
+	b.checkSize("after both", a.FID, 8)
+	if b.mdtAttr(a.FID).EpochOpen {
+		t.Error("the epoch stays open")
+	}
+	// And without a write it does not stay open either.
+	c, transno := b.create("g", true)
+	x, _ := b.create("x", false)
+	for i := range 200 { // some file of the same shard
+		x, _ = b.create("x"+name(i), false)
+		if b.fs.epochs.shard(x.FID) == b.fs.epochs.shard(c.FID) {
+			break
+		}
+	}
+	b.write(x.FID, 0, []byte("x"))
+	b.closeAll()
+	b.fs.Created(c.FID, transno)
+	b.closeAll()
+	if b.mdtAttr(c.FID).EpochOpen || b.fs.OpenEpochs() != 0 {
+		t.Error("the epoch of a file that nobody writes stays open")
+	}
+}
+
+// The epoch that a truncating create relies on may be closed before the punch.
+func TestTruncatedAfterClose(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("12345678"))
+	req := wire.Request{FID: wire.RootFID, Name: []byte("f"), How: wire.Unchecked, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: 3}}
+	req.Op, req.Flags = wire.OpCreate, wire.FlagWaitCommit
+	var rep wire.Reply
+	b.fs.Call(ctx, Owner{}, &req, &rep)
+	if rep.Status != wire.OK || rep.Truncate.LogID == 0 {
+		t.Fatalf("%v %+v", rep.Status, rep.Truncate)
+	}
+	b.closeAll()
+	if st := b.fs.Truncated(ctx, Owner{}, &rep.Attr, rep.Truncate); st != wire.OK {
+		t.Fatal(st)
+	}
+	b.checkSize("after the punch", a.FID, 3)
+	b.write(a.FID, 3, []byte("x"))
+	b.closeAll()
+	b.checkSize("after the close", a.FID, 4)
+	if b.mdtAttr(a.FID).EpochOpen {
+		t.Error("the epoch stays open")
+	}
+	// Of a file that is gone there is nothing to cut.
+	b.fs.Call(ctx, Owner{}, &req, &rep)
+	b.remove("f")
+	b.closeAll()
+	if st := b.fs.Truncated(ctx, Owner{}, &rep.Attr, rep.Truncate); st != wire.OK {
+		t.Error(st)
+	}
+}
+
+// A punch that failed is executed before anything is written: its record is at
+// the MDT, and a recovery would cut off what was written after it.
+func TestFailedPunchComesBeforeWrites(t *testing.T) {
+	for _, by := range []string{"write", "close", "truncate"} {
+		b := newBed(t, 2, Options{})
+		a, _ := b.create("f", false)
+		b.write(a.FID, 0, bytes.Repeat([]byte{1}, 2*stripe))
+		var fail atomic.Bool
+		fail.Store(true)
+		b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+			if req.Op != wire.OpPunch || req.Stripe != 1 || !fail.Load() {
+				return false
+			}
+			rep.Status = wire.ErrIO
+			return true
+		})
+		if st := b.truncate(a.FID, 10); st != wire.ErrIO {
+			t.Fatal(st)
+		}
+		if st := b.tryWrite(a.FID, 0, []byte("x"), wire.Unstable); st != wire.ErrIO {
+			t.Fatalf("a write passed a truncate that is not done: %v", st)
+		}
+		if _, err := b.fs.closeEpochs(ctx, 0); err == nil {
+			t.Fatal("closed over a truncate that is not done")
+		}
+		fail.Store(false)
+		size := uint64(10)
+		switch by {
+		case "write":
+			size = stripe + 100
+			b.write(a.FID, stripe+99, []byte{2})
+			if p := b.read(a.FID, 10, stripe+89); !bytes.Equal(p, make([]byte, stripe+89)) {
+				t.Error("data from before the truncate")
+			}
+		case "truncate":
+			size = 3 * stripe
+			if st := b.truncate(a.FID, size); st != wire.OK {
+				t.Fatal(st)
+			}
+			if p := b.read(a.FID, 10, 3*stripe-10); !bytes.Equal(p, make([]byte, 3*stripe-10)) {
+				t.Error("data from before the truncate")
+			}
+		}
+		b.closeAll()
+		b.checkSize(by, a.FID, size)
+		if l := b.pending(); len(l) != 0 {
+			t.Errorf("%s: log %+v", by, l)
+		}
+	}
+}
+
+// An object that does not exist cannot remember a punch; its record must be
+// gone before the truncate is answered.
+func TestPunchOfNothingLeavesNoRecord(t *testing.T) {
+	b := newBed(t, 2, Options{})
+	a, transno := b.create("f", true)
+	b.fs.Created(a.FID, transno)
+	if st := b.truncate(a.FID, 0); st != wire.OK {
+		t.Fatal(st)
+	}
+	if l := b.pending(); len(l) != 0 {
+		t.Fatalf("no object: %+v", l)
+	}
+	b.write(a.FID, 0, []byte("first stripe"))
+	if st := b.truncate(a.FID, 5); st != wire.OK {
+		t.Fatal(st)
+	}
+	if l := b.pending(); len(l) != 0 {
+		t.Fatalf("an object is missing: %+v", l)
+	}
+	b.write(a.FID, stripe, []byte("second stripe"))
+	if st := b.truncate(a.FID, stripe+1); st != wire.OK {
+		t.Fatal(st)
+	}
+	if l := b.pending(); len(l) != 1 {
+		t.Fatalf("the record goes when the punches are durable: %+v", l)
+	}
+	b.closeAll()
+	if l := b.pending(); len(l) != 0 {
+		t.Fatalf("after the close: %+v", l)
+	}
+}
+
+// Records of a file that is truncated all the time do not pile up, and an epoch
+// stays open until its records were reported.
+func TestTruncateRecords(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("x"))
+	for i := range 2 * maxLogs {
+		if st := b.truncate(a.FID, uint64(10+i)); st != wire.OK {
+			t.Fatal(st)
+		}
+	}
+	if l := b.pending(); len(l) > maxLogs {
+		t.Errorf("%d records", len(l))
+	}
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		if req.Op != wire.OpTruncateDone {
+			return false
+		}
+		rep.Status = wire.ErrNoSpc
+		return true
+	})
+	if _, err := b.fs.closeEpochs(ctx, 0); err == nil || b.fs.OpenEpochs() != 1 {
+		t.Errorf("%v, %d epochs", err, b.fs.OpenEpochs())
+	}
+	b.setHook(nil)
+	b.closeAll()
+	if l := b.pending(); len(l) != 0 || b.mdtAttr(a.FID).EpochOpen {
+		t.Errorf("%d records", len(l))
+	}
+}
+
+// After Unlinked no write can make an object anew.
+func TestUnlinked(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("x"))
+	reached, goOn := make(chan struct{}), make(chan struct{})
+	b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+		if req.Op == wire.OpWrite {
+			close(reached)
+			<-goOn
+		}
+		return false
+	})
+	late := a
+	done := make(chan wire.Status)
+	go func() {
+		_, st := b.fs.Write(ctx, Owner{}, &late, 0, []byte("late"), wire.Unstable)
+		done <- st
+	}()
+	<-reached
+	b.remove("f")
+	unlinked := make(chan struct{})
+	go func() { b.fs.Unlinked(a.FID); close(unlinked) }()
+	wait(t, "the epoch to leave the table", func() bool { return b.fs.OpenEpochs() == 0 })
+	select {
+	case <-unlinked:
+		t.Fatal("Unlinked returned while a write was under way")
+	default:
+	}
+	later := a
+	if _, st := b.fs.Write(ctx, Owner{}, &later, 0, []byte("later"), wire.Unstable); st != wire.ErrStale {
+		t.Errorf("write after the unlink: %v", st)
+	}
+	close(goOn)
+	if st := <-done; st != wire.OK {
+		t.Error(st)
+	}
+	<-unlinked
+	b.setHook(nil)
+	b.fs.Unlinked(a.FID) // unknown: nothing to wait for
+}
+
+// A failed flush is told once, and before the reply that brought the news.
+func TestFlushErrors(t *testing.T) {
+	var told []uint64
+	var b *bed
+	b = newBed(t, 1, Options{OnFlushError: func(ost int, total uint64) {
+		told = append(told, total)
+		if b.fs.FlushErrors() != 0 {
+			t.Error("counted before it was told")
+		}
+	}})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("x"))
+	b.disks[0].FailSync(wire.ErrIO)
+	if st := b.fs.Commit(ctx, Owner{}, &a); st != wire.ErrIO {
+		t.Fatal(st)
+	}
+	b.disks[0].FailSync(nil)
+	if len(told) != 1 || told[0] == 0 || b.fs.FlushErrors() != told[0] {
+		t.Fatalf("told %v, counted %d", told, b.fs.FlushErrors())
+	}
+	if st := b.tryWrite(a.FID, 0, []byte("y"), wire.FileSync); st != wire.OK {
+		t.Fatal(st)
+	}
+	if len(told) != 1 {
+		t.Errorf("told again: %v", told)
+	}
+}
+
+// The OST takes a part of a write only: the rest is tried and tells why.
+func TestShortWrite(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+		if req.Op == wire.OpWrite && len(req.Bulk) > 3 {
+			req.Bulk = req.Bulk[:3]
+		}
+		return false
+	})
+	pre, st := b.fs.Write(ctx, Owner{}, &a, 0, []byte("12345678"), wire.Unstable)
+	if st != wire.OK || pre.Valid || a.Size != 8 {
+		t.Errorf("%v, state before %+v, size %d", st, pre, a.Size)
+	}
+	b.setHook(nil)
+	if p := b.read(a.FID, 0, 10); string(p) != "12345678" {
+		t.Errorf("%q", p)
+	}
+}
+
+// What an earlier incarnation left open is closed with the objects' sizes.
+func TestCloseLeftEpochs(t *testing.T) {
+	b := newBed(t, 2, Options{})
+	var fids []wire.FID
+	for i := range 5 {
+		a, _ := b.create(name(i), false)
+		b.write(a.FID, uint64(i)*stripe, []byte("abc"))
+		fids = append(fids, a.FID)
+	}
+	b.remove(name(4))
+	// The table forgets them, the MDT does not.
+	b.fs.epochs.init()
+	b.fs.epochs.n.Store(0)
+	a, _ := b.create("used", false)
+	b.write(a.FID, 0, []byte("x"))
+	if err := b.fs.CloseLeftEpochs(ctx, append(fids, a.FID)); err != nil {
+		t.Fatal(err)
+	}
+	for i, f := range fids[:4] {
+		if a := b.mdtAttr(f); a.EpochOpen || a.Size != uint64(i)*stripe+3 {
+			t.Errorf("file %d: %+v", i, a)
+		}
+	}
+	if !b.mdtAttr(a.FID).EpochOpen {
+		t.Error("closed an epoch that is in use")
+	}
+	if n := b.fs.OpenEpochs(); n != 1 {
+		t.Errorf("%d epochs in the table", n)
+	}
+}
