@@ -113,7 +113,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if t.id, t.gen, err = reg.StartClient(); err != nil {
 		return nil, nil, nil, 0, err
 	}
-	if err = t.openOSTs(cfg, clk); err != nil {
+	if err = t.openOSTs(cfg, clk, lost); err != nil {
 		return nil, nil, nil, 0, err
 	}
 	if err = t.openMDT(cfg, clk); err != nil {
@@ -125,7 +125,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	}
 	fs, err := client.New(client.Options{
 		MDT: wire.InProc(t.mdt), OSTs: conns, ID: t.id, Gen: t.gen, Clock: clk.Now, Logger: log,
-		OnFlushError: func(int, uint64) { lost(reg) }, Atime: cfg.FS.Atime == config.AtimeRelatime,
+		Atime: cfg.FS.Atime == config.AtimeRelatime,
 	})
 	if err != nil {
 		return nil, nil, nil, 0, err
@@ -144,7 +144,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	return fs, reg, t, t.gen, nil
 }
 
-func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict) error {
+func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict, lost func(*mgs.Registry)) error {
 	for i, oc := range cfg.OST {
 		if err := os.MkdirAll(oc.Dir, 0o700); err != nil {
 			return fmt.Errorf("%s: %w", ostName(i), err)
@@ -152,21 +152,18 @@ func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict) error {
 		o, err := ost.Open(ost.Options{
 			Index: uint16(i), Dir: oc.Dir, Clock: clk.Now, Logger: t.log, MinFreeBytes: uint64(cfg.FS.MinFree),
 			OnFail: func(err error) { t.fails.note(ostName(i), err) },
+			OnLost: func() error {
+				t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
+				_, err := t.reg.NewVerifiers()
+				return err
+			},
+			OnFlushError: func() { lost(t.reg) },
 		})
 		if err != nil {
 			return fmt.Errorf("%s in %s: %w", ostName(i), oc.Dir, err)
 		}
 		t.osts = append(t.osts, o)
 		t.dirs = append(t.dirs, oc.Dir)
-		if !o.LostUnflushed() {
-			continue
-		}
-		// At once: the OST will not tell again at the next start, which may come
-		// soon if another target cannot be opened.
-		t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
-		if _, err := t.reg.NewVerifiers(); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -285,22 +282,10 @@ func (t *targets) close() error {
 	if t.engine != nil {
 		errs = append(errs, t.engine.Close())
 	}
-	var told, failed uint64
-	if t.fs != nil {
-		told = t.fs.FlushErrors()
-	}
 	for i, o := range t.osts {
 		if err := o.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", ostName(i), err))
 		}
-		failed += o.FlushErrors()
-	}
-	if failed > told {
-		// A flush failed and no reply has told of it: the next start finds the
-		// same kernel and nothing to warn of.
-		t.log.Error("data could not be flushed before the stop; write verifiers change so that clients send them again")
-		_, err := t.reg.NewVerifiers()
-		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

@@ -164,6 +164,17 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 	}
 }
 
+// untouched tells that this client opened the file's epoch by creating it and has
+// not used it since.
+func (t *epochTable) untouched(fid wire.FID) bool {
+	s := &t.shards[t.shard(fid)]
+	s.mu.Lock()
+	e := s.m[fid]
+	yes := e != nil && e.untouched
+	s.mu.Unlock()
+	return yes
+}
+
 // forget takes an unlinked file's epoch out of the table and waits until it is
 // not used any more. Who comes later asks the MDT, which refuses.
 func (t *epochTable) forget(fid wire.FID) {

@@ -220,6 +220,9 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 	if !a.EpochOpen || a.Type != wire.TypeReg || a.Layout.Count == 0 {
 		return wire.OK, true
 	}
+	if !a.EpochShared && f.epochs.untouched(a.FID) {
+		return wire.OK, true // nobody has made objects yet
+	}
 	m := f.get()
 	defer f.put(m)
 	var mg merger

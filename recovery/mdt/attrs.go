@@ -280,7 +280,8 @@ func (t *tx) dropEpochs(in *Inode, which func(wire.ClientID) bool) {
 }
 
 // closeEpochs takes over the sizes of files whose data are durable. Files that
-// are gone, and sizes collected before a newer truncate or open, are skipped;
+// are gone, sizes collected before a newer truncate or open, and files with
+// truncates that the OSTs have yet to do, are skipped;
 // Reply.Count tells how many were taken.
 func (t *tx) closeEpochs() wire.Status {
 	if len(t.req.Epochs) > maxBatchItems {
@@ -297,7 +298,7 @@ func (t *tx) closeEpochs() wire.Status {
 			return st
 		}
 		if in.Attr.Type != wire.TypeReg || in.Opens == 0 || e.Size > wire.MaxFileSize ||
-			e.Seen != 0 && e.Seen < in.SizeVersion {
+			e.Seen != 0 && e.Seen < in.SizeVersion || len(t.m.pend[e.FID]) > 0 {
 			continue
 		}
 		in = t.edit(in)

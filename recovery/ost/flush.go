@@ -138,6 +138,9 @@ func (t *Target) endFlush(o *object, n *dirtyNode, err error, buf []waiter) []wa
 		// shows the second without the first.
 		t.flushErrors.Add(1)
 		t.log.Error("flush failed: data may be lost", "fid", o.key.fid, "stripe", o.key.stripe, "err", err)
+		if t.opts.OnFlushError != nil {
+			t.opts.OnFlushError()
+		}
 	}
 	if n != nil {
 		t.track.end(n)

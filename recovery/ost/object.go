@@ -280,6 +280,12 @@ func (t *Target) load(o *object) error {
 	if newest > h.Written+mtimeSlack {
 		o.mtime, o.ctime = newest, max(newest, o.ctime)
 		o.version = max(o.version, t.startTransno)
+	} else if t.unclean && h.Written < t.startedAt && newest > h.Written-mtimeSlack {
+		// Something may have been written right after the header, too soon for
+		// the kernel's clock to show it. A time that nobody has seen makes clients
+		// that cached the file look again.
+		o.mtime++
+		o.ctime++
 	}
 	o.punchInst = 0
 	if h.PunchInst != 0 && t.lost[h.PunchInst] {

@@ -72,6 +72,12 @@ type Options struct {
 	// MinFreeBytes are kept free for others on the same file system: writes
 	// that need space get ErrNoSpc before.
 	MinFreeBytes uint64
+	// OnLost is called by Open when acknowledged data that were not flushed may
+	// be lost, before the store forgets that; an error ends Open. OnFlushError is
+	// called after a failed flush, before anything can tell of it in a reply.
+	// Both have to make the write verifiers change, durably.
+	OnLost       func() error
+	OnFlushError func()
 	// OnFail is called once when the target cannot go on; it must not block.
 	OnFail func(error)
 	// SegShift makes segments of 1<<SegShift bytes (12..40), fixed when the
@@ -100,6 +106,10 @@ type Target struct {
 	lostData bool
 
 	startTransno uint64
+	// unclean: the run before this one, which began at startedAt, was not
+	// stopped in an orderly way.
+	unclean      bool
+	startedAt    int64
 	table        table
 	track        tracker
 	queue, fresh flushQueue
@@ -257,6 +267,7 @@ func (t *Target) start() error {
 			return fmt.Errorf("open object directory: %w", err)
 		}
 	}
+	t.unclean, t.startedAt = !sb.Clean, t.clock()
 	if !sb.Clean {
 		lost := sb.BootID != t.opts.BootID
 		if !lost {
@@ -273,6 +284,11 @@ func (t *Target) start() error {
 			}
 			sb.Lost = append(sb.Lost, sb.Instance)
 			t.log.Warn("the store was not closed before power was lost: unflushed data may be gone")
+			if t.opts.OnLost != nil {
+				if err := t.opts.OnLost(); err != nil {
+					return fmt.Errorf("tell of lost data: %w", err)
+				}
+			}
 		} else {
 			sb.LastCommitted = sb.Ceiling
 		}
