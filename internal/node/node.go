@@ -99,13 +99,17 @@ func lockDir(dir string) (func(), error) {
 func (n *Node) Start(ctx context.Context) (err error) {
 	n.started = time.Now()
 	if n.unlock, err = lockDir(n.cfg.DataDir); err != nil {
-		return err
+		return explain(err)
 	}
 	defer func() {
 		if err != nil {
+			err = explain(err)
 			n.teardown(context.Background())
 		}
 	}()
+	if err = checkKey(n.cfg); err != nil {
+		return err
+	}
 	key, err := config.LoadClusterKey(n.cfg.ClusterKeyFile, rand.Reader)
 	if err != nil {
 		return err
@@ -195,7 +199,7 @@ func (n *Node) listen(ctx context.Context) error {
 			Programs:                []sunrpc.Program{s.nfs.NFSProgram(), s.nfs.MountProgram()},
 			Logger:                  n.log,
 			MaxRecord:               int(n.cfg.NFS.Wtmax) + 64<<10,
-			MaxConns:                n.cfg.NFS.MaxConnections,
+			MaxConns:                n.maxConns(),
 			MaxInflightBytesPerConn: int(n.cfg.NFS.ConnInflight),
 			MaxInflightBytes:        int(n.cfg.NFS.Inflight),
 			Workers:                 n.cfg.NFS.Workers,

@@ -104,6 +104,9 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if err != nil {
 		return nil, nil, nil, 0, err
 	}
+	if err = checkStores(cfg, reg); err != nil {
+		return nil, nil, nil, 0, err
+	}
 	t := &targets{log: log, mdtDir: cfg.MDT.Dir, reg: reg}
 	defer func() {
 		if err != nil {
@@ -117,6 +120,9 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 		return nil, nil, nil, 0, err
 	}
 	if err = t.openMDT(cfg, clk); err != nil {
+		return nil, nil, nil, 0, err
+	}
+	if err = reg.SetOSTs(len(cfg.OST)); err != nil {
 		return nil, nil, nil, 0, err
 	}
 	conns := make([]wire.Conn, len(t.osts))

@@ -46,6 +46,8 @@ type state struct {
 	Generation uint64 `json:"generation"`
 	NextIndex  uint32 `json:"next_index"`
 	VIPs       []VIP  `json:"vips"`
+	// OSTs is how many object targets belong to the store, once it has been made.
+	OSTs int `json:"osts,omitempty"`
 }
 
 const format = 1
@@ -53,8 +55,9 @@ const format = 1
 // Registry is the open registry. Its methods are safe for concurrent use; each
 // change is durable when the method returns.
 type Registry struct {
-	path string
-	rand io.Reader
+	path  string
+	rand  io.Reader
+	fresh bool
 
 	mu sync.Mutex
 	s  state
@@ -69,7 +72,7 @@ func open(dir string, rnd io.Reader) (*Registry, error) {
 	b, err := os.ReadFile(r.path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		r.s = state{Format: format, NextIndex: 1}
+		r.s, r.fresh = state{Format: format, NextIndex: 1}, true
 		if r.s.Client, err = r.random(16); err != nil {
 			return nil, err
 		}
@@ -95,6 +98,27 @@ func (r *Registry) random(n int) (string, error) {
 		return "", fmt.Errorf("mgs: random bytes: %w", err)
 	}
 	return hex.EncodeToString(b), nil
+}
+
+// Fresh tells that there was no registry when it was opened.
+func (r *Registry) Fresh() bool { return r.fresh }
+
+// OSTs is the number of object targets that the store has; 0 before it was made.
+func (r *Registry) OSTs() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.s.OSTs
+}
+
+// SetOSTs records that the store has been made, or extended, with n object targets.
+func (r *Registry) SetOSTs(n int) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.s.OSTs == n {
+		return nil
+	}
+	r.s.OSTs = n
+	return r.save()
 }
 
 // StartClient raises the file system client's generation and returns who it is.

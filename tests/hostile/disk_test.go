@@ -331,7 +331,7 @@ func blocks(off uint64, n int) []byte {
 
 // lastLines is what a program that ended wrote for people, without its log.
 func lastLines(out string) string {
-	if i := strings.LastIndex(out, "baton: "); i >= 0 {
+	if i := strings.LastIndex("\n"+out, "\nbaton: "); i >= 0 {
 		return out[i:]
 	}
 	return ""

@@ -71,15 +71,15 @@ func TestRefusedStarts(t *testing.T) {
 		{"registry of zeros", replace("registry.json", make([]byte, 300), 0o600), []string{"registry.json", "damaged", "restore it from a backup"}},
 		{"registry of a later format", replace("registry.json", []byte(`{"format": 99}`), 0o600), []string{"registry.json", "format 99", "newer program"}},
 		{"registry without client", replace("registry.json", []byte(`{"format": 1, "client": "xyz"}`), 0o600), []string{"registry.json", "client id", "restore it from a backup"}},
-		{"registry gone", replace("registry.json", nil, 0), []string{"registry.json", "restore it from a backup"}},
+		{"registry gone", replace("registry.json", nil, 0), []string{"registry.json", "missing", "restore it from a backup"}},
 		{"key too short", replace("cluster.key", key[:31], 0o600), []string{"cluster.key", "32 bytes", "restore it from a copy"}},
 		{"key too long", replace("cluster.key", append(key, 0), 0o600), []string{"cluster.key", "32 bytes", "restore it from a copy"}},
 		{"key readable by others", replace("cluster.key", key, 0o644), []string{"cluster.key", "chmod 600"}},
 		{"key gone", replace("cluster.key", nil, 0), []string{"cluster.key", "restore it from a copy"}},
 		{"MDT directory is a file", replace("mdt", []byte("x"), 0o600), []string{"MDT0000", "not a directory"}},
 		{"OST directory is a file", replace("ost1", []byte("x"), 0o600), []string{"OST0001", "not a directory"}},
-		{"OST directory gone", replace("ost1", nil, 0), []string{"OST0001", "ost1"}},
-		{"MDT directory gone", replace("mdt", nil, 0), []string{"MDT0000", "mdt"}},
+		{"OST directory gone", replace("ost1", nil, 0), []string{"OST0001", "ost1", "mount its disk"}},
+		{"MDT directory gone", replace("mdt", nil, 0), []string{"MDT0000", "mdt", "mount its disk"}},
 		{"OSTs exchanged", func(t *testing.T, s *server) func() {
 			swap := func() {
 				a, b := filepath.Join(s.o.dataDir, "ost0"), filepath.Join(s.o.dataDir, "ost1")
@@ -166,13 +166,13 @@ func TestRefusedStarts(t *testing.T) {
 
 // TestDescriptors takes all of the server's file descriptors.
 func TestDescriptors(t *testing.T) {
-	s := serve(t, options{ulimitN: 256, toml: smallCaches})
+	s := serve(t, options{ulimitN: 1000, toml: smallCaches})
 	w := newWitness(s)
 	c := s.client("/rw")
 	dir := c.mkdir(c.root, "dir")
 	var crowd crowd
 	defer crowd.close()
-	for i := range 600 {
+	for i := range 1200 {
 		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr(i%10), 0)), Timeout: 5 * time.Second}
 		x, err := d.Dial("tcp", s.nfs.String())
 		if err != nil {
@@ -180,7 +180,7 @@ func TestDescriptors(t *testing.T) {
 		}
 		crowd.l = append(crowd.l, x)
 	}
-	t.Logf("%d connections to a server that may have 256 descriptors", len(crowd.l))
+	t.Logf("%d connections to a server that may have 1000 descriptors", len(crowd.l))
 	// No spinning: a second of real time must not cost half a second of CPU.
 	before, err := bed.ProcUsage(s.cmd.Process.Pid)
 	if err != nil {
