@@ -95,7 +95,31 @@ func (h nfsHandler) ServeRPC(c *sunrpc.Call) {
 	if p.inline && p.run(o, false) {
 		return
 	}
+	if n := o.replySize(); n > 0 {
+		c.GoReply(n, o.onPool)
+		return
+	}
 	c.Go(o.onPool)
+}
+
+// replySize is about how long the reply can be, 0 when it is short. It looks at
+// the count that the client gives, in arguments that were not checked yet.
+func (o *op) replySize() int {
+	skip, most := 0, o.a.srv.cfg.DTMax // bytes between the handle and the count
+	switch o.proc {
+	case nfs.NFSProcedureRead:
+		skip, most = 8, o.a.srv.cfg.RTMax
+	case nfs.NFSProcedureReadDir:
+		skip = 16
+	case nfs.NFSProcedureReadDirPlus:
+		skip = 20
+	default:
+		return 0
+	}
+	r := o.args()
+	nfs3.GetFH(r)
+	r.Skip(skip)
+	return int(min(r.Uint32(), most))
 }
 
 // args returns a reader over the call's arguments.

@@ -363,22 +363,27 @@ type progress struct {
 	shown bool
 }
 
-// open turns the progress on if w is a terminal.
-func (p *progress) open(w io.Writer) {
+// isTerminal tells whether somebody watches what is written to w.
+func isTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
 	if !ok {
-		return
+		return false
 	}
 	rc, err := f.SyscallConn()
 	if err != nil {
-		return
+		return false
 	}
 	tty := false
-	rc.Control(func(fd uintptr) {
+	err = rc.Control(func(fd uintptr) {
 		_, err := unix.IoctlGetTermios(int(fd), unix.TCGETS)
 		tty = err == nil
 	})
-	if tty {
+	return err == nil && tty
+}
+
+// open turns the progress on if w is a terminal.
+func (p *progress) open(w io.Writer) {
+	if isTerminal(w) {
 		p.w, p.next = w, time.Now().Add(progressAfter)
 	}
 }

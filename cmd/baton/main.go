@@ -54,6 +54,10 @@ func (a *app) run(args []string) int {
 	if err == nil {
 		return exitOK
 	}
+	var xe *exitError
+	if errors.As(err, &xe) {
+		return xe.code
+	}
 	fmt.Fprintf(a.stderr, "baton: %v\n", err)
 	var ue *usageError
 	if errors.As(err, &ue) {
@@ -99,9 +103,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.`,
 		root.AddCommand(c)
 	}
 	root.AddCommand(a.fileCmds(node.OpenFS)...)
-	if fsckCmd != nil {
-		root.AddCommand(fsckCmd(a))
-	}
+	root.AddCommand(a.fsckCmd())
 	return root
 }
 

@@ -109,6 +109,7 @@ type checker struct {
 	inodes     int64 // records of inodes, and what repairs make of it
 	attach     []wire.FID
 	drops      []drop
+	linkFix    []wire.FID
 
 	fix      changes
 	counts   Counts
@@ -134,6 +135,7 @@ func (c *checker) run() error {
 		{"logs", c.checkLogs},
 		{"objects", c.checkObjects},
 		{"attributes", c.checkInodes},
+		{"symlinks", c.fixLinks},
 		{"replies", c.checkTables},
 		{"lost+found", c.attachOrphans},
 		{"state", c.checkState},

@@ -11,7 +11,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
-// sane bounds transnos that are taken for real: their upper half counts starts.
+// saneTransno bounds transnos that are taken for real: their upper half counts starts.
 const saneTransno = 1 << 62
 
 func (c *checker) readSuper() error {
@@ -222,6 +222,9 @@ func (c *checker) checkLogs() error {
 		c.transno(id)
 		c.seq(l.FID)
 		n, _ := c.nodes.find(fid)
+		if n != nil && n.has(fDamaged) {
+			return nil // judged when that is repaired
+		}
 		if l.Kind == mdt.LogUnlink {
 			if n != nil {
 				if c.bad(LogUnlinkLive, name, "removed", "it asks to destroy the objects of %v, which exists", l.FID) {
@@ -233,9 +236,6 @@ func (c *checker) checkLogs() error {
 			if c.layoutOSTs(name, &l.Layout) {
 				c.note(UnlinkPending, name, "objects of %v are still to be destroyed", l.FID)
 			}
-			return nil
-		}
-		if n != nil && n.has(fDamaged) {
 			return nil
 		}
 		if n == nil || n.typ != wire.TypeReg || n.has(fNoInode) {

@@ -233,7 +233,7 @@ func (c *checker) entry(g *group, name []byte, ent mdt.Entry) error {
 		}
 	}
 	g.entries++
-	child, idx := c.nodes.findFID(ent.FID)
+	child, _ := c.nodes.findFID(ent.FID)
 	typ := ent.Type
 	if child != nil && child.typ != 0 {
 		typ = child.typ
@@ -431,6 +431,11 @@ func (c *checker) compareCookie(g *group, cookie uint64, child wire.FID, t wire.
 func (c *checker) closeGroup(g *group) error {
 	entries, dirs := g.entries-g.rmEntries, g.subdirs-g.rmDirs
 	if g.node.has(fNoInode) {
+		if entries == 0 {
+			// Nothing is left that would need a directory.
+			g.node.flags |= fReached
+			return nil
+		}
 		class, mode := DirInodeMissing, uint32(0o700)
 		if g.fid == wire.RootFID {
 			class, mode = RootMissing, 0o755
@@ -694,4 +699,3 @@ func (c *checker) keepOrphans() {
 		}
 	}
 }
-

@@ -40,7 +40,7 @@ const (
 	// InodeDamaged: the record is removed; the entries and objects that it
 	// leaves behind are dealt with as such.
 	InodeDamaged Class = "inode-damaged"
-	// InodeVersion: the version is above the last transno; set to that.
+	// InodeVersion: the version is no transno; set to the last one.
 	InodeVersion Class = "inode-version"
 	// RootMissing: made anew.
 	RootMissing Class = "root-missing"

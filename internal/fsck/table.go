@@ -30,7 +30,6 @@ const (
 	fPath                  // on the way to the root, see reach
 	fReached
 	fLost
-	fMulti // has been found to have several parents
 )
 
 func (n *node) has(f uint16) bool { return n.flags&f != 0 }

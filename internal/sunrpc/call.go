@@ -43,12 +43,17 @@ type Call struct {
 	in      *buf // holds Raw and Args
 	size    int  // record bytes charged to the connection's in-flight bytes
 	fn      func(*Call)
-	payload []byte
-	bulks   []*buf
-	outBuf  *buf   // behind Out.Buf after GrowOut
-	base    []byte // the Call's own reply buffer, replyHeader long
-	low     uint32
-	high    uint32
+	// weight is the length of the reply as given to GoReply, admitted whether the gate let it through,
+	// reserved what of it has no buffer yet.
+	weight   int
+	admitted bool
+	reserved int64
+	payload  []byte
+	bulks    []*buf
+	outBuf   *buf   // behind Out.Buf after GrowOut
+	base     []byte // the Call's own reply buffer, replyHeader long
+	low      uint32
+	high     uint32
 }
 
 var callPool = sync.Pool{New: func() any {
@@ -81,6 +86,7 @@ func (c *Call) GrowOut(n int) {
 	m := copy(b.b, c.Out.Buf)
 	c.outBuf = b
 	c.Out.Buf = b.b[:m]
+	c.charged(len(b.b))
 }
 
 // Go runs f(c) on the server's bounded worker pool. It may wait there for a free worker and, when the
@@ -92,7 +98,7 @@ func (c *Call) Go(f func(*Call)) {
 }
 
 func (c *Call) run() {
-	if c.Conn != nil && c.Conn.hold(c) {
+	if c.Conn != nil && !c.admitted && (c.Conn.hold(c) || c.weight > 0 && !c.srv.admitBulk(c)) {
 		return
 	}
 	f := c.fn
@@ -105,6 +111,7 @@ func (c *Call) run() {
 func (c *Call) Bulk(n int) []byte {
 	b := getBuf(&c.srv.mem, min(n, MaxPayload))
 	c.bulks = append(c.bulks, b)
+	c.charged(len(b.b))
 	return b.b[:n:n]
 }
 
@@ -153,6 +160,7 @@ func (c *Call) Drop() {
 }
 
 func (c *Call) discard() {
+	c.bulkEnd()
 	if c.Conn != nil {
 		c.Conn.unanswered(c)
 	}
@@ -165,6 +173,7 @@ func (c *Call) accept(s AcceptStat) {
 }
 
 func (c *Call) send() {
+	c.bulkEnd()
 	n := len(c.Out.Buf) - markSize + len(c.payload) + xdr.Pad(len(c.payload))
 	binary.BigEndian.PutUint32(c.Out.Buf, 1<<31|uint32(n))
 	if c.Conn != nil {
@@ -196,7 +205,7 @@ func (c *Call) free() {
 	if u := c.udp; u != nil {
 		u.done()
 	}
-	c.Conn, c.srv, c.ep, c.udp, c.in, c.fn = nil, nil, nil, nil, nil, nil
+	c.Conn, c.srv, c.ep, c.udp, c.in, c.fn, c.weight = nil, nil, nil, nil, nil, nil, 0
 	c.Raw, c.Args, c.payload = nil, nil, nil
 	c.pktinfo = c.pktinfo[:0]
 	callPool.Put(c)

@@ -56,6 +56,7 @@ type Conn struct {
 	inflight   atomic.Int64 // calls handed to a handler and not finished
 	inBytes    atomic.Int64 // record bytes of those
 	outBytes   atomic.Int64 // reply bytes queued and not yet taken by the kernel
+	bulk       atomic.Int64 // reply bytes of calls that came to the server's bulkGate and are not queued yet
 	replies    atomic.Int64
 	lastRead   atomic.Int64 // coarse clock, ns
 	lastWrite  atomic.Int64 // coarse clock of the last progress, ns
@@ -447,6 +448,11 @@ func (c *Conn) outLimit() int64 {
 func (c *Conn) unanswered(call *Call) {
 	c.inBytes.Add(int64(-call.size))
 	c.inflight.Add(-1)
+	c.mu.Lock()
+	if c.outBytes.Load() <= c.outLimit()/2 {
+		c.resubmit()
+	}
+	c.mu.Unlock()
 	c.nudge()
 }
 

@@ -94,6 +94,7 @@ type Server struct {
 	progs  []*program
 	pool   workers
 	mem    gauge
+	bulk   bulkGate
 	clock  atomic.Int64 // coarse, UnixNano
 	connID atomic.Uint64
 	wg     sync.WaitGroup // everything but workers
@@ -444,12 +445,14 @@ func (s *Server) Close() error {
 	for _, c := range conns {
 		c.fail(nil, true)
 	}
+	s.closeBulk()
 	s.wg.Wait()
 	s.pool.close()
 	return nil
 }
 
 func (s *Server) memFreed() {
+	s.bulkFreed()
 	if s.waiting.Load() == 0 {
 		return
 	}
@@ -470,7 +473,7 @@ func (s *Server) addWaiter(c *Conn) {
 
 // callJanitor gets the connections that hold memory without reading looked at soon.
 func (s *Server) callJanitor() {
-	if s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes) {
+	if s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes) || s.bulk.n.Load() > 0 {
 		select {
 		case s.short <- struct{}{}:
 		default:
@@ -507,7 +510,7 @@ func (s *Server) janitor() {
 			}
 		}
 		s.sweep(s.cfg.Now())
-		if s.waiting.Load() > 0 {
+		if s.waiting.Load() > 0 || s.bulk.n.Load() > 0 {
 			s.callJanitor()
 		}
 	}
@@ -520,7 +523,7 @@ const pressureStall = time.Second
 func (s *Server) sweep(now time.Time) {
 	t := now.UnixNano()
 	s.clock.Store(t)
-	short := s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes)*7/8
+	short := s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes)*7/8 || s.bulk.n.Load() > 0
 	var hogs []*Conn
 	s.mu.Lock()
 	conns := make([]*Conn, 0, len(s.conns))

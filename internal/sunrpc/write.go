@@ -82,6 +82,7 @@ func (c *Conn) enqueue(call *Call) {
 		c.pushCopy(padding[:p])
 	}
 	n := len(out) + len(payload) + xdr.Pad(len(payload))
+	c.srv.bulk.out.Add(int64(n))
 	if c.outBytes.Add(int64(n)) == int64(n) {
 		c.lastWrite.Store(c.srv.clock.Load())
 	}
@@ -223,12 +224,8 @@ func (c *Conn) flush(block bool) {
 			c.kickWriter()
 			return
 		}
-		if len(c.held) > 0 && c.outBytes.Load() <= c.outLimit()/2 {
-			for i, call := range c.held {
-				c.srv.pool.submit(call)
-				c.held[i] = nil
-			}
-			c.held = c.held[:0]
+		if c.outBytes.Load() <= c.outLimit()/2 {
+			c.resubmit()
 		}
 	}
 	c.writing = false
@@ -299,6 +296,8 @@ func (c *Conn) advance(n int) {
 		c.wi++
 	}
 	c.outBytes.Add(int64(-n))
+	c.srv.bulk.out.Add(int64(-n))
+	c.srv.bulkFreed()
 	c.nudge()
 }
 
@@ -321,20 +320,40 @@ func (c *Conn) dropOutput() {
 	}
 	c.tailOpen = false
 	c.handoff = false
-	c.outBytes.Store(0)
+	c.srv.bulk.out.Add(-c.outBytes.Swap(0))
+	c.srv.bulkFreed()
 }
 
 // hold keeps a call whose worker would only add to a queue that the peer does not read; it is
 // resubmitted when half of the queue has left, or the connection is closed.
 func (c *Conn) hold(call *Call) bool {
-	if c.outBytes.Load() < c.outLimit() {
+	if !c.full() {
 		return false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed.Load() || c.outBytes.Load() < c.outLimit() {
+	if c.closed.Load() || !c.full() {
 		return false
 	}
 	c.held = append(c.held, call)
 	return true
+}
+
+// full reports whether the replies that wait are enough. When memory is short those in the making count,
+// too, so that one connection does not stand in the gate's line many times.
+func (c *Conn) full() bool {
+	n := c.outBytes.Load()
+	if c.srv.mem.used.Load() > int64(c.srv.cfg.MaxInflightBytes/2) {
+		n += c.bulk.Load()
+	}
+	return n >= c.outLimit()
+}
+
+// resubmit gives held calls another try. The caller holds c.mu.
+func (c *Conn) resubmit() {
+	for i, call := range c.held {
+		c.srv.pool.submit(call)
+		c.held[i] = nil
+	}
+	c.held = c.held[:0]
 }
