@@ -40,8 +40,10 @@ check: lint
 # Each suite has the machine for itself (-p 1): they have time limits.
 test:
 	sh tests/install.sh
+	$(MAKE) lint fuzz-short
 	@{ \
 	  $(GO) test -json -timeout 15m $(UNIT) 2>&1; \
+	  $(GO) test -json -short -race -timeout 15m $(RACE) 2>&1; \
 	  BATON_KERNEL=1 $(GO) test -json -p 1 -count=1 -timeout 45m ./tests/... 2>&1; \
 	} | $(GO) run ./tests/summary -require $(SUITES)
 

@@ -127,6 +127,9 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 	log.Info("serving", "version", status.Version, "node", cfg.Node, "data", cfg.DataDir,
 		"addresses", cfg.NFS.Addresses, "port", cfg.NFS.Port, "mount_port", cfg.NFS.MountPort)
 	a.daemon.notify(sd.SdNotifyReady + "\nSTATUS=serving")
+	for _, m := range mountCommands(cfg, s.node.Status()) {
+		fmt.Fprintln(a.stdout, m)
+	}
 	endWatchdog := s.watchdog(ctx)
 
 	var got os.Signal
@@ -296,4 +299,27 @@ func (s *server) stop(ctx context.Context, drain time.Duration, signals <-chan o
 			return errors.New("stop: the targets do not close; giving up (nothing acknowledged is lost, the next start recovers)")
 		}
 	}
+}
+
+// mountCommands says how clients mount the exports, on the first service
+// address. Ports are named when portmap cannot tell them.
+func mountCommands(cfg *config.Config, st status.Status) []string {
+	addrs := cfg.Addrs()
+	if len(addrs) == 0 {
+		return nil
+	}
+	host := addrs[0].String()
+	if addrs[0].Is6() {
+		host = "[" + host + "]"
+	}
+	// There is no lock manager yet, so clients keep locks to themselves.
+	opts := "vers=3,nolock"
+	if st.Rpcbind == config.RpcbindOff || cfg.Rpcbind.Port != 111 {
+		opts += fmt.Sprintf(",port=%d,mountport=%d", cfg.NFS.Port, cfg.NFS.MountPort)
+	}
+	var l []string
+	for _, e := range st.Exports {
+		l = append(l, fmt.Sprintf("mount -t nfs -o %s %s:%s /mnt", opts, host, e.Path))
+	}
+	return l
 }

@@ -70,7 +70,11 @@ func (c *checker) object(s ObjectStore, i *ost.ObjectInfo) error {
 	case l.OST[i.Stripe] != s.Index():
 		return c.orphanObject(s, i, ObjectMisplaced, name, fmt.Sprintf("the file has this stripe on OST %d", l.OST[i.Stripe]))
 	case i.Unfinished:
-		c.note(ObjectUnfinished, name, "power was lost while it was made or destroyed; it reads as missing")
+		what := "its first segment was never written"
+		if i.Name != "" {
+			what = "there are further segments only, " + i.Name
+		}
+		c.note(ObjectUnfinished, name, "power was lost while it was made or destroyed: %s; it reads as missing", what)
 		return nil
 	case i.Err != nil:
 		n.flags |= fObjBad

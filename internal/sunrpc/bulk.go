@@ -3,6 +3,8 @@ package sunrpc
 import (
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // bulkGate keeps calls with long replies from being started when there is no memory for the reply. A
@@ -11,11 +13,35 @@ import (
 type bulkGate struct {
 	reserved atomic.Int64 // bytes of replies that were let through and have no buffer yet
 	out      atomic.Int64 // bytes of replies queued on all connections
-	n        atomic.Int64 // len(held)
+	n        atomic.Int64 // calls in lines
 
 	mu      sync.Mutex
-	held    []*Call // first come, first served
+	lines   [2][]*Call // first come, first served: of peers that read, and of backlogged ones
 	closing bool
+}
+
+// Lines of the gate.
+const (
+	lineReading = iota
+	lineBacklog
+)
+
+// backlog is how much the kernel may have left to send for a peer that counts as reading, in bytes.
+const backlog = 128 << 10
+
+// line finds the line for c: a peer that has not taken its last replies yet must not keep memory from one
+// that has.
+func (c *Call) line() int {
+	n := 0
+	err := c.Conn.rc.Control(func(fd uintptr) {
+		if v, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
+			n = v
+		}
+	})
+	if err == nil && n >= backlog {
+		return lineBacklog
+	}
+	return lineReading
 }
 
 // GoReply is Go for a call whose reply takes about n bytes. It is started when there is memory for them.
@@ -24,28 +50,39 @@ func (c *Call) GoReply(n int, f func(*Call)) {
 	c.Go(f)
 }
 
-// bulkRoom tells whether a reply of w bytes may be made. Only unread replies are sure to go away (they are
-// sent, or their connection is closed), so replies always get an eighth of the memory, whatever holds the
-// rest, and at least one is always let through. The caller holds the gate's mu.
-func (s *Server) bulkRoom(w int64) bool {
+// bulkRoom tells whether a reply of w bytes may be made. Replies always get a part of the memory, whatever
+// holds the rest, because they are sure to go away (they are sent, or their connection is closed), and at
+// least one is always let through. The caller holds the gate's mu.
+func (s *Server) bulkRoom(w int64, line int) bool {
 	g := &s.bulk
 	limit := int64(s.cfg.MaxInflightBytes)
-	replies := g.reserved.Load() + g.out.Load()
-	return s.mem.used.Load()+g.reserved.Load()+w <= limit || replies+w <= limit/8 || replies == 0
+	reserved := g.reserved.Load()
+	replies := reserved + g.out.Load()
+	switch {
+	case replies == 0:
+		return true
+	case line == lineBacklog:
+		return replies+w <= limit/4
+	}
+	return s.mem.used.Load()+reserved+w <= limit || replies+w <= limit/8*3
 }
 
 // admitBulk lets c through or keeps it until there is room.
 func (s *Server) admitBulk(c *Call) bool {
 	g := &s.bulk
+	line := lineReading
+	if s.mem.used.Load() > int64(s.cfg.MaxInflightBytes/4) {
+		line = c.line()
+	}
 	g.mu.Lock()
 	c.Conn.bulk.Add(int64(c.weight))
-	if g.closing || len(g.held) == 0 && s.bulkRoom(int64(c.weight)) {
+	if g.closing || len(g.lines[line]) == 0 && s.bulkRoom(int64(c.weight), line) {
 		g.let(c)
 		g.mu.Unlock()
 		return true
 	}
-	g.held = append(g.held, c)
-	g.n.Store(int64(len(g.held)))
+	g.lines[line] = append(g.lines[line], c)
+	g.n.Add(1)
 	g.mu.Unlock()
 	s.callJanitor()
 	s.bulkFreed() // what was freed between the check and the count saw nobody waiting
@@ -66,13 +103,17 @@ func (s *Server) bulkFreed() {
 	}
 	var start []*Call
 	g.mu.Lock()
-	for len(g.held) > 0 && (g.closing || s.bulkRoom(int64(g.held[0].weight))) {
-		g.let(g.held[0])
-		start = append(start, g.held[0])
-		g.held[0] = nil
-		g.held = g.held[1:]
+	for i := range g.lines {
+		l := g.lines[i]
+		for len(l) > 0 && (g.closing || s.bulkRoom(int64(l[0].weight), i)) {
+			g.let(l[0])
+			start = append(start, l[0])
+			l[0] = nil
+			l = l[1:]
+			g.n.Add(-1)
+		}
+		g.lines[i] = l
 	}
-	g.n.Store(int64(len(g.held)))
 	g.mu.Unlock()
 	for _, c := range start {
 		s.pool.submit(c)

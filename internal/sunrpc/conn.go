@@ -395,7 +395,8 @@ func (c *Conn) ready(what int, n int64) bool {
 			calls < int64(cfg.MaxInflightCallsPerConn) && in < int64(cfg.MaxInflightBytesPerConn) &&
 				out < c.outLimit() && mem < int64(cfg.MaxInflightBytes)
 	case awaitRoom:
-		return (calls == 0 || in+n <= int64(cfg.MaxInflightBytesPerConn)) && mem+n <= int64(cfg.MaxInflightBytes)
+		// The rest is for replies, see bulkGate.
+		return (calls == 0 || in+n <= int64(cfg.MaxInflightBytesPerConn)) && mem+n <= int64(cfg.MaxInflightBytes)/4*3
 	default:
 		return calls == 0 && out == 0
 	}

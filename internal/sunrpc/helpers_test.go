@@ -78,7 +78,7 @@ func (h *testHandler) ServeRPC(c *Call) {
 	case procRead:
 		read(c)
 	case procReadGo:
-		c.Go(read)
+		c.GoReply(int(xdr.NewReader(c.Args).Uint32()), read)
 	case procGarbage:
 		c.Out.Uint32(1)
 		c.Fail(GarbageArgs)

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -471,9 +472,14 @@ func (s *Server) addWaiter(c *Conn) {
 	s.callJanitor()
 }
 
+// memShort tells whether somebody waits for memory, or soon may.
+func (s *Server) memShort() bool {
+	return s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes)/8*5 || s.bulk.n.Load() > 0
+}
+
 // callJanitor gets the connections that hold memory without reading looked at soon.
 func (s *Server) callJanitor() {
-	if s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes) || s.bulk.n.Load() > 0 {
+	if s.memShort() {
 		select {
 		case s.short <- struct{}{}:
 		default:
@@ -488,12 +494,17 @@ func (s *Server) removeWaiter(c *Conn) {
 	s.waitMu.Unlock()
 }
 
+// giveBack is by how much the memory in use must have fallen for the rest to be given back to the system
+// at once, in bytes.
+const giveBack = 32 << 20
+
 // janitor enforces the time-outs and keeps the coarse clock.
 func (s *Server) janitor() {
 	defer s.wg.Done()
 	const tick = time.Second
 	t := time.NewTicker(tick)
 	defer t.Stop()
+	var peak, before int64 // of the memory in use, in this period and the one before
 	for n := 0; ; n++ {
 		select {
 		case <-s.stop:
@@ -501,7 +512,13 @@ func (s *Server) janitor() {
 		case <-t.C:
 			if n%8 == 7 {
 				trimBufs()
+				if before-peak >= giveBack {
+					// An idle process collects no garbage for minutes.
+					debug.FreeOSMemory()
+				}
+				before, peak = peak, 0
 			}
+			peak = max(peak, s.mem.used.Load())
 		case <-s.short:
 			select {
 			case <-s.stop:
@@ -519,11 +536,14 @@ func (s *Server) janitor() {
 // pressureStall is how long a connection may make no progress with its replies while memory is short.
 const pressureStall = time.Second
 
+// pressureSilence is how long nothing may arrive of a record that was begun while memory is short.
+const pressureSilence = 3 * time.Second
+
 // sweep closes connections that have used up their time.
 func (s *Server) sweep(now time.Time) {
 	t := now.UnixNano()
 	s.clock.Store(t)
-	short := s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes)*7/8 || s.bulk.n.Load() > 0
+	short := s.memShort()
 	var hogs []*Conn
 	s.mu.Lock()
 	conns := make([]*Conn, 0, len(s.conns))
@@ -543,7 +563,7 @@ func (s *Server) sweep(now time.Time) {
 				hogs = append(hogs, c)
 			}
 		case c.partial.Load() && !c.parked.Load() && (silent > s.cfg.RecordTimeout ||
-			short && time.Duration(t-c.partialAt.Load()) > s.cfg.RecordTimeout):
+			short && (silent > pressureSilence || time.Duration(t-c.partialAt.Load()) > s.cfg.RecordTimeout)):
 			c.fail(errRecordStall, true)
 		case s.cfg.IdleTimeout > 0 && silent > s.cfg.IdleTimeout && c.inflight.Load() == 0 && !c.parked.Load():
 			c.srv.cfg.Logger.Debug("connection closed", "remote", c.remote, "local", c.local, "err", errIdle)
@@ -560,7 +580,7 @@ func (s *Server) sweep(now time.Time) {
 	}
 	slices.SortFunc(hogs, func(a, b *Conn) int { return cmp.Compare(size[b], size[a]) })
 	for _, c := range hogs {
-		if s.mem.used.Load() < int64(s.cfg.MaxInflightBytes)/4*3 {
+		if s.mem.used.Load() < int64(s.cfg.MaxInflightBytes)/4*3 && s.bulk.n.Load() == 0 {
 			break
 		}
 		c.fail(errPressure, true)

@@ -440,12 +440,18 @@ func (t *Target) removeFiles(o *object) (removed bool, err error) {
 // spaceBudget is how much may be written before the file system is asked again.
 type spaceBudget struct{ left atomic.Int64 }
 
-func (t *Target) refreshSpace() {
+// spaceStep bounds the budget, in bytes, because other targets and programs take
+// from the same file system.
+const spaceStep = 2 << 20
+
+// refreshSpace renews the budget, for a write of n bytes at least.
+func (t *Target) refreshSpace(n uint64) {
 	if t.opts.MinFreeBytes == 0 {
 		return
 	}
 	if sp, err := t.fs.Statfs(); err == nil {
-		t.space.left.Store(int64(min(sp.Avail, 1<<62)) - int64(min(t.opts.MinFreeBytes, 1<<62)))
+		left := int64(min(sp.Avail, 1<<62)) - int64(min(t.opts.MinFreeBytes, 1<<62))
+		t.space.left.Store(min(left, max(spaceStep, int64(min(n, 1<<62)))))
 	}
 }
 
@@ -458,6 +464,6 @@ func (t *Target) reserveSpace(o *object, off, n uint64) bool {
 	if full || t.space.left.Add(-int64(n)) >= 0 {
 		return true
 	}
-	t.refreshSpace()
+	t.refreshSpace(n)
 	return t.space.left.Add(-int64(n)) >= 0
 }

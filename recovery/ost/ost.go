@@ -310,7 +310,7 @@ func (t *Target) start() error {
 	}
 	t.track.ceiling = sb.Ceiling
 	t.admit.set(sb)
-	t.refreshSpace()
+	t.refreshSpace(0)
 	return nil
 }
 
@@ -471,7 +471,7 @@ func (t *Target) committer() {
 				return
 			}
 		}
-		t.refreshSpace()
+		t.refreshSpace(0)
 		if t.opts.CommitInterval > 0 {
 			// Errors are counted where they happen.
 			_ = t.flushDirty(t.track.last(), true)

@@ -165,7 +165,11 @@ func ballast(t *testing.T, d *disk) func() {
 }
 
 func fullDisk(t *testing.T, others bool) {
-	d := smallDisk(t, 256*mib)
+	size := int64(256 * mib)
+	if testing.Short() {
+		size = 128 * mib
+	}
+	d := smallDisk(t, size)
 	s := onDisk(t, d, "[fs]\nmin_free = \"24 MiB\"\n")
 	w := newWitness(s)
 	c := s.client("/rw")
@@ -193,7 +197,7 @@ func fullDisk(t *testing.T, others bool) {
 		}
 		return false
 	}
-	// Writes of 1 MiB, then of 4 KiB, stable and not, until nothing goes any more.
+	// Writes of 1 MiB, then of 32 KiB, stable and not, until nothing goes any more.
 	for i := range 3 {
 		name := fmt.Sprint("big", i)
 		f := file{name: name, fh: c.create(dir, name), n: mib}
@@ -204,21 +208,21 @@ func fullDisk(t *testing.T, others bool) {
 		empty = ballast(t, d)
 	}
 	for i, how := range []wire.StableHow{wire.FileSync, wire.Unstable, wire.FileSync} {
-		size := mib
+		step := mib
 		if i == 2 {
-			size = 4096
+			step = 32 << 10
 		}
 		f := &files[i]
-		for n := f.n; ; n += uint64(size) {
-			wr, err := c.tryWrite(f.fh, n, blocks(n, size), how)
+		for n := f.n; ; n += uint64(step) {
+			wr, err := c.tryWrite(f.fh, n, blocks(n, step), how)
 			if full(wr.Status, err, "WRITE") {
 				break
 			}
 			if how == wire.FileSync {
-				f.n = n + uint64(size)
+				f.n = n + uint64(step)
 			}
-			if n > 1<<30 {
-				t.Fatal("a GiB fits on a disk of 160 MiB")
+			if n > uint64(size) {
+				t.Fatal("more fits on the disk than it has")
 			}
 		}
 		if cm, err := c.commit(f.fh); err != nil || cm.Status != nfs.NFSStatusOk && cm.Status != nfs.NFSStatusNoSPC && cm.Status != nfs.NFSStatusIO {

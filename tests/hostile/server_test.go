@@ -37,6 +37,7 @@ type options struct {
 	dataDir string
 	exports string
 	ulimitN int // RLIMIT_NOFILE, soft and hard; 0: inherited
+	uid     int // user that runs it; 0: the test's
 }
 
 const defaultExports = "/rw *(rw,no_root_squash,insecure,dir=/)\n"
@@ -173,6 +174,9 @@ func (s *server) launch() {
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if s.o.uid != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(s.o.uid), Gid: uint32(s.o.uid)}
+	}
 	started := make(chan error)
 	spawner <- func() { started <- cmd.Start() }
 	if err := <-started; err != nil {

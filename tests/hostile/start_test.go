@@ -45,7 +45,7 @@ func TestRefusedStarts(t *testing.T) {
 		}
 	}
 	key := pattern(1, 32)
-	for _, x := range []struct {
+	for i, x := range []struct {
 		name string
 		do   func(*testing.T, *server) func()
 		want []string // words that the message must have
@@ -66,6 +66,25 @@ func TestRefusedStarts(t *testing.T) {
 			s.o.dataDir = "/proc/baton"
 			return func() { s.o.dataDir = old }
 		}, []string{"data directory", "/proc/baton"}},
+		{"data directory of another user", func(t *testing.T, s *server) func() {
+			if os.Geteuid() != 0 {
+				t.Skip("SKIPPED, reason: another user needs root")
+			}
+			s.o.uid = 65534
+			return func() { s.o.uid = 0 }
+		}, []string{"data directory", "permission denied", "give the directory"}},
+		{"new data directory where nothing can be made", func(t *testing.T, s *server) func() {
+			if os.Geteuid() != 0 {
+				t.Skip("SKIPPED, reason: another user needs root")
+			}
+			old := s.o.dataDir
+			s.o.uid, s.o.dataDir = 65534, filepath.Join(s.dir, "new")
+			return func() { s.o.uid, s.o.dataDir = 0, old }
+		}, []string{"data directory", "permission denied", "give the directory"}},
+		{"too few file descriptors", func(t *testing.T, s *server) func() {
+			s.o.ulimitN = 200
+			return func() { s.o.ulimitN = 0 }
+		}, []string{"too many open files", "LimitNOFILE="}},
 		{"registry cut", replace("registry.json", []byte(`{"format": 1, "cli`), 0o600), []string{"registry.json", "damaged", "restore it from a backup"}},
 		{"registry empty", replace("registry.json", []byte{}, 0o600), []string{"registry.json", "damaged", "restore it from a backup"}},
 		{"registry of zeros", replace("registry.json", make([]byte, 300), 0o600), []string{"registry.json", "damaged", "restore it from a backup"}},
@@ -107,7 +126,7 @@ func TestRefusedStarts(t *testing.T) {
 		}, []string{"exports", "no_such_option"}},
 	} {
 		t.Run(x.name, func(t *testing.T) {
-			if testing.Short() && strings.HasPrefix(x.name, "registry ") {
+			if testing.Short() && i%3 != 0 {
 				t.Skip("SKIPPED, reason: -short")
 			}
 			s := newServer(t, options{})
@@ -175,12 +194,11 @@ func TestDescriptors(t *testing.T) {
 	for i := range 1200 {
 		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr(i%10), 0)), Timeout: 5 * time.Second}
 		x, err := d.Dial("tcp", s.nfs.String())
-		if err != nil {
-			break // the listener's queue is full, too
+		if err == nil { // refused is fine, too
+			crowd.l = append(crowd.l, x)
 		}
-		crowd.l = append(crowd.l, x)
 	}
-	t.Logf("%d connections to a server that may have 1000 descriptors", len(crowd.l))
+	t.Logf("%d of 1200 connections not refused at once by a server that may have 1000 descriptors", len(crowd.l))
 	// No spinning: a second of real time must not cost half a second of CPU.
 	before, err := bed.ProcUsage(s.cmd.Process.Pid)
 	if err != nil {

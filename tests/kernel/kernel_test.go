@@ -44,7 +44,7 @@ head -c 3000000 /dev/urandom >f; cp f g; cmp f g; mv g h; rm f h; ls -a; df . ; 
 		if out, err := exec.Command(w.work, "tree", "tar", "-n", fmt.Sprint(n), "-seed", "42", filepath.Join(share, "tree.tar")).CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		w.run(t, 8*time.Minute, guest{options: "vers=3", share: share, script: fmt.Sprintf(`
+		w.run(t, 20*time.Minute, guest{options: "vers=3", share: share, script: fmt.Sprintf(`
 date +%%s; mkdir t; tar -C t --delay-directory-restore -xf $SHARE/tree.tar; date +%%s; echo 3 >/proc/sys/vm/drop_caches
 $WORK tree verify -n %d -seed 42 t; date +%%s; rm -rf t; date +%%s; [ -z "$(ls -A)" ]`, n)})
 	})

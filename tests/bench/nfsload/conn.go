@@ -24,6 +24,10 @@ const (
 // maxReply bounds one reply; a READDIRPLUS or READ reply is little over 1 MiB.
 const maxReply = 2 << 20
 
+// stall is how long a Run waits for any reply. A server that loses a call must
+// fail the run with a message, not hang it.
+const stall = 30 * time.Second
+
 // ErrProtocol is wrapped by errors about replies that make no sense.
 var ErrProtocol = errors.New("malformed reply")
 
@@ -304,6 +308,10 @@ func (c *Conn) Run(depth int, deadline time.Time, w Worker) (int64, error) {
 			werr = c.flush()
 		}
 	}
+	if err := c.nc.SetDeadline(time.Now().Add(stall)); err != nil {
+		return 0, err
+	}
+	lastDeadline := time.Now()
 	for slot := range depth {
 		send(slot)
 	}
@@ -333,10 +341,17 @@ func (c *Conn) Run(depth int, deadline time.Time, w Worker) (int64, error) {
 					if err == io.EOF {
 						err = io.ErrUnexpectedEOF
 					}
-					return ops, err
+					return ops, fmt.Errorf("after %d operations, %d calls outstanding, %d bytes of a record here: %w", ops, outstanding, c.tail-c.head, err)
 				}
-				if more && !time.Now().Before(deadline) {
+				now := time.Now()
+				if more && !now.Before(deadline) {
 					more = false
+				}
+				if now.Sub(lastDeadline) > time.Second {
+					lastDeadline = now
+					if err := c.nc.SetDeadline(now.Add(stall)); err != nil {
+						return ops, err
+					}
 				}
 				continue
 			}
