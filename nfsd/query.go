@@ -154,13 +154,25 @@ func (o *op) readlink(block bool) bool {
 	return true
 }
 
+// udpMax is how much data a datagram carries beside the header and attributes,
+// in bytes; a reply that does not fit could not be sent at all.
+const udpMax = 32 << 10
+
+// fits bounds a transfer size by what the call's transport can carry.
+func (o *op) fits(n uint32) uint32 {
+	if o.c.Conn == nil {
+		return min(n, udpMax)
+	}
+	return n
+}
+
 func (o *op) read(block bool) bool {
 	var a nfs3.ReadArgs
 	r := o.args()
 	if a.Decode(r) != nil {
 		return o.garbage()
 	}
-	count := min(a.Count, o.a.srv.cfg.RTMax)
+	count := min(a.Count, o.fits(o.a.srv.cfg.RTMax))
 	if !block && count > o.a.srv.cfg.InlineRead {
 		return false
 	}
@@ -221,7 +233,7 @@ func (o *op) readdirplus(bool) bool {
 }
 
 func (o *op) list(fh []byte, cookie uint64, verf [8]byte, dirCount, maxCount uint32, plus bool) bool {
-	maxCount = min(maxCount, o.a.srv.cfg.DTMax)
+	maxCount = min(maxCount, o.fits(o.a.srv.cfg.DTMax))
 	st, _ := o.openAttr(fh, true)
 	if st != wire.OK {
 		return o.fail(st)
@@ -321,9 +333,9 @@ func (o *op) fsinfo(block bool) bool {
 	}
 	cfg := &o.a.srv.cfg
 	nfs3.PutFSInfoOK(&o.c.Out, &o.attr, o.h.FSID, &nfs3.FSInfo{
-		RTMax: cfg.RTMax, RTPref: cfg.RTPref, RTMult: 4096,
-		WTMax: cfg.WTMax, WTPref: cfg.WTPref, WTMult: 4096,
-		DTPref: cfg.DTPref, MaxFileSize: wire.MaxFileSize, TimeDelta: 1,
+		RTMax: o.fits(cfg.RTMax), RTPref: o.fits(cfg.RTPref), RTMult: 4096,
+		WTMax: o.fits(cfg.WTMax), WTPref: o.fits(cfg.WTPref), WTMult: 4096,
+		DTPref: o.fits(cfg.DTPref), MaxFileSize: wire.MaxFileSize, TimeDelta: 1,
 		Properties: nfs3.FSFLink | nfs3.FSFSymlink | nfs3.FSFHomogeneous | nfs3.FSFCanSetTime,
 	})
 	o.c.Finish()

@@ -70,11 +70,7 @@ func (c *checker) object(s ObjectStore, i *ost.ObjectInfo) error {
 	case l.OST[i.Stripe] != s.Index():
 		return c.orphanObject(s, i, ObjectMisplaced, name, fmt.Sprintf("the file has this stripe on OST %d", l.OST[i.Stripe]))
 	case i.Unfinished:
-		what := "its first segment was never written"
-		if i.Name != "" {
-			what = "there are further segments only, " + i.Name
-		}
-		c.note(ObjectUnfinished, name, "power was lost while it was made or destroyed: %s; it reads as missing", what)
+		c.note(ObjectUnfinished, name, "power was lost while it was made or destroyed%s; it reads as missing", unfinished(i))
 		return nil
 	case i.Err != nil:
 		n.flags |= fObjBad
@@ -94,7 +90,7 @@ func (c *checker) orphanObject(s ObjectStore, i *ost.ObjectInfo, class Class, na
 	if keep {
 		repair = "moved to the OST's lost+found"
 	}
-	if !c.bad(class, name, repair, "%s; it has %d bytes", what, i.Size) {
+	if !c.bad(class, name, repair, "%s; it has %d bytes%s", what, i.Size, unfinished(i)) {
 		return nil
 	}
 	if keep {
@@ -377,4 +373,15 @@ func (c *checker) fixLinks() error {
 		}
 	}
 	return nil
+}
+
+// unfinished describes what a power failure left of an object.
+func unfinished(i *ost.ObjectInfo) string {
+	switch {
+	case !i.Unfinished:
+		return ""
+	case i.Name != "":
+		return "; there are further segments only, " + i.Name
+	}
+	return "; its first segment was never written"
 }

@@ -740,6 +740,28 @@ func TestHeaders(t *testing.T) {
 			t.Errorf("%+v, %v; want only the answer to NULL", p, err)
 		}
 	})
+	t.Run("more than a datagram", func(t *testing.T) {
+		c := s.client("/rw")
+		dir := c.mkdir(c.root, "many")
+		for i := range 600 {
+			c.create(dir, fmt.Sprintf("%0200d", i))
+		}
+		u := dialUDP(t, s.nfs)
+		for _, m := range []*callMsg{
+			nfsCall(nfs.NFSProcedureRead, &nfs3.ReadArgs{FH: w.fh, Count: 1 << 20}),
+			nfsCall(nfs.NFSProcedureRead, &nfs3.ReadArgs{FH: w.fh, Count: 1<<32 - 1}),
+			nfsCall(nfs.NFSProcedureReadDir, &nfs3.ReaddirArgs{FH: dir, Count: 1 << 20}),
+			nfsCall(nfs.NFSProcedureReadDirPlus, &nfs3.ReaddirplusArgs{FH: dir, DirCount: 1 << 20, MaxCount: 1 << 20}),
+		} {
+			p, err := u.call(m)
+			if err == nil {
+				err = checkReply(m.bytes(), p)
+			}
+			if err != nil || p.stat != 0 || len(p.body) < 16<<10 {
+				t.Errorf("procedure %d over UDP: %v; want a part of the data", m.proc, err)
+			}
+		}
+	})
 	w.check(func() { s.alive(badWords) })
 	s.stop()
 	s.fsck()

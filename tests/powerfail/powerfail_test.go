@@ -55,6 +55,7 @@ type worker struct {
 	id   int
 	rng  *rand.Rand
 	root *object
+	hist []string
 	xid  uint32
 	ver  uint32
 	next int
@@ -324,8 +325,30 @@ func (k *worker) truncate() bool {
 	o.cut = size
 	c := k.newCall(wire.Request{
 		Header: hdr(wire.OpSetattr), FID: o.fid, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: uint64(size) * cellSize},
-	}, func(*wire.Reply) { o.truncated(size) })
+	}, func(r *wire.Reply) {
+		k.trace(o, "truncated to %d, log %d (was %d)", size, r.Truncate.LogID, len(o.cells))
+		o.truncated(size)
+	})
 	return k.do(c)
+}
+
+// trace keeps what happened to files, for the report of a failure.
+func (k *worker) trace(o *object, format string, a ...any) {
+	if len(k.hist) > 5000 {
+		k.hist = k.hist[2500:]
+	}
+	k.hist = append(k.hist, fmt.Sprintf("%v ", o.fid)+fmt.Sprintf(format, a...))
+}
+
+// history is what is remembered of a file.
+func (k *worker) history(o *object) string {
+	var b strings.Builder
+	for _, h := range k.hist {
+		if strings.HasPrefix(h, o.fid.String()+" ") || strings.HasPrefix(h, "-") {
+			b.WriteString("\n  " + h)
+		}
+	}
+	return b.String()
 }
 
 func (k *worker) attr(o *object) (a wire.Attr, ok bool) {
@@ -373,6 +396,7 @@ func (k *worker) write() bool {
 			return
 		}
 		o.wrote(stable)
+		k.trace(o, "wrote %d: %d..%d stable %v", o.wrVer, from, from+n, stable)
 		k.w.ops.Add(1)
 	}) && k.err == nil
 }
@@ -394,6 +418,7 @@ func (k *worker) commit() bool {
 			return
 		}
 		o.committed()
+		k.trace(o, "committed")
 		k.w.ops.Add(1)
 	}) && k.err == nil
 }
@@ -444,6 +469,7 @@ func (w *world) load(n int, power bool) *disks {
 	base := w.ops.Load()
 	for _, k := range w.ws {
 		k.acked, k.open = nil, nil
+		k.hist = append(k.hist, fmt.Sprintf("--- load, power %v, boot %d", power, w.n.d.boot))
 		wg.Go(k.run)
 	}
 	stopped := make(chan struct{})
@@ -516,6 +542,9 @@ func (w *world) verify(d *disks, power bool) {
 			w.n.serve()
 		}
 		d = w.n.crash(w.rng, w.rng.IntN(2) == 0)
+		for _, k := range w.ws {
+			k.hist = append(k.hist, fmt.Sprintf("--- crash in recovery, boot %d", d.boot))
+		}
 		if err := w.n.stop(); err != nil {
 			w.failf("stop: %v", err)
 		}
@@ -606,6 +635,9 @@ func (w *world) verifyWorker(k *worker, power, said bool) {
 	}
 	err := k.root.files(map[*object]bool{}, func(o *object) error {
 		lost, err := o.data(w.n, power)
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, k.history(o))
+		}
 		if err == nil && lost {
 			w.lost++
 			if !said {

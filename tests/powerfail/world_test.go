@@ -7,6 +7,8 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -148,7 +150,7 @@ func start(d *disks, clk *clock.Strict, gen uint64) (*node, error) {
 	for i := range n.osts {
 		n.osts[i], err = ost.Open(ost.Options{
 			Index: uint16(i), FS: &gated{d.ost[i], &n.g}, BootID: fmt.Sprint("boot", d.boot), Clock: clk.Now, Logger: quiet,
-			CommitInterval: 30 * time.Millisecond, SegShift: 17, MaxOpenFiles: 32, OnLost: func() error { n.lost = true; return nil },
+			CommitInterval: 30 * time.Millisecond, SegShift: segShift, MaxOpenFiles: maxOpen, OnLost: func() error { n.lost = true; return nil },
 		})
 		if err != nil {
 			return nil, err
@@ -330,4 +332,15 @@ func text(r *fsck.Report) string {
 	var b bytes.Buffer
 	_ = r.WriteText(&b, true)
 	return b.String()
+}
+
+var segShift = uint8(envInt("PF_SEG", 17))
+var maxOpen = envInt("PF_OPEN", 32)
+
+func envInt(k string, d int) int {
+	if v := os.Getenv(k); v != "" {
+		n, _ := strconv.Atoi(v)
+		return n
+	}
+	return d
 }
