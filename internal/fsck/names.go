@@ -19,15 +19,15 @@ type group struct {
 	notDir bool
 
 	// Counts as they should be stored now, and after the repairs.
-	entries, subdirs   uint64
-	rmEntries, rmDirs  uint64
-	maxCookie          uint64
-	hash, hashC        uint64 // sums over entries and over records of cookies
-	badNames           map[string]bool
-	badCookies         map[uint64]bool
-	handled            map[uint64]bool // cookies that were dealt with at their entry
-	nextCookie         uint64
-	renamed, recookied int
+	entries, subdirs  uint64
+	rmEntries, rmDirs uint64
+	maxCookie         uint64
+	hash, hashC       uint64 // sums over entries and over records of cookies
+	badNames          map[string]bool
+	badCookies        map[uint64]bool
+	handled           map[uint64]bool // cookies that were dealt with at their entry
+	nextCookie        uint64
+	recookied         int
 }
 
 // checkNames goes over the entries and the records of their cookies, both in

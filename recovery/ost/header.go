@@ -42,9 +42,12 @@ type header struct {
 	Version uint64
 	// LogID is the newest truncate record that was applied. While PunchInst is
 	// not 0 the truncate to PunchSize was done by that instance of the target
-	// and may not be durable: see object.punch.
+	// and may not be durable: see object.punch. Of several such truncates
+	// PunchSize is the smallest; the newest made the object PunchEnd long, if
+	// that is more.
 	LogID     uint64
 	PunchSize uint64
+	PunchEnd  uint64
 	PunchInst uint64
 	Mtime     int64
 	Ctime     int64
@@ -73,6 +76,7 @@ func (h *header) encode(b []byte) {
 	le.PutUint64(b[72:], uint64(h.Mtime))
 	le.PutUint64(b[80:], uint64(h.Ctime))
 	le.PutUint64(b[88:], uint64(h.Written))
+	le.PutUint64(b[96:], h.PunchEnd)
 	le.PutUint32(b[headerLen-4:], crc32.Checksum(b[:headerLen-4], castagnoli))
 }
 
@@ -107,9 +111,9 @@ func decodeHeader(b []byte) (header, error) {
 		FID: wire.GetFID(b[16:]), Stripe: b[12], Segment: le.Uint32(b[32:]),
 		LastSeg: le.Uint32(b[36:]), Multi: b[13]&1 != 0, Version: le.Uint64(b[40:]),
 		LogID: le.Uint64(b[48:]), PunchSize: le.Uint64(b[56:]), PunchInst: le.Uint64(b[64:]),
-		Mtime: int64(le.Uint64(b[72:])), Ctime: int64(le.Uint64(b[80:])), Written: int64(le.Uint64(b[88:])),
+		Mtime: int64(le.Uint64(b[72:])), Ctime: int64(le.Uint64(b[80:])), Written: int64(le.Uint64(b[88:])), PunchEnd: le.Uint64(b[96:]),
 	}
-	if h.LastSeg > 0 && !h.Multi || h.PunchSize > wire.MaxFileSize {
+	if h.LastSeg > 0 && !h.Multi || h.PunchSize > wire.MaxFileSize || h.PunchEnd > wire.MaxFileSize {
 		return h, fmt.Errorf("%w: inconsistent", errDamaged)
 	}
 	return h, nil

@@ -418,7 +418,7 @@ func (t *Target) removeFiles(o *object) (removed bool, err error) {
 		removed = removed || err == nil
 		return err
 	}
-	if !o.loaded.Load() || !o.exists || o.multi {
+	if !o.loaded.Load() || !o.exists || o.multi || len(t.lost) > 0 {
 		names, err := t.fs.ReadDir(o.key.segDir())
 		if err != nil && err != unix.ENOENT {
 			return removed, err

@@ -55,6 +55,7 @@ type object struct {
 	version    uint64
 	logID      uint64
 	punchSize  uint64
+	punchEnd   uint64
 	punchInst  uint64
 	punchSeq   uint64 // counts logged punches while open
 	lastSeg    uint32
@@ -221,6 +222,12 @@ func (t *Target) load(o *object) error {
 	o.exists, o.present, o.segDirMade, o.punchInst = false, nil, false, 0
 	fd, err := t.openFile(o.key.path(), objfs.ReadWrite)
 	if err == unix.ENOENT {
+		// Further segments may be left where power was lost; see below.
+		if len(t.lost) > 0 {
+			if removed, _ := t.removeFiles(o); removed {
+				t.dirs[o.key.dir()].changed()
+			}
+		}
 		return nil
 	}
 	if err == unix.EROFS {
@@ -237,7 +244,9 @@ func (t *Target) load(o *object) error {
 		t.log.Warn("object was created but never flushed before power was lost", "fid", o.key.fid, "stripe", o.key.stripe)
 		// Removed, not reused: should power fail again, a new header must not
 		// meet the old content. If this fails the object is missing all the same.
-		_ = t.fs.Remove(o.key.path())
+		// With it further segments, which would be taken for those of the object
+		// that is made anew.
+		_, _ = t.removeFiles(o)
 		t.dirs[o.key.dir()].changed()
 		return nil
 	}
@@ -296,7 +305,16 @@ func (t *Target) load(o *object) error {
 		if err := t.truncateTo(o, h.PunchSize, h.LogID, true); err != nil {
 			return err
 		}
+		if h.PunchEnd > h.PunchSize {
+			if err := t.truncateTo(o, h.PunchEnd, h.LogID, true); err != nil {
+				return err
+			}
+		}
 		o.version = t.track.mark(o)
+	} else if o.segDirNew {
+		// A segment was made anew: its name has to become durable even if this
+		// object is closed before anything is written to it.
+		t.track.mark(o)
 	}
 	return nil
 }
@@ -376,7 +394,7 @@ func (t *Target) writeHeader(o *object) error {
 	}
 	h := header{
 		FID: o.key.fid, Stripe: o.key.stripe, LastSeg: o.lastSeg, Multi: o.multi,
-		Version: o.version, LogID: o.logID, PunchSize: o.punchSize, PunchInst: o.punchInst,
+		Version: o.version, LogID: o.logID, PunchSize: o.punchSize, PunchEnd: o.punchEnd, PunchInst: o.punchInst,
 		Mtime: o.mtime, Ctime: o.ctime,
 	}
 	if err := t.putHeader(s.fd, &h); err != nil {
@@ -607,7 +625,10 @@ func (t *Target) truncateTo(o *object, size, logID uint64, pending bool) error {
 	o.lastSeg, o.size = last, size
 	o.logID = max(o.logID, logID)
 	if pending {
-		o.punchSize, o.punchInst = size, t.instance
+		if o.punchInst == 0 || size < o.punchSize {
+			o.punchSize = size
+		}
+		o.punchEnd, o.punchInst = size, t.instance
 		o.punchSeq++
 	}
 	// When this fails the truncate is done all the same, and the next flush

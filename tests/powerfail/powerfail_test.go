@@ -4,7 +4,6 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -20,7 +19,7 @@ import (
 
 var (
 	seedFlag   = flag.Uint64("powerfail.seed", 0, "seed of the only history to run; 0: new ones")
-	roundsFlag = flag.Int("powerfail.rounds", 0, "crashes per history; 0: 25, or 6 with -short")
+	roundsFlag = flag.Int("powerfail.rounds", 0, "crashes per history; 0: 60, or 15 with -short")
 )
 
 // world is a history: one file system over many crashes.
@@ -667,25 +666,22 @@ func rounds() int {
 	case *roundsFlag > 0:
 		return *roundsFlag
 	case testing.Short():
-		return 6
+		return 15
 	}
-	return 25
+	return 60
 }
 
-func seedOf(t *testing.T, n uint64) uint64 {
+func seedOf(n uint64) uint64 {
 	if *seedFlag != 0 {
 		return *seedFlag
 	}
-	if os.Getenv("BATON_FIXED_SEED") != "" {
-		return n
-	}
-	return uint64(time.Now().UnixNano())
+	return uint64(time.Now().UnixNano()) + n
 }
 
 // history runs rounds of load, crash and check.
 func history(t *testing.T, workers int, power func(*rand.Rand) bool) {
 	t.Helper()
-	w := newWorld(t, seedOf(t, uint64(workers)), workers)
+	w := newWorld(t, seedOf(uint64(workers)), workers)
 	for range rounds() {
 		p := power(w.rng)
 		w.verify(w.load(w.rng.IntN(150*workers), p), p)

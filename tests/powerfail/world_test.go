@@ -7,8 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"time"
 
@@ -27,6 +25,9 @@ import (
 var ctx = context.Background()
 
 var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
+
+// segShift makes segments of 128 KiB, so that files have several.
+const segShift = 17
 
 // disks are what a crash leaves: the metadata target's file system and those
 // of the object targets, as they were at one instant.
@@ -150,7 +151,7 @@ func start(d *disks, clk *clock.Strict, gen uint64) (*node, error) {
 	for i := range n.osts {
 		n.osts[i], err = ost.Open(ost.Options{
 			Index: uint16(i), FS: &gated{d.ost[i], &n.g}, BootID: fmt.Sprint("boot", d.boot), Clock: clk.Now, Logger: quiet,
-			CommitInterval: 30 * time.Millisecond, SegShift: segShift, MaxOpenFiles: maxOpen, OnLost: func() error { n.lost = true; return nil },
+			CommitInterval: 30 * time.Millisecond, SegShift: segShift, MaxOpenFiles: 32, OnLost: func() error { n.lost = true; return nil },
 		})
 		if err != nil {
 			return nil, err
@@ -332,15 +333,4 @@ func text(r *fsck.Report) string {
 	var b bytes.Buffer
 	_ = r.WriteText(&b, true)
 	return b.String()
-}
-
-var segShift = uint8(envInt("PF_SEG", 17))
-var maxOpen = envInt("PF_OPEN", 32)
-
-func envInt(k string, d int) int {
-	if v := os.Getenv(k); v != "" {
-		n, _ := strconv.Atoi(v)
-		return n
-	}
-	return d
 }
