@@ -113,14 +113,8 @@ func (t *Target) syncObject(o *object, w waiter) (clean bool) {
 	return false
 }
 
-// enqueue gives o to the flushers; new objects gather in a queue of their own.
-func (t *Target) enqueue(o *object) {
-	if o.fresh.Load() {
-		t.fresh.push(o)
-	} else {
-		t.queue.push(o)
-	}
-}
+// enqueue gives o to be flushed; those that come together share a flush.
+func (t *Target) enqueue(o *object) { t.fresh.push(o) }
 
 // startFlush takes the group that gathered. Called with smu held and flushing
 // false.
@@ -200,9 +194,9 @@ func (t *Target) flushOne(o *object, buf []waiter) []waiter {
 	return t.endFlush(o, n, err, buf)
 }
 
-// grouper flushes new objects. Each needs a journal commit for its file and
-// one for its name; as a group they share one syncfs. While that runs the next
-// group gathers.
+// grouper takes the objects that wait for a flush. Each alone needs a flush of
+// the disk, and new ones a journal commit; those that came together share one
+// syncfs. While that runs the next group gathers.
 func (t *Target) grouper() {
 	defer t.wg.Done()
 	var (
