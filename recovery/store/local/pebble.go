@@ -31,6 +31,10 @@ func NewCache(n int64) *Cache { return pebble.NewCache(n) }
 // free for the write-ahead log; disks smaller than 100 times of it keep 1 %.
 const DefaultReserve = 256 << 20
 
+// roomTTL is how long an answer about free space holds. It is short because
+// others may fill the disk at any speed, and the log must not be the one to notice.
+const roomTTL = time.Millisecond
+
 // Options of OpenPebble. The zero value is usable.
 type Options struct {
 	// FS is the file system, the operating system's by default.
@@ -340,18 +344,18 @@ func (p *Pebble) Sync() (err error) {
 	return nil
 }
 
-// Room implements store.Engine; the disk is asked once a second.
+// Room implements store.Engine; the disk is asked at most once in roomTTL.
 func (p *Pebble) Room() store.Room {
 	if p.reserve < 0 {
 		return store.RoomOK
 	}
 	now := p.now().UnixNano()
 	until := p.roomUntil.Load()
-	if now < until && until-now <= int64(time.Second) {
+	if now < until && until-now <= int64(roomTTL) {
 		return store.Room(p.room.Load())
 	}
 	// One caller asks; the others go on with the old answer.
-	if !p.roomUntil.CompareAndSwap(until, now+int64(time.Second)) {
+	if !p.roomUntil.CompareAndSwap(until, now+int64(roomTTL)) {
 		return store.Room(p.room.Load())
 	}
 	avail, total, err := p.usage()
