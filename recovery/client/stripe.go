@@ -34,9 +34,9 @@ func pieces(dst []piece, l *wire.Layout, off uint64, n int) []piece {
 	return dst
 }
 
-// fileEnd is the file size that an object of size objSize in the given stripe
+// FileEnd is the file size that an object of size objSize in the given stripe
 // proves: the offset after the object's last byte.
-func fileEnd(l *wire.Layout, stripe uint8, objSize uint64) uint64 {
+func FileEnd(l *wire.Layout, stripe uint8, objSize uint64) uint64 {
 	if l.Count <= 1 || objSize == 0 {
 		return objSize
 	}
@@ -45,9 +45,9 @@ func fileEnd(l *wire.Layout, stripe uint8, objSize uint64) uint64 {
 	return (last/ss*cnt+uint64(stripe))*ss + last%ss + 1
 }
 
-// objectSize is the size of the object in the given stripe of a file that is
+// ObjectSize is the size of the object in the given stripe of a file that is
 // size bytes long.
-func objectSize(l *wire.Layout, stripe uint8, size uint64) uint64 {
+func ObjectSize(l *wire.Layout, stripe uint8, size uint64) uint64 {
 	if l.Count <= 1 {
 		return size
 	}
@@ -61,12 +61,4 @@ func objectSize(l *wire.Layout, stripe uint8, size uint64) uint64 {
 		return n + ss
 	}
 	return n + rem - start
-}
-
-// FileEnd is fileEnd for checkers that read targets directly.
-func FileEnd(l *wire.Layout, stripe uint8, objSize uint64) uint64 { return fileEnd(l, stripe, objSize) }
-
-// ObjectSize is the size of the object in the given stripe of a file of size bytes.
-func ObjectSize(l *wire.Layout, stripe uint8, size uint64) uint64 {
-	return objectSize(l, stripe, size)
 }

@@ -114,7 +114,7 @@ func (t *Target) syncObject(o *object, w waiter) (clean bool) {
 }
 
 // enqueue gives o to be flushed; those that come together share a flush.
-func (t *Target) enqueue(o *object) { t.fresh.push(o) }
+func (t *Target) enqueue(o *object) { t.gather.push(o) }
 
 // startFlush takes the group that gathered. Called with smu held and flushing
 // false.
@@ -206,7 +206,7 @@ func (t *Target) grouper() {
 		skip int
 	)
 	for {
-		if objs = t.fresh.popAll(objs[:0]); objs == nil {
+		if objs = t.gather.popAll(objs[:0]); objs == nil {
 			return
 		}
 		if len(objs) >= groupObjects && skip == 0 && t.dirtyBytes.Load() < syncfsBytes {
@@ -302,9 +302,6 @@ func (t *Target) finish(o *object, s *snapshot, err error) {
 		o.entryNew = o.entryNew || s.entryNew
 		o.segDirNew = o.segDirNew || s.segNames
 		return
-	}
-	if !o.entryNew {
-		o.fresh.Store(false)
 	}
 	t.refreshUsed(o, s.first)
 }

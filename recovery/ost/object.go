@@ -37,8 +37,6 @@ type object struct {
 	refs atomic.Int32 // callers, dirty nodes, queued flushes
 	used atomic.Bool
 	dead atomic.Bool // destroyed; io
-	// fresh: the object was made and not flushed yet.
-	fresh atomic.Bool
 
 	lruPrev, lruNext *object // shard.mu
 
@@ -526,7 +524,6 @@ func (t *Target) createFirst(o *object) (*seg, error) {
 		return nil, err
 	}
 	o.exists, o.entryNew = true, true
-	o.fresh.Store(true)
 	t.dirs[o.key.dir()].changed()
 	return s, nil
 }

@@ -108,20 +108,20 @@ type Target struct {
 	startTransno uint64
 	// unclean: the run before this one, which began at startedAt, was not
 	// stopped in an orderly way.
-	unclean      bool
-	startedAt    int64
-	table        table
-	track        tracker
-	queue, fresh flushQueue
-	admit        admission
-	blocks       sync.Pool
-	openFDs      atomic.Int64
-	dirtyBytes   atomic.Int64
-	flushErrors  atomic.Uint64
-	damaged      atomic.Uint64
-	noNowait     atomic.Bool
-	space        spaceBudget
-	stats        counters
+	unclean       bool
+	startedAt     int64
+	table         table
+	track         tracker
+	queue, gather flushQueue
+	admit         admission
+	blocks        sync.Pool
+	openFDs       atomic.Int64
+	dirtyBytes    atomic.Int64
+	flushErrors   atomic.Uint64
+	damaged       atomic.Uint64
+	noNowait      atomic.Bool
+	space         spaceBudget
+	stats         counters
 
 	down     atomic.Bool
 	failOnce sync.Once
@@ -208,7 +208,7 @@ func Open(opts Options) (*Target, error) {
 	t.opts = opts
 	t.blocks.New = func() any { return new([headerSize]byte) }
 	t.queue.cond.L = &t.queue.mu
-	t.fresh.cond.L = &t.fresh.mu
+	t.gather.cond.L = &t.gather.mu
 	t.table.init(opts.MaxOpenFiles)
 	if t.fs == nil {
 		fs, err := objfs.NewLinux(opts.Dir)
@@ -363,7 +363,7 @@ func (t *Target) Close() error {
 	close(t.stop)
 	err := t.flushDirty(^uint64(0), true)
 	t.queue.close()
-	t.fresh.close()
+	t.gather.close()
 	t.wg.Wait()
 	if err == nil && t.track.n.Load() == 0 && t.flushErrors.Load() == 0 {
 		t.smu.Lock()

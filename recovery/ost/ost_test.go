@@ -61,7 +61,7 @@ func abandon(g *Target) {
 	g.down.Store(true)
 	close(g.stop)
 	g.queue.close()
-	g.fresh.close()
+	g.gather.close()
 	g.wg.Wait()
 }
 
