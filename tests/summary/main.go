@@ -32,7 +32,10 @@ type test struct {
 	pkg, name string
 	result    string // pass, fail, skip
 	parent    bool   // has subtests
-	output    []string
+	// ran: the runner itself named it. A slash inside a subtest's own name looks
+	// like a parent that never ran.
+	ran    bool
+	output []string
 }
 
 // maxOutput is how many lines of each failed test are shown.
@@ -75,6 +78,7 @@ func (s *summary) add(line []byte) {
 		return
 	}
 	t := s.get(e.Package, e.Test)
+	t.ran = true
 	if i := strings.LastIndexByte(e.Test, '/'); i >= 0 {
 		s.get(e.Package, e.Test[:i]).parent = true
 	}
@@ -154,6 +158,9 @@ func (s *summary) finish(w io.Writer, require []string) bool {
 		}
 	}
 	for _, t := range s.order {
+		if !t.ran {
+			continue
+		}
 		own := t.parent && failedIn[t.pkg+"."+t.name] == 0 || t.name == "" && failedIn[t.pkg] == 0
 		if !own || t.result == "pass" || t.result == "skip" {
 			continue
