@@ -81,6 +81,61 @@ const (
 	OpSetLayout
 	// OpTouchAtime: FID, SetAttr.Atime; not durable by itself.
 	OpTouchAtime
+
+	// Lock operations use Request.Lock and Reply.Lock. The owner's VIP is
+	// Header.VIP. Outcomes of OpLock and OpShare other than OK: ErrLockDenied,
+	// ErrLockBlocked, ErrLockDeadlock, ErrLockGrace, ErrLockNoLocks, ErrStale.
+
+	// OpLockTest: FID, Lock.Owner, Range, Exclusive -> OK when the lock would be
+	// granted, else ErrLockDenied with Lock.Holder.
+	OpLockTest
+	// OpLock: FID, Lock.Owner, Range, Exclusive, Block, Reclaim, Monitor, Note.
+	// OK: held. ErrLockBlocked: queued; a LockGrant follows. A repeated request
+	// of an owner that has the lock is OK and acknowledges a pending grant.
+	OpLock
+	// OpUnlock: FID, Lock.Owner, Range. OK also when nothing was held. Takes
+	// back a waiting request inside the range, too.
+	OpUnlock
+	// OpLockCancel: FID, Lock.Owner, Range, Exclusive: takes the waiting
+	// request back, or the lock if its grant was not acknowledged yet;
+	// ErrLockDenied when there is neither.
+	OpLockCancel
+	// OpLockGrantDone: Lock.ID, Lock.Owner.LockHost, Lock.Grant.
+	OpLockGrantDone
+	// OpShare, OpUnshare: FID, Lock.Owner (Svid 0), ShareMode, ShareAccess, Reclaim.
+	OpShare
+	OpUnshare
+	// OpLockFree: Lock.Owner.LockHost (an empty Name means every name): the client
+	// has restarted, all its locks, shares and waiting requests go. Cookie: its
+	// new NSM state, 0 when it did not say; a state already known frees nothing.
+	// -> Lock.Freed.
+	OpLockFree
+	// OpLockRelease: Lock.ID: removes one entry by order of the administrator;
+	// ErrNoEnt.
+	OpLockRelease
+	// OpLockMonitor: Lock.Owner.LockHost, Note: adds the host to the monitor list.
+	OpLockMonitor
+	// OpLockUnmonitor: Lock.Owner.LockHost (an empty Name means every name):
+	// removes hosts that hold nothing.
+	OpLockUnmonitor
+	// OpLockNotified: Lock.Owner.LockHost, Lock.NSMState: the host has been told
+	// of that state.
+	OpLockNotified
+	// OpLockService: Lock.NSMState, Crashed, Forget, Window: the address begins
+	// to be served. With Crashed and a state that is new, all locks of the
+	// address become unconfirmed and Window begins; with Forget they are thrown
+	// away and a grace period of Window begins. NSMState 0 changes nothing.
+	// -> Lock.Service.
+	OpLockService
+	// OpLockList: FID (zero: all files), Cookie (0, or the last ID got),
+	// MaxEntries, Lock.AllVIPs -> Lock.Locks in the order of ID, EOF.
+	OpLockList
+	// OpLockHosts: Lock.AllVIPs -> Lock.Hosts.
+	OpLockHosts
+	// OpLockPoll: Cookie (last LockGrant.Seq got) -> Lock.Grants after it for
+	// Header.VIP, as soon as there are any and they are durable. A later OpLockPoll of the same
+	// VIP ends an earlier one with none. Cookie MaxUint64 only ends the earlier one.
+	OpLockPoll
 )
 
 // Operations of an OST. Objects are named by FID and Stripe; Offset and Size
@@ -118,7 +173,9 @@ func (o Op) Modifies() bool {
 	switch o {
 	case OpCreate, OpMkdir, OpSymlink, OpMknod, OpRemove, OpRmdir, OpRename,
 		OpLink, OpSetattr, OpTruncateDone, OpOpenEpoch, OpCloseEpoch,
-		OpSetLayout, OpWrite, OpPunch, OpDestroy, OpConnect, OpDisconnect, OpSetVIPEpoch:
+		OpSetLayout, OpWrite, OpPunch, OpDestroy, OpConnect, OpDisconnect, OpSetVIPEpoch,
+		OpLock, OpUnlock, OpLockCancel, OpLockGrantDone, OpShare, OpUnshare, OpLockFree,
+		OpLockRelease, OpLockMonitor, OpLockUnmonitor, OpLockNotified, OpLockService:
 		return true
 	}
 	return false
@@ -248,6 +305,9 @@ type Request struct {
 	Stable StableHow
 	Time   int64
 	Bulk   []byte
+
+	// Lock is the body of lock operations; targets copy what they keep.
+	Lock *LockArgs
 }
 
 // Reset clears r for reuse but keeps the capacity of its slices' owners.
@@ -314,6 +374,9 @@ type Reply struct {
 	Obj         ObjAttr
 	FlushErrors uint64
 	Port        uint16 // with ErrPortMismatch: the recorded port
+
+	// Lock is set by lock operations.
+	Lock *LockReply
 }
 
 // Reset clears r for reuse and keeps Entries' and Data's capacity.

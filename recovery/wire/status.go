@@ -61,6 +61,17 @@ const (
 	ErrTooLate
 	// ErrProto: the message is malformed for its opcode.
 	ErrProto
+	// ErrLockDenied: somebody else has a lock in the way.
+	ErrLockDenied
+	// ErrLockBlocked: the request waits in the queue.
+	ErrLockBlocked
+	// ErrLockDeadlock: waiting would close a circle of waiting owners.
+	ErrLockDeadlock
+	// ErrLockGrace: the lock table was lost and only reclaims are served; or a
+	// reclaim came too late.
+	ErrLockGrace
+	// ErrLockNoLocks: a limit on locks is reached.
+	ErrLockNoLocks
 )
 
 var statusNames = map[Status]string{
@@ -76,6 +87,8 @@ var statusNames = map[Status]string{
 	ErrUnknownClient: "UNKNOWN_CLIENT", ErrRecovering: "RECOVERING",
 	ErrPortMismatch: "PORT_MISMATCH", ErrTargetDown: "TARGET_DOWN",
 	ErrTooLate: "TOO_LATE", ErrProto: "PROTO",
+	ErrLockDenied: "LOCK_DENIED", ErrLockBlocked: "LOCK_BLOCKED", ErrLockDeadlock: "LOCK_DEADLOCK",
+	ErrLockGrace: "LOCK_GRACE", ErrLockNoLocks: "LOCK_NO_LOCKS",
 }
 
 // String gives the status's name without its protocol prefix.

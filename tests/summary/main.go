@@ -30,7 +30,7 @@ type event struct {
 // test is one test, or a package if its name is empty.
 type test struct {
 	pkg, name string
-	result    string // pass, fail, skip
+	result    string // pass, fail, skip; run: not ended
 	parent    bool   // has subtests
 	// ran: the runner itself named it. A slash inside a subtest's own name looks
 	// like a parent that never ran.
@@ -79,14 +79,23 @@ func (s *summary) add(line []byte) {
 	}
 	t := s.get(e.Package, e.Test)
 	t.ran = true
-	if i := strings.LastIndexByte(e.Test, '/'); i >= 0 {
-		s.get(e.Package, e.Test[:i]).parent = true
+	for i := range e.Test {
+		if e.Test[i] == '/' {
+			s.get(e.Package, e.Test[:i]).parent = true
+		}
 	}
 	switch e.Action {
 	case "output":
 		t.output = append(t.output, e.Output)
-	case "pass", "fail", "skip":
-		t.result = e.Action
+	case "run", "pass", "fail", "skip":
+		// The same test may come again in another run (race detector): it has
+		// passed only if it passed every time.
+		if t.result != "fail" {
+			t.result = e.Action
+		}
+		if e.Action == "run" {
+			return
+		}
 		if e.Action == "fail" && e.FailedBuild != "" {
 			t.output = append(t.output, s.buildOutput[e.FailedBuild]...)
 		}

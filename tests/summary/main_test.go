@@ -45,6 +45,20 @@ func TestCounts(t *testing.T) {
 {"Action":"fail","Package":"p"}`, nil, "0 passed, 1 failed, 0 skipped", false},
 		{"a package that does not build", `{"ImportPath":"p [p.test]","Action":"build-output","Output":"p.go:1: syntax error\n"}
 {"Action":"fail","Package":"p","FailedBuild":"p [p.test]"}`, nil, "0 passed, 1 failed, 0 skipped", false},
+		{"a slash in a subtest's own name", `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"run","Package":"p","Test":"A/random_I/O"}
+{"Action":"pass","Package":"p","Test":"A/random_I/O"}
+{"Action":"pass","Package":"p","Test":"A"}
+{"Action":"pass","Package":"p"}`, nil, "1 passed, 0 failed, 0 skipped", true},
+		{"failed first, passed with the race detector", `{"Action":"fail","Package":"p","Test":"A"}
+{"Action":"fail","Package":"p"}
+{"Action":"run","Package":"p","Test":"A"}
+{"Action":"pass","Package":"p","Test":"A"}
+{"Action":"pass","Package":"p"}`, nil, "0 passed, 1 failed, 0 skipped", false},
+		{"passed first, died with the race detector", `{"Action":"pass","Package":"p","Test":"A"}
+{"Action":"pass","Package":"p"}
+{"Action":"run","Package":"p","Test":"A"}
+{"Action":"fail","Package":"p"}`, nil, "0 passed, 1 failed, 0 skipped", false},
 		{"nothing", ``, nil, "0 passed, 1 failed, 0 skipped", false},
 		{"a required suite that only skips", `{"Action":"skip","Package":"m/q","Test":"A"}
 {"Action":"pass","Package":"m/q"}
