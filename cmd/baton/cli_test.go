@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -16,6 +18,8 @@ import (
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control"
+	"github.com/baton-nfs/baton/internal/control/lockctl"
+	"github.com/baton-nfs/baton/internal/control/lockctl/lockctltest"
 	"github.com/baton-nfs/baton/internal/metrics"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/internal/status/statustest"
@@ -33,6 +37,7 @@ type fakeNode struct {
 	probe    error
 	block    chan struct{} // Start waits for it
 	stop     func(context.Context) error
+	locks    *lockctltest.Table // nil: no locks are served
 }
 
 func (f *fakeNode) note(s string) {
@@ -76,6 +81,13 @@ func (f *fakeNode) setReload(err error) {
 
 func (f *fakeNode) Status() status.Status { return *statustest.Sample() }
 func (f *fakeNode) FS() *client.FS        { return nil }
+
+func (f *fakeNode) Locks() *lockctl.Admin {
+	if f.locks == nil {
+		return nil
+	}
+	return lockctl.New(f.locks, lockctltest.VIPs, func() time.Time { return lockctltest.Now })
+}
 
 func (f *fakeNode) Metrics() prometheus.Collector {
 	return metrics.NewCollector(f.Status)
@@ -174,6 +186,7 @@ func (b *bed) notified(s string) func() bool {
 // TestGolden runs command lines against a running fake server and none.
 func TestGolden(t *testing.T) {
 	b := newBed(t)
+	b.node.locks = lockctltest.Sample()
 	_, end := b.serve()
 	b.waitFor("readiness", b.notified("READY=1"))
 	dead := filepath.Join(b.dir, "dead")
@@ -209,6 +222,75 @@ func TestGolden(t *testing.T) {
 	b.signals <- syscall.SIGTERM
 	if code := <-end; code != 0 {
 		t.Errorf("serve ended with %d", code)
+	}
+}
+
+// A long lock table goes through the socket in pages.
+func TestManyLocks(t *testing.T) {
+	b := newBed(t)
+	const n = 100000
+	b.node.locks = lockctltest.Sample()
+	first := b.node.locks.Locks[0]
+	b.node.locks.Locks = nil
+	for i := range n {
+		first.ID = uint64(i + 1)
+		b.node.locks.Locks = append(b.node.locks.Locks, first)
+	}
+	_, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	code, out, errs := b.run("locks", "--data", b.dir)
+	if lines := strings.Split(strings.TrimSpace(out), "\n"); code != 0 || len(lines) != n+1 || !strings.HasPrefix(lines[n], "  100000  /home/mail box  0-EOF") {
+		t.Errorf("%d: %d lines, the last %q; %s", code, len(lines), lines[len(lines)-1], errs)
+	}
+	code, out, errs = b.run("locks", "--data", b.dir, "--json")
+	var l []status.Lock
+	if err := json.Unmarshal([]byte(out), &l); code != 0 || err != nil || len(l) != n || l[n-1].ID != n {
+		t.Errorf("%d: %d entries, %v; %s", code, len(l), err, errs)
+	}
+	var ids []string
+	for i := range 2*lockctl.MaxRelease + 1 {
+		ids = append(ids, strconv.Itoa(i+1))
+	}
+	code, out, errs = b.run(append([]string{"locks", "release", "--data", b.dir}, ids...)...)
+	if got := strings.Count(out, "released "); code != 0 || got != len(ids) || len(b.node.locks.Locks) != n-got {
+		t.Errorf("%d: %d of %d released, %d left; %s", code, got, len(ids), len(b.node.locks.Locks), errs)
+	}
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != 0 {
+		t.Errorf("serve ended with %d", code)
+	}
+}
+
+// A baton without lock service says so.
+func TestNoLocks(t *testing.T) {
+	b := newBed(t)
+	_, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	for _, args := range [][]string{{"locks"}, {"locks", "hosts"}, {"locks", "release", "1"}, {"locks", "release", "--client", "c"}} {
+		code, out, errs := b.run(append(args, "--data", b.dir)...)
+		if code != exitFailure || out != "" || errs != "baton: the running baton serves no locks (locks.enabled)\n" {
+			t.Errorf("%v: %d %s %s", args, code, out, errs)
+		}
+	}
+	b.signals <- syscall.SIGTERM
+	<-end
+}
+
+func TestForgetLocks(t *testing.T) {
+	b := newBed(t)
+	var out syncBuffer
+	end := make(chan int, 1)
+	go func() {
+		end <- b.app(&out, io.Discard).run([]string{"serve", "--data", b.dir, "--export", "/home=/", "--http", "off", "--forget-locks"})
+	}()
+	b.waitFor("readiness", b.notified("READY=1"))
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	want := "locks: threw away 17 entries of 2001:db8::1; 3 clients are told to reclaim, and until then, for at most 1m1s, no other locks are granted there\n"
+	if got := out.String(); !strings.Contains(got, want) || strings.Contains(got, "192.0.2.10;") {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/control/lockctl"
 	"github.com/baton-nfs/baton/internal/node"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/client"
@@ -25,6 +26,8 @@ type service interface {
 	Metrics() prometheus.Collector
 	// FS is the file system, for the commands that work on files; it may be nil.
 	FS() *client.FS
+	// Locks is the administrator's way to the lock table, nil when locks are off.
+	Locks() *lockctl.Admin
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

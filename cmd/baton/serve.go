@@ -41,9 +41,16 @@ system to clients that mount NAME. Other flags override the file's values.
 
 SIGHUP reads the exports again. SIGTERM and SIGINT stop in an orderly way:
 calls in progress are answered, everything is made durable; a second one stops
-at once, which loses nothing that was acknowledged as stable. Under systemd
-with Type=notify readiness, reloading and stopping are reported, and the
-watchdog is fed as long as a probe through frontend and targets succeeds.`,
+at once, which loses nothing that was acknowledged as stable.
+
+Clients' locks outlive restarts and crashes. --forget-locks is for a lock table
+that is known to be wrong: it is thrown away, all clients are told to reclaim,
+and until they have (at most locks.grace_period) nothing else is granted. Use it
+for one start, never in a unit file.
+
+Under systemd with Type=notify readiness, reloading and stopping are reported,
+and the watchdog is fed as long as a probe through frontend and targets
+succeeds.`,
 		Example: `  baton serve --data /srv/baton --export /home=/
   baton serve --data /tmp/b --export /t=/ --export-options rw,insecure,no_root_squash \
       --port 12049 --rpcbind off --http off
@@ -75,6 +82,7 @@ watchdog is fed as long as a probe through frontend and targets succeeds.`,
 	fl.IntVar(&f.MountPort, "mount-port", 0, "port of MOUNT if it is another one than --port")
 	fl.StringVar(&f.Rpcbind, "rpcbind", "", "`MODE`: auto, system, own or off (default auto)")
 	fl.StringVar(&f.HTTP, "http", "", "loopback `ADDR:PORT` of /metrics and /healthz, or off (default 127.0.0.1:9633)")
+	fl.BoolVar(&f.ForgetLocks, "forget-locks", false, "throw the lock table away at this start; clients reclaim their locks")
 	fl.StringVar(&f.LogLevel, "log-level", "", "`LEVEL`: debug, info, warn or error (default info)")
 	fl.StringVar(&f.LogFormat, "log-format", "", "`FORMAT`: text, json or journal (default text)")
 	fl.SortFlags = false
@@ -129,6 +137,11 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 	a.daemon.notify(sd.SdNotifyReady + "\nSTATUS=serving")
 	for _, m := range mountCommands(cfg, s.node.Status()) {
 		fmt.Fprintln(a.stdout, m)
+	}
+	if cfg.ForgetLocks {
+		for _, m := range forgotten(s.node.Status()) {
+			fmt.Fprintln(a.stdout, m)
+		}
 	}
 	endWatchdog := s.watchdog(ctx)
 
@@ -195,6 +208,9 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 		if err := handleFiles(ctl, fs, true); err != nil {
 			return nil, err
 		}
+	}
+	if locks := s.node.Locks(); locks != nil {
+		locks.Register(ctl)
 	}
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
@@ -301,6 +317,19 @@ func (s *server) stop(ctx context.Context, drain time.Duration, signals <-chan o
 	}
 }
 
+// forgotten says what --forget-locks did.
+func forgotten(st status.Status) []string {
+	var m []string
+	for _, l := range st.Locks {
+		if !l.Grace && l.Forgotten == 0 {
+			continue // nothing was there
+		}
+		m = append(m, fmt.Sprintf("locks: threw away %d %s of %s; %d %s told to reclaim, and until then, for at most %s, no other locks are granted there",
+			l.Forgotten, plural(l.Forgotten, "entry", "entries"), l.Addr, l.Hosts, plural(l.Hosts, "client is", "clients are"), l.Remaining.Round(time.Second)))
+	}
+	return m
+}
+
 // mountCommands says how clients mount the exports, on the first service
 // address. Ports are named when portmap cannot tell them.
 func mountCommands(cfg *config.Config, st status.Status) []string {
@@ -312,9 +341,14 @@ func mountCommands(cfg *config.Config, st status.Status) []string {
 	if addrs[0].Is6() {
 		host = "[" + host + "]"
 	}
-	// There is no lock manager yet, so clients keep locks to themselves.
-	opts := "vers=3,nolock"
-	if st.Rpcbind == config.RpcbindOff || cfg.Rpcbind.Port != 111 {
+	opts := "vers=3"
+	unmapped := st.Rpcbind == config.RpcbindOff || cfg.Rpcbind.Port != 111
+	if unmapped || !cfg.Locks.Enabled {
+		// Clients find the lock manager by portmap only; without it they can
+		// keep locks to themselves.
+		opts += ",nolock"
+	}
+	if unmapped {
 		opts += fmt.Sprintf(",port=%d,mountport=%d", cfg.NFS.Port, cfg.NFS.MountPort)
 	}
 	var l []string

@@ -99,6 +99,7 @@ type Config struct {
 	Exports Exports  `toml:"exports"`
 	Export  []Export `toml:"export"`
 	Rpcbind Rpcbind  `toml:"rpcbind"`
+	Locks   Locks    `toml:"locks"`
 	FS      FS       `toml:"fs"`
 	MDT     MDT      `toml:"mdt"`
 	OST     []OST    `toml:"ost"`
@@ -108,6 +109,10 @@ type Config struct {
 
 	// File is the file that the configuration was read from, "" for flags.
 	File string `toml:"-"`
+	// ForgetLocks asks for the lock table to be thrown away at this start, which
+	// begins a grace period (--forget-locks). It is no key of the file, because
+	// it must not happen at every start.
+	ForgetLocks bool `toml:"-"`
 
 	lines positions
 }
@@ -157,6 +162,20 @@ const (
 type Rpcbind struct {
 	Mode string `toml:"mode"`
 	Port int    `toml:"port"`
+}
+
+// Locks configures NLM, NSM and the lock table.
+type Locks struct {
+	Enabled             bool     `toml:"enabled"`
+	NLMPort             int      `toml:"nlm_port"`
+	StatdPort           int      `toml:"statd_port"`
+	ReclaimWindow       Duration `toml:"reclaim_window"`
+	GracePeriod         Duration `toml:"grace_period"`
+	NotifyTimeout       Duration `toml:"notify_timeout"`
+	MaxTotal            int      `toml:"max_total"`
+	MaxPerClient        int      `toml:"max_per_client"`
+	MaxWaitingPerClient int      `toml:"max_waiting_per_client"`
+	MaxHosts            int      `toml:"max_hosts"`
 }
 
 // Values of FS.Durability and FS.Atime.
@@ -224,6 +243,18 @@ func Default() *Config {
 		},
 		Exports: Exports{File: "/etc/baton/exports"},
 		Rpcbind: Rpcbind{Mode: RpcbindAuto, Port: 111},
+		Locks: Locks{
+			Enabled:             true,
+			NLMPort:             4045,
+			StatdPort:           4046,
+			ReclaimWindow:       Duration(90 * time.Second),
+			GracePeriod:         Duration(90 * time.Second),
+			NotifyTimeout:       Duration(15 * time.Minute),
+			MaxTotal:            1000000,
+			MaxPerClient:        100000,
+			MaxWaitingPerClient: 10000,
+			MaxHosts:            65536,
+		},
 		FS: FS{
 			StripeCount: 1,
 			StripeSize:  MiB,

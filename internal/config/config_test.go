@@ -154,6 +154,8 @@ func TestFlags(t *testing.T) {
 				fmt.Sscan(a.Vals[0], &f.Port)
 			case "rpcbind":
 				f.Rpcbind = a.Vals[0]
+			case "forget-locks":
+				f.ForgetLocks = true
 			case "http":
 				f.HTTP = a.Vals[0]
 			case "options":
@@ -191,6 +193,9 @@ func diffKeys(a, b *Config) string {
 		if ma[k.Name] != mb[k.Name] {
 			fmt.Fprintf(&out, "%s = %s\n", k.Name, mb[k.Name])
 		}
+	}
+	if b.ForgetLocks {
+		out.WriteString("forget the locks\n")
 	}
 	for _, e := range b.Export {
 		fmt.Fprintf(&out, "export %+v\n", e)

@@ -22,6 +22,7 @@ var sectionDocs = map[string]string{
 	"exports": "What is exported to whom, in a file of its own that is read again on\nSIGHUP and \"baton exportfs -r\".",
 	"export":  "Exports given here instead of, or besides, the exports file. One table each.",
 	"rpcbind": "How clients find the ports (rpcbind and portmap).",
+	"locks":   "Advisory locks of NFS clients: the lock manager (NLM 1, 3, 4) and the status\nmonitor (NSM 1).",
 	"fs":      "Defaults of the file system.",
 	"mdt":     "The metadata target: names, inodes, reply records.",
 	"ost":     "The object storage targets, which hold file data. One table each.",
@@ -58,8 +59,19 @@ var keyDocs = map[string]string{
 	"export.clients": "Hosts, addresses, networks (192.0.2.0/24), or \"*\" for everyone.",
 	"export.options": "Options as in exports(5), separated by commas.",
 
-	"rpcbind.mode": "auto: register with the system's rpcbind if one answers on 127.0.0.1:111,\nelse answer as portmap 2 and rpcbind 3 and 4 on the service addresses.\nsystem: always register. own: always answer. off: neither; clients must\nname port= and mountport= when they mount.",
+	"rpcbind.mode": "auto: register with the system's rpcbind if one answers on 127.0.0.1:111,\nelse answer as portmap 2 and rpcbind 3 and 4 on the service addresses.\nsystem: always register. own: always answer. off: neither; clients must\nname port= and mountport= when they mount, and nolock, since they find the\nlock manager no other way.",
 	"rpcbind.port": "Port to answer on when baton is its own rpcbind. Clients expect 111;\nanother one lets baton run without privileges.",
+
+	"locks.enabled":                "Serve locks. false: clients must mount with nolock.",
+	"locks.nlm_port":               "Port of NLM, TCP and UDP. Clients find it through rpcbind; it is fixed so\nthat firewalls can let it through. It may be the same as another port above.",
+	"locks.statd_port":             "The same for NSM.",
+	"locks.reclaim_window":         "After a start that follows a crash, locks that were held before stay\nreserved for their holders this long. Later they are taken away when\nsomebody else wants the range. Locks that conflict with nothing are given at\nany time.",
+	"locks.grace_period":           "Only if the lock table was lost (serve --forget-locks, or damage): how long\nnothing but reclaims is granted. It ends early when all clients are through.",
+	"locks.notify_timeout":         "How long a client that does not answer is told again of a restart.",
+	"locks.max_total":              "Locks, share reservations and waiting requests of all clients. Above,\nclients get the error \"no locks available\".",
+	"locks.max_per_client":         "The same of one client.",
+	"locks.max_waiting_per_client": "Waiting requests of one client.",
+	"locks.max_hosts":              "Clients that are to be told of restarts.",
 
 	"fs.stripe_count": "OSTs that a new file is spread over, 1 to 16.",
 	"fs.stripe_size":  "Bytes that go to one OST before the next follows. Multiple of 64 KiB.",

@@ -368,6 +368,7 @@ type Flags struct {
 	HTTP          string   // --http; "off" turns it off
 	LogLevel      string   // --log-level
 	LogFormat     string   // --log-format
+	ForgetLocks   bool     // --forget-locks
 }
 
 // FromFlags builds the configuration of a command line: the file of --config,
@@ -423,6 +424,7 @@ func FromFlags(f Flags) (*Config, error) {
 	if f.Port != 0 {
 		c.NFS.Port = f.Port
 		c.NFS.MountPort = f.Port // one port to name in a firewall or mount option
+		c.Locks.NLMPort, c.Locks.StatdPort = f.Port, f.Port
 	}
 	if f.MountPort != 0 {
 		c.NFS.MountPort = f.MountPort
@@ -443,6 +445,7 @@ func FromFlags(f Flags) (*Config, error) {
 	if f.LogFormat != "" {
 		c.Log.Format = f.LogFormat
 	}
+	c.ForgetLocks = f.ForgetLocks
 	if err := c.Complete(); err != nil {
 		return nil, err
 	}

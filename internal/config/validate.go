@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Limits of values.
@@ -29,6 +30,7 @@ func (c *Config) Validate() error {
 	v := &validator{c: c}
 	v.top()
 	v.nfs()
+	v.locks()
 	v.exports()
 	v.targets()
 	v.rest()
@@ -163,6 +165,54 @@ func (v *validator) nfs() {
 				v.bad(p.key, p.n, "the same as rpcbind.port", "use another port")
 			}
 		}
+	}
+}
+
+// maxLocks bounds the limits of locks: an entry takes some hundred bytes of memory.
+const maxLocks = 1 << 24
+
+func (v *validator) locks() {
+	l := &v.c.Locks
+	if v.c.ForgetLocks && !l.Enabled {
+		v.bad("--forget-locks", nil, "there is no lock table, because locks.enabled is false", "leave one of the two out")
+	}
+	own := v.c.Rpcbind.Mode == RpcbindAuto || v.c.Rpcbind.Mode == RpcbindOwn
+	for _, p := range []struct {
+		key string
+		n   int
+	}{{"locks.nlm_port", l.NLMPort}, {"locks.statd_port", l.StatdPort}} {
+		switch {
+		case p.n == v.c.NFS.Port: // --port sets all; what is wrong with it was said
+		case l.Enabled && own && p.n == v.c.Rpcbind.Port:
+			v.bad(p.key, p.n, "the same as rpcbind.port", "use another port")
+		default:
+			v.port(p.key, p.n)
+		}
+	}
+	for _, t := range []struct {
+		key   string
+		d     Duration
+		most  Duration
+		usage string
+	}{
+		{"locks.reclaim_window", l.ReclaimWindow, Duration(time.Hour), "use \"1s\" to \"1h\""},
+		{"locks.grace_period", l.GracePeriod, Duration(time.Hour), "use \"1s\" to \"1h\""},
+		{"locks.notify_timeout", l.NotifyTimeout, Duration(24 * time.Hour), "use \"1s\" to \"24h\""},
+	} {
+		if t.d < Duration(time.Second) || t.d > t.most {
+			v.bad(t.key, t.d, "out of range", t.usage)
+		}
+	}
+	for _, t := range []struct {
+		key string
+		n   int
+	}{{"locks.max_total", l.MaxTotal}, {"locks.max_per_client", l.MaxPerClient}, {"locks.max_waiting_per_client", l.MaxWaitingPerClient}} {
+		if t.n < 1 || t.n > maxLocks {
+			v.bad(t.key, t.n, "out of range", fmt.Sprintf("use 1 to %d", maxLocks))
+		}
+	}
+	if l.MaxHosts < 1 || l.MaxHosts > 1<<20 {
+		v.bad("locks.max_hosts", l.MaxHosts, "out of range", "use 1 to 1048576")
 	}
 }
 

@@ -27,6 +27,12 @@ const (
 	CmdStatus  = "status"  // result: status.Status
 	CmdExports = "exports" // result: []status.Export
 	CmdReload  = "reload"  // reload the exports; result: []status.Export
+
+	// Commands of package lockctl, which has their arguments and results.
+	CmdLocks        = "locks"
+	CmdLocksRelease = "locks-release"
+	CmdLocksFree    = "locks-free"
+	CmdLockHosts    = "lock-hosts"
 )
 
 // Bounds of messages in bytes.

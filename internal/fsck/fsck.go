@@ -133,6 +133,7 @@ func (c *checker) run() error {
 		{"names", c.checkNames},
 		{"directories", c.checkTree},
 		{"logs", c.checkLogs},
+		{"locks", c.checkLocks},
 		{"objects", c.checkObjects},
 		{"attributes", c.checkInodes},
 		{"symlinks", c.fixLinks},

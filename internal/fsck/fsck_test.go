@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/ost/objfs"
 	"github.com/baton-nfs/baton/recovery/store/local"
@@ -36,7 +37,7 @@ func TestClean(t *testing.T) {
 		t.Fatal(text(r))
 	}
 	k := r.Counts
-	if k.Directories < 7 || k.Files < 40 || k.Symlinks != 1 || k.Objects == 0 || k.Bytes < 1<<20 || k.Replies == 0 || k.Entries < 50 {
+	if k.Directories < 7 || k.Files < 40 || k.Symlinks != 1 || k.Objects == 0 || k.Bytes < 1<<20 || k.Replies == 0 || k.Entries < 50 || k.Locks < 3 {
 		t.Fatalf("counts: %+v", k)
 	}
 	if !strings.Contains(text(r), "\nclean\n") && !strings.HasSuffix(text(r), "clean\n") {
@@ -390,6 +391,36 @@ var damages = []struct {
 		rec.Transno += 1 << 40
 		w.put(k, target.AppendRecord(nil, &rec))
 	}},
+	{class: LockDamaged, damage: func(w *world, x *tree) {
+		k, v := w.lockRecord(x.file)
+		v[len(v)/2] ^= 1
+		w.put(k, v)
+	}, stays: true, after: func(t *testing.T, w *world, x *tree) {
+		w.start() // mends it, and knows that a lock is lost
+		req := wire.Request{Header: op(wire.OpLockService), Lock: &wire.LockArgs{}}
+		var rep wire.Reply
+		w.fs.Call(context.Background(), client.Owner{VIP: 1}, &req, &rep)
+		if rep.Status != wire.OK || !rep.Lock.Service.Damaged {
+			t.Errorf("%v, lock service %+v", rep.Status, rep.Lock)
+		}
+		w.stop(true, true)
+		if r := w.check(false); r.ErrorsFound != 0 {
+			t.Error(text(r))
+		}
+	}},
+	{class: LockDamaged, name: "key", damage: func(w *world, x *tree) { w.put([]byte("kz"), []byte{1}) }, stays: true},
+	{class: LockStray, damage: func(w *world, x *tree) {
+		w.start()
+		w.lock(x.link2, 0, 9)
+		w.stop(true, true)
+		k, v := w.lockRecord(x.link2)
+		w.start()
+		w.call(wire.Request{Header: op(wire.OpRemove), FID: x.d, Name: []byte("a")})
+		w.call(wire.Request{Header: op(wire.OpRemove), FID: x.sub, Name: []byte("b")})
+		w.call(wire.Request{Header: op(wire.OpRemove), FID: x.deep, Name: []byte("c")})
+		w.stop(true, true)
+		w.put(k, v)
+	}},
 	{class: ClientDamaged, damage: func(w *world, x *tree) { w.put(append([]byte("mc"), make([]byte, 16)...), []byte("bad")) }},
 	{class: VIPDamaged, damage: func(w *world, x *tree) { w.put([]byte("mv\x00\x00\x00\x01"), []byte("bad")) }},
 	{class: ObjectOrphan, damage: func(w *world, x *tree) {
@@ -525,6 +556,9 @@ func TestDamage(t *testing.T) {
 				if r.ErrorsLeft == 0 || r.ExitCode() != ExitFindings || r.Rounds != 1 {
 					t.Fatalf("repaired what must stay:\n%s", text(r))
 				}
+				if d.after != nil {
+					d.after(t, w, &x)
+				}
 				return
 			}
 			if r.ErrorsLeft != 0 || r.Classes[d.class].Repaired == 0 || r.ExitCode() != ExitClean {
@@ -554,7 +588,7 @@ func TestDamage(t *testing.T) {
 		RootMissing, DirInodeMissing, EntryDamaged, EntryName, EntryNotDir, EntryDangling, EntryType, EntryCookie, CookieDamaged,
 		CookieMismatch, CookieEntry, CookieRange, DirParents, DirParent, DirCycle, DirEntries, LinkCount, Orphan, SymlinkMissing,
 		SymlinkStray, SymlinkSize, LayoutInvalid, LayoutOST, EpochDamaged, EpochStray, EpochCount, LogDamaged, LogUnlinkLive,
-		LogTruncateStray, LogLayout, ReplyDamaged, ReplyTransno, ClientDamaged, VIPDamaged, ObjectOrphan, ObjectMisplaced,
+		LogTruncateStray, LogLayout, LockDamaged, LockStray, ReplyDamaged, ReplyTransno, ClientDamaged, VIPDamaged, ObjectOrphan, ObjectMisplaced,
 		ObjectDamaged, ObjectName, ObjectMissing, ObjectUnrecorded, SizeWrong,
 	} {
 		if !covered[c] {
@@ -638,7 +672,7 @@ func TestRandomDamage(t *testing.T) {
 		}
 		again := w.check(false)
 		// What names an OST that is not there is not repaired.
-		left := again.ErrorsFound - again.Classes[LayoutOST].Found
+		left := again.ErrorsFound - again.Classes[LayoutOST].Found - again.Classes[LockDamaged].Found
 		if left != 0 || r.ErrorsFound > 0 && fixed.ErrorsFound == 0 {
 			fail("before\n%s\nrepair\n%s\nafter\n%s", text(r), text(fixed), text(again))
 		}

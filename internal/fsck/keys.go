@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/baton-nfs/baton/recovery/locks"
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
@@ -18,6 +19,7 @@ const (
 	keyName   = 'd'
 	keyEpoch  = 'e'
 	keyInode  = 'i'
+	keyLock   = locks.Prefix
 	keyLog    = 'l'
 	keyMeta   = 'm'
 	keyReply  = target.ReplyPrefix
@@ -27,7 +29,7 @@ const (
 var (
 	be        = binary.BigEndian
 	keySuper  = []byte("ms")
-	prefixes  = []byte{keyCookie, keyName, keyEpoch, keyInode, keyLog, keyMeta, keyReply, keyLink} // ascending
+	prefixes  = []byte{keyCookie, keyName, keyEpoch, keyInode, keyLock, keyLog, keyMeta, keyReply, keyLink} // ascending
 	errFormat = errors.New("malformed record")
 )
 

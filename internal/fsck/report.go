@@ -123,6 +123,12 @@ const (
 	UnlinkPending   Class = "unlink-pending"
 	TruncatePending Class = "truncate-pending"
 
+	// LockDamaged: never repaired, because the next start has to see it: it
+	// removes the record and begins a grace period.
+	LockDamaged Class = "lock-damaged"
+	// LockStray: a lock of no regular file; removed.
+	LockStray Class = "lock-stray"
+
 	// ReplyDamaged, ReplyTransno (above the last transno): the record is
 	// removed; a retransmission of that call would be executed again.
 	ReplyDamaged Class = "reply-damaged"
@@ -179,6 +185,7 @@ type Counts struct {
 	Logs        uint64 `json:"logs"`
 	Epochs      uint64 `json:"epochs"`
 	Replies     uint64 `json:"replies"`
+	Locks       uint64 `json:"locks"` // records: locks, hosts and service addresses
 }
 
 // ClassCount sums up the findings of a class.
@@ -268,8 +275,8 @@ func (r *Report) WriteText(w io.Writer, verbose bool) error {
 		}
 	}
 	k := &r.Counts
-	p("%d inodes: %d directories with %d entries, %d files, %d symlinks; %d objects with %d bytes; %d log records, %d open IO epochs, %d reply records\n",
-		k.Inodes, k.Directories, k.Entries, k.Files, k.Symlinks, k.Objects, k.Bytes, k.Logs, k.Epochs, k.Replies)
+	p("%d inodes: %d directories with %d entries, %d files, %d symlinks; %d objects with %d bytes; %d log records, %d open IO epochs, %d reply records, %d lock records\n",
+		k.Inodes, k.Directories, k.Entries, k.Files, k.Symlinks, k.Objects, k.Bytes, k.Logs, k.Epochs, k.Replies, k.Locks)
 	switch {
 	case r.ErrorsFound == 0:
 		p("clean")

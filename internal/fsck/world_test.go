@@ -1,10 +1,12 @@
 package fsck
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/locks"
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/ost"
 	"github.com/baton-nfs/baton/recovery/ost/objfs"
@@ -198,6 +201,38 @@ func (w *world) truncate(f wire.FID, size uint64) {
 	w.call(wire.Request{Header: op(wire.OpSetattr), FID: f, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: size}})
 }
 
+// lock takes a lock as a client of the first service address.
+func (w *world) lock(f wire.FID, start, end uint64) {
+	w.t.Helper()
+	o := wire.LockOwner{LockHost: wire.LockHost{Addr: netip.MustParseAddr("192.0.2.7"), Name: "c"}, Svid: 1, OH: "1@c"}
+	var rep wire.Reply
+	req := wire.Request{Header: wire.Header{Op: wire.OpLock, Flags: wire.FlagWaitCommit}, FID: f,
+		Lock: &wire.LockArgs{Owner: o, Range: wire.LockRange{Start: start, End: end}, Exclusive: true, Monitor: true}}
+	if w.fs.Call(context.Background(), client.Owner{VIP: 1}, &req, &rep); rep.Status != wire.OK {
+		w.t.Fatal("lock:", rep.Status)
+	}
+}
+
+// lockRecord finds the record of a lock on a file.
+func (w *world) lockRecord(f wire.FID) (key, value []byte) {
+	w.t.Helper()
+	w.raw(func(e *local.Pebble) {
+		if err := mdt.IterLocks(e, func(k, v []byte) error {
+			rec, err := locks.DecodeRecord(k, v)
+			if l, ok := rec.(*locks.EntryRecord); ok && l.Holder.FID == f {
+				key, value = bytes.Clone(k), bytes.Clone(v)
+			}
+			return err
+		}); err != nil {
+			w.t.Fatal(err)
+		}
+	})
+	if key == nil {
+		w.t.Fatalf("no lock of %v", f)
+	}
+	return key, value
+}
+
 // tree holds the FIDs of what build makes.
 type tree struct{ d, sub, deep, empty, file, big, striped, link2, sym, fifo, hole wire.FID }
 
@@ -235,6 +270,8 @@ func (w *world) build() (x tree) {
 	t := w.create(x.d, "cut", 200<<10)
 	w.truncate(t, 70<<10)
 	w.truncate(t, 90<<10)
+	w.lock(x.file, 0, 99)
+	w.lock(x.striped, 5, wire.MaxLockOffset)
 	z := w.create(x.sub, "zero", 200<<10)
 	w.truncate(z, 0)
 	return x

@@ -103,6 +103,52 @@ func NewCollector(get func() status.Status) *Collector {
 	vip("epoch", "The address's epoch.", counter, func(v *status.VIP) float64 { return float64(v.Epoch) })
 	vip("verifier_changes_total", "Changes of the write verifier: lost flushes.", counter, func(v *status.VIP) float64 { return float64(v.VerifierChanges) })
 
+	lock := func(name, help string, kind prometheus.ValueType, label string, each func(l *status.LockService, emit func(v float64, value string))) {
+		add(name, help, kind, []string{"address", label}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Locks {
+				each(&s.Locks[i], func(v float64, value string) { emit(v, s.Locks[i].Addr, value) })
+			}
+		})
+	}
+	lock("locks", "Entries of the lock table.", gauge, "state", func(l *status.LockService, emit func(float64, string)) {
+		emit(float64(l.Granted), "granted")
+		emit(float64(l.Unconfirmed), "unconfirmed")
+		emit(float64(l.Waiting), "waiting")
+		emit(float64(l.Shares), "share")
+	})
+	lock("nlm_calls_total", "Calls of the lock manager by their outcome.", counter, "outcome", func(l *status.LockService, emit func(float64, string)) {
+		for _, c := range l.Calls {
+			emit(float64(c.Calls), c.Outcome)
+		}
+	})
+	lock("nlm_callbacks_total", "GRANTED callbacks by their outcome.", counter, "outcome", func(l *status.LockService, emit func(float64, string)) {
+		emit(float64(l.Callbacks.Accepted), "accepted")
+		emit(float64(l.Callbacks.Refused), "refused")
+		emit(float64(l.Callbacks.Undelivered), "undelivered")
+	})
+	lock("nsm_notify", "Clients to be told of the last restart.", gauge, "state", func(l *status.LockService, emit func(float64, string)) {
+		emit(float64(l.Notify.Notified), "notified")
+		emit(float64(l.Notify.Pending), "pending")
+		emit(float64(l.Notify.Failed), "failed")
+	})
+	lockService := func(name, help string, kind prometheus.ValueType, value func(*status.LockService) float64) {
+		add(name, help, kind, []string{"address"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Locks {
+				emit(value(&s.Locks[i]), s.Locks[i].Addr)
+			}
+		})
+	}
+	lockService("nlm_callbacks_pending", "GRANTED callbacks without an answer yet.", gauge, func(l *status.LockService) float64 { return float64(l.Callbacks.Pending) })
+	lockService("nsm_state", "The state number that clients are told; it rises with each restart they hear of.", counter, func(l *status.LockService) float64 { return float64(l.NSMState) })
+	lockService("nsm_hosts", "Clients that are told of restarts.", gauge, func(l *status.LockService) float64 { return float64(l.Hosts) })
+	lockService("lock_reclaim_seconds", "What is left of the reclaim window or grace period.", gauge, func(l *status.LockService) float64 { return l.Remaining.Seconds() })
+	lockService("lock_grace", "1 while only reclaims are granted, because the lock table was lost.", gauge, func(l *status.LockService) float64 {
+		if l.Grace {
+			return 1
+		}
+		return 0
+	})
+
 	proc := func(name, help string, value func(*status.Proc) float64) {
 		add("procedure_"+name, help, counter, []string{"program", "procedure"}, func(s *status.Status, emit func(float64, ...string)) {
 			for i := range s.Procs {

@@ -22,12 +22,14 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/rpcbind"
 	"github.com/baton-nfs/baton/internal/sunrpc"
+	"github.com/baton-nfs/baton/lockd"
 	"github.com/baton-nfs/baton/nfsd"
 	"github.com/baton-nfs/baton/nfsd/exports"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/statd"
 )
 
 // Node is one running node. New makes it, Start brings it up, Stop takes it
@@ -44,6 +46,8 @@ type Node struct {
 	targets *targets
 	fs      *client.FS
 	nfs     *nfsd.Server
+	lockd   *lockd.Server // nil without locks
+	statd   *statd.Server
 	names   *exports.NameCache
 	// svcMu guards services, and the order of new verifiers and new services.
 	svcMu    sync.Mutex
@@ -55,6 +59,7 @@ type Node struct {
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 	stopping atomic.Bool
+	orderly  bool          // Stop has drained all addresses
 	verifier atomic.Uint64 // changes of write verifiers since the start
 
 	rates rateKeeper
@@ -62,10 +67,12 @@ type Node struct {
 
 // service is what runs on one service address.
 type service struct {
-	vip  mgs.VIP
-	rpc  *sunrpc.Server
-	nfs  *nfsd.Address
-	port map[netip.AddrPort]string // what listens where
+	vip mgs.VIP
+	rpc *sunrpc.Server
+	nfs *nfsd.Address
+	// locks is nil without locks and on the portmapper's services.
+	locks *lockService
+	port  map[netip.AddrPort]string // what listens where
 }
 
 // New checks what can be checked without starting anything.
@@ -134,10 +141,23 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	if err = n.ReloadExports(); err != nil {
 		return err
 	}
+	if err = n.startLockd(); err != nil {
+		return err
+	}
+	n.wg.Go(func() { n.lockTicker(run) })
 	if err = n.listen(ctx); err != nil {
 		return err
 	}
-	return n.startRpcbind(ctx)
+	if err = n.startRpcbind(ctx); err != nil {
+		return err
+	}
+	// Clients look for the ports when they are called, so they are called last.
+	for _, s := range n.serving() {
+		if s.locks != nil {
+			s.locks.start()
+		}
+	}
+	return nil
 }
 
 // addService enters a service and, if it serves NFS, gives it its verifier as it is
@@ -194,9 +214,21 @@ func (n *Node) listen(ctx context.Context) error {
 		if err := n.targets.raiseEpoch(ctx, vip); err != nil {
 			return err
 		}
+		forgotten, err := n.beginLocks(ctx, &vip, n.cfg.ForgetLocks)
+		if err != nil {
+			return err
+		}
 		s := &service{vip: vip, nfs: n.nfs.Address(vip.Index, vip.Epoch, vip.VerifierBytes()), port: map[netip.AddrPort]string{}}
+		programs := []sunrpc.Program{s.nfs.NFSProgram(), s.nfs.MountProgram()}
+		if n.lockd != nil {
+			s.locks = &lockService{
+				nlm: n.lockd.Address(addr, vip.Index, vip.Epoch, s.nfs),
+				nsm: n.statd.Address(addr, vip.Index, vip.Epoch, vip.NSMState), forgotten: forgotten,
+			}
+			programs = append(programs, s.locks.programs()...)
+		}
 		s.rpc = sunrpc.NewServer(sunrpc.Config{
-			Programs:                []sunrpc.Program{s.nfs.NFSProgram(), s.nfs.MountProgram()},
+			Programs:                programs,
 			Logger:                  n.log,
 			MaxRecord:               int(n.cfg.NFS.Wtmax) + 64<<10,
 			MaxConns:                n.maxConns(),
@@ -206,34 +238,43 @@ func (n *Node) listen(ctx context.Context) error {
 			OnClose:                 n.nfs.ConnClosed,
 		})
 		n.addService(s)
-		for _, l := range []struct {
-			name string
-			port int
-		}{{"nfs", n.cfg.NFS.Port}, {"mountd", n.cfg.NFS.MountPort}} {
-			if l.name == "mountd" && l.port == n.cfg.NFS.Port && l.port != 0 {
-				// Both programs are served on every port, so one listener does;
-				// only MOUNT over UDP is still missing.
-				if !n.cfg.NFS.UDP {
-					ap := netip.AddrPortFrom(addr, uint16(l.port))
-					if _, err := s.rpc.ListenUDP(ap, sunrpc.ListenOptions{}); err != nil {
-						return listenError(ap, "udp", l.name, err)
-					}
-				}
-				continue
-			}
-			ap := netip.AddrPortFrom(addr, uint16(l.port))
+		if err := n.openPorts(s); err != nil {
+			return err
+		}
+		n.log.Info("listening", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", vip.Index, "epoch", vip.Epoch)
+	}
+	return nil
+}
+
+// openPorts opens the listeners of a service. All programs are served on every
+// port; programs with the same port share a listener.
+func (n *Node) openPorts(s *service) error {
+	type port struct {
+		name string
+		port int
+		udp  bool
+	}
+	ports := []port{{"nfs", n.cfg.NFS.Port, n.cfg.NFS.UDP}, {"mountd", n.cfg.NFS.MountPort, true}}
+	if s.locks != nil {
+		ports = append(ports, port{"nlm", n.cfg.Locks.NLMPort, true}, port{"statd", n.cfg.Locks.StatdPort, true})
+	}
+	udp := map[netip.AddrPort]bool{}
+	for _, l := range ports {
+		ap := netip.AddrPortFrom(s.vip.Addr, uint16(l.port))
+		if _, shared := s.port[ap]; !shared {
 			bound, err := s.rpc.ListenTCP(ap, sunrpc.ListenOptions{})
 			if err != nil {
 				return listenError(ap, "tcp", l.name, err)
 			}
-			s.port[bound] = l.name
-			if n.cfg.NFS.UDP || l.name == "mountd" {
-				if _, err := s.rpc.ListenUDP(bound, sunrpc.ListenOptions{}); err != nil {
-					return listenError(bound, "udp", l.name, err)
-				}
-			}
+			ap = bound
+			s.port[ap] = l.name
 		}
-		n.log.Info("listening", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", vip.Index, "epoch", vip.Epoch)
+		if l.udp && !udp[ap] {
+			if _, err := s.rpc.ListenUDP(ap, sunrpc.ListenOptions{}); err != nil {
+				return listenError(ap, "udp", l.name, err)
+			}
+			udp[ap] = true
+		}
 	}
 	return nil
 }
@@ -257,7 +298,8 @@ func (n *Node) mappings() []rpcbind.Mapping {
 		udp = port
 	}
 	l := rpcbind.Mappings(nfs3.Program, []uint32{nfs3.Version}, n.cfg.Addrs(), port, udp)
-	return append(l, rpcbind.Mappings(mount3.Program, []uint32{mount3.VersionOld, mount3.Version}, n.cfg.Addrs(), mount, mount)...)
+	l = append(l, rpcbind.Mappings(mount3.Program, []uint32{mount3.VersionOld, mount3.Version}, n.cfg.Addrs(), mount, mount)...)
+	return append(l, n.lockMappings()...)
 }
 
 // startRpcbind makes the ports known: through the system's rpcbind, or by
@@ -322,11 +364,18 @@ func (n *Node) Stop(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, s := range n.serving() {
 		wg.Go(func() {
+			if s.locks != nil {
+				// Grants stay pending in the lock table; the next start calls back.
+				if err := s.locks.stop(dctx); err != nil {
+					n.log.Warn("callbacks to clients have not ended in time", "address", s.vip.Addr, "err", err)
+				}
+			}
 			r := s.rpc.Drain(dctx)
 			n.log.Info("drained", "address", s.vip.Addr, "orderly", r.Orderly, "forced", r.Forced, "replies", r.Replies)
 		})
 	}
 	wg.Wait()
+	n.orderly = true
 	return n.teardown(ctx)
 }
 
@@ -336,6 +385,9 @@ func (n *Node) teardown(ctx context.Context) error {
 		errs = append(errs, n.rpcReg.Stop(ctx))
 	}
 	for _, s := range n.serving() {
+		if s.locks != nil && !n.orderly {
+			errs = append(errs, s.locks.stop(ctx))
+		}
 		errs = append(errs, s.rpc.Close())
 	}
 	if n.cancel != nil {
@@ -347,6 +399,12 @@ func (n *Node) teardown(ctx context.Context) error {
 	}
 	if n.targets != nil {
 		errs = append(errs, n.targets.close())
+	}
+	if n.orderly && errors.Join(errs...) == nil {
+		// Everything is durable: the next start need not ask clients for their locks.
+		for _, s := range n.serving() {
+			errs = append(errs, n.reg.Stopped(s.vip.Index))
+		}
 	}
 	if n.unlock != nil {
 		n.unlock()

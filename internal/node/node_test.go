@@ -36,7 +36,7 @@ func conf(t *testing.T, dir string) *config.Config {
 	c := config.Default()
 	c.Node, c.DataDir = "test", filepath.Join(dir, "data")
 	c.Exports.File = filepath.Join(dir, "exports")
-	c.NFS.Port, c.NFS.MountPort = 0, 0
+	c.NFS.Port, c.NFS.MountPort, c.Locks.NLMPort, c.Locks.StatdPort = 0, 0, 0, 0
 	c.NFS.DrainTimeout = config.Duration(2 * time.Second)
 	c.Rpcbind.Mode = config.RpcbindOff
 	c.FS.MinFree = 1 << 20

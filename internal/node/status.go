@@ -56,6 +56,7 @@ func (n *Node) Status() status.Status {
 	}
 	n.targetStatus(&s)
 	n.serviceStatus(&s)
+	n.lockStatus(&s)
 	for _, e := range n.nfs.Exports().Exports() {
 		x := status.Export{Path: e.Path, Dir: e.Dir, FSID: strconv.FormatUint(e.FSID, 16)}
 		for i := range e.Clients {

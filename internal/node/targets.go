@@ -198,6 +198,9 @@ func (t *targets) openMDT(cfg *config.Config, clk *clock.Strict) error {
 		Engine: e, Clock: clk.Now, Logger: t.log, OSTs: t.ostStates, StripeSize: uint32(cfg.FS.StripeSize),
 		StripeCount: uint8(cfg.FS.StripeCount), InodeCache: cfg.MDT.InodeCache, DentryCache: cfg.MDT.InodeCache,
 		OnFail: func(err error) { t.fails.note(mdtName, err) },
+		Locks: mdt.LockLimits{
+			PerHost: cfg.Locks.MaxPerClient, Total: cfg.Locks.MaxTotal, WaitersPerHost: cfg.Locks.MaxWaitingPerClient, Hosts: cfg.Locks.MaxHosts,
+		},
 	})
 	if err != nil {
 		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)

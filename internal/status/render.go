@@ -50,6 +50,8 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 	}
 	t.write(&b)
 
+	s.lockText(&b)
+
 	exportTable(s.Exports, false).write(&b)
 
 	t = table{title: "Clients", head: []string{"address", "mounts", "conns", "calls", "calls/s", "idle"}, left: 2}
@@ -124,27 +126,36 @@ func (t *table) write(b *bytes.Buffer) {
 	if t.title != "" {
 		b.WriteString("\n" + t.title + "\n")
 	}
-	width := make([]int, len(t.head))
-	for _, r := range append([][]string{t.head}, t.rows...) {
+	layout(b, append([][]string{t.head}, t.rows...), make([]int, len(t.head)), t.left)
+	if t.foot != "" {
+		b.WriteString("  " + t.foot + "\n")
+	}
+}
+
+func writeRow(b *bytes.Buffer, cells []string, width []int, left int) {
+	var line strings.Builder
+	for i, c := range cells {
+		pad := strings.Repeat(" ", width[i]-utf8.RuneCountInString(c))
+		line.WriteString("  ")
+		if i < left {
+			line.WriteString(c + pad)
+		} else {
+			line.WriteString(pad + c)
+		}
+	}
+	b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
+}
+
+// layout writes rows in columns at least as wide as width, which grows; the
+// first left columns are left-aligned.
+func layout(b *bytes.Buffer, rows [][]string, width []int, left int) {
+	for _, r := range rows {
 		for i, c := range r {
 			width[i] = max(width[i], utf8.RuneCountInString(c))
 		}
 	}
-	for _, r := range append([][]string{t.head}, t.rows...) {
-		var line strings.Builder
-		for i, c := range r {
-			pad := strings.Repeat(" ", width[i]-utf8.RuneCountInString(c))
-			line.WriteString("  ")
-			if i < t.left {
-				line.WriteString(c + pad)
-			} else {
-				line.WriteString(pad + c)
-			}
-		}
-		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
-	}
-	if t.foot != "" {
-		b.WriteString("  " + t.foot + "\n")
+	for _, r := range rows {
+		writeRow(b, r, width, left)
 	}
 }
 

@@ -28,8 +28,10 @@ type Status struct {
 	Targets   []Target  `json:"targets"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
-	Exports   []Export  `json:"exports"`
-	Clients   []Client  `json:"clients"`
+	// Locks are the lock services; none when locks.enabled is false.
+	Locks   []LockService `json:"locks"`
+	Exports []Export      `json:"exports"`
+	Clients []Client      `json:"clients"`
 	// Procs are the procedures that were called at least once.
 	Procs []Proc `json:"procs"`
 }
@@ -162,6 +164,7 @@ func (s *Status) Sort() {
 		return cmp.Or(cmp.Compare(a.Addr, b.Addr), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Net, b.Net))
 	})
 	slices.SortFunc(s.VIPs, func(a, b VIP) int { return cmp.Compare(a.Index, b.Index) })
+	slices.SortFunc(s.Locks, func(a, b LockService) int { return cmp.Compare(a.Index, b.Index) })
 	slices.SortFunc(s.Exports, func(a, b Export) int { return cmp.Compare(a.Path, b.Path) })
 	slices.SortFunc(s.Clients, func(a, b Client) int { return cmp.Compare(a.Addr, b.Addr) })
 	slices.SortFunc(s.Procs, func(a, b Proc) int {

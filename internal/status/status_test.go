@@ -3,6 +3,7 @@ package status_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"math"
 	"os"
@@ -77,6 +78,33 @@ func TestJSON(t *testing.T) {
 	if d := cmp.Diff(*s, back); d != "" {
 		t.Errorf("JSON does not read back:\n%s", d)
 	}
+}
+
+func TestLocksText(t *testing.T) {
+	var b bytes.Buffer
+	l := statustest.Locks()
+	lt := status.NewLocksText(&b)
+	for _, page := range [][]status.Lock{l[:2], nil, l[2:]} {
+		if err := lt.Add(page); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := lt.End(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range l {
+		b.WriteString(l[i].String() + "\n")
+	}
+	if err := errors.Join(status.NewLocksText(&b).End(), status.LockHostsText(&b, statustest.LockHosts()), status.LockHostsText(&b, nil)); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "locks.txt", b.Bytes())
+	// The JSON forms are documented; scripts rely on them.
+	j, err := json.MarshalIndent(map[string]any{"locks": l, "hosts": statustest.LockHosts()}, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "locks.json", append(j, '\n'))
 }
 
 func TestUnits(t *testing.T) {

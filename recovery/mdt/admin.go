@@ -10,7 +10,13 @@ import (
 // internal runs fn as an operation of the target itself.
 func (m *MDT) internal(op wire.Op, fn func(t *tx) wire.Status) error {
 	m.seq.Lock()
-	defer m.seq.Unlock()
+	var after []func()
+	defer func() {
+		m.seq.Unlock()
+		for _, f := range after {
+			f()
+		}
+	}()
 	if m.down.Load() {
 		return wire.ErrTargetDown
 	}
@@ -22,6 +28,7 @@ func (m *MDT) internal(op wire.Op, fn func(t *tx) wire.Status) error {
 	} else if t.b != nil {
 		t.b.Close()
 	}
+	after = m.serveGrants()
 	return st.Err()
 }
 

@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/baton-nfs/baton/recovery/locks"
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -52,6 +53,8 @@ type Options struct {
 	InodeCache, DentryCache int
 	// ReplySlots bounds the reply records of all NFS clients together.
 	ReplySlots int
+	// Locks bounds the lock table.
+	Locks LockLimits
 	// Space gives the data bytes of the file system for OpStatfs.
 	Space func() (total, free, avail uint64)
 	// RootMode (default 0755), RootUID and RootGID are of the root directory
@@ -80,12 +83,14 @@ type MDT struct {
 	inodes  *inodeCache
 	dents   *dentryCache
 	logWake chan struct{}
+	polls   lockPolls
 
 	// seq is the sequencer's lock: it guards everything below and the order of
 	// transnos, batches, cache updates and gated replies.
 	seq     sync.Mutex
 	core    *target.Core
 	replies *target.Replies
+	locks   *locks.Table
 	state   State
 	super   Super
 	// superDirty: super has to be written with the next transaction.
@@ -246,6 +251,9 @@ func (m *MDT) load() error {
 	}); err != nil {
 		return err
 	}
+	if err := m.loadLocks(); err != nil {
+		return err
+	}
 	return m.replies.Load(m.e, func(key []byte, err error) {
 		m.log.Error("mdt: damaged reply record", "key", fmt.Sprintf("%x", key), "err", err)
 	})
@@ -265,6 +273,7 @@ func (m *MDT) tick() int64 {
 // fail stops the target; the committer has failed or is about to.
 func (m *MDT) fail(err error) {
 	m.down.Store(true)
+	m.polls.fail()
 	m.failed.Do(func() {
 		m.log.Error("mdt: target failed", "err", err)
 		if m.o.OnFail != nil {
@@ -299,6 +308,7 @@ func (m *MDT) Close() error {
 		m.flushAtimes()
 	}
 	m.down.Store(true)
+	m.polls.fail()
 	if err := m.com.Close(); err != nil {
 		return fmt.Errorf("close mdt: %w", err)
 	}
@@ -362,6 +372,10 @@ func (m *MDT) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	}
 	if req.Op.Modifies() || req.Op == wire.OpTouchAtime {
 		m.modify(req, rep, done)
+		return
+	}
+	if req.Op == wire.OpLockPoll {
+		m.lockPoll(req, rep, done)
 		return
 	}
 	if rep.Status = m.view.Load().Admit(&req.Header); rep.Status != wire.OK {

@@ -30,6 +30,9 @@ type tx struct {
 	unlink  bool // an unlink record was written
 	view    bool // the client table or VIP epochs changed
 	gateAt  uint64
+	// outcome is the status of an operation that was committed and still has
+	// another one than OK (lock operations).
+	outcome wire.Status
 	kb, vb  []byte
 }
 
@@ -63,6 +66,7 @@ func (t *tx) begin(req *wire.Request, rep *wire.Reply) {
 	t.fid, t.delta, t.unlink, t.view = wire.FID{}, 0, false, false
 	t.addPend, t.delPend = t.addPend[:0], t.delPend[:0]
 	t.gateAt = t.m.core.LastApplied()
+	t.outcome = wire.OK
 }
 
 func (t *tx) batch() store.Batch {
@@ -175,9 +179,13 @@ func (m *MDT) modify(req *wire.Request, rep *wire.Reply, done func()) {
 	}
 	unlinked := t.unlink
 	t.req, t.rep = nil, nil
+	after := m.serveGrants()
 	m.seq.Unlock()
 	if !queued {
 		done()
+	}
+	for _, f := range after {
+		f()
 	}
 	if changed && !wait {
 		m.com.Lazy()
@@ -210,7 +218,10 @@ func (t *tx) run() wire.Status {
 	}
 	st := t.exec()
 	if st == wire.OK {
-		st = t.commit(keyed)
+		if st = t.commit(keyed); st == wire.OK {
+			st = t.outcome
+			keyed = false // recorded
+		}
 	} else if t.b != nil {
 		t.b.Close()
 		t.b = nil
@@ -237,7 +248,9 @@ func memorable(st wire.Status) bool {
 func roomFor(req *wire.Request, r store.Room) bool {
 	switch req.Op {
 	case wire.OpRemove, wire.OpRmdir, wire.OpTruncateDone, wire.OpCloseEpoch,
-		wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
+		wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch,
+		wire.OpUnlock, wire.OpLockCancel, wire.OpLockGrantDone, wire.OpUnshare, wire.OpLockFree,
+		wire.OpLockRelease, wire.OpLockUnmonitor, wire.OpLockNotified, wire.OpLockService:
 		return r < store.RoomNone
 	case wire.OpRename, wire.OpTouchAtime:
 		return r < store.RoomCritical
@@ -284,6 +297,9 @@ func (t *tx) exec() wire.Status {
 	case wire.OpSetVIPEpoch:
 		return t.setVIPEpoch()
 	}
+	if isLockOp(t.req.Op) {
+		return t.lockOp()
+	}
 	return wire.ErrProto
 }
 
@@ -291,11 +307,18 @@ func (t *tx) exec() wire.Status {
 // readers. An operation that changed nothing gets no transno.
 func (t *tx) commit(keyed bool) wire.Status {
 	m, req := t.m, t.req
+	for i := range t.inodes {
+		// Nobody can unlock what is gone.
+		if s := &t.inodes[i]; s.deleted && m.locks.HasFile(s.in.Attr.FID) {
+			m.locks.FileGone(t.now, s.in.Attr.FID)
+			t.takeLocks()
+		}
+	}
 	if t.b == nil && len(t.inodes) == 0 {
 		if keyed {
 			// Repeating it must give the same answer, in memory is enough: it
 			// changed nothing.
-			m.replies.Put(nil, req.VIP, &req.Key, target.Record{Transno: m.core.LastApplied(), FID: t.fid, ClientGen: req.ClientGen})
+			m.replies.Put(nil, req.VIP, &req.Key, target.Record{Status: t.outcome, Transno: m.core.LastApplied(), FID: t.fid, ClientGen: req.ClientGen})
 		}
 		return wire.OK
 	}
@@ -316,7 +339,7 @@ func (t *tx) commit(keyed bool) wire.Status {
 	}
 	if keyed {
 		m.replies.Put(b, req.VIP, &req.Key, target.Record{
-			Transno: t.transno, FID: t.fid, Created: t.rep.Created, Truncate: t.rep.Truncate, ClientGen: req.ClientGen,
+			Status: t.outcome, Transno: t.transno, FID: t.fid, Created: t.rep.Created, Truncate: t.rep.Truncate, ClientGen: req.ClientGen,
 		})
 	}
 	m.core.AssignTransno()

@@ -60,6 +60,9 @@ func (m *MDT) read(req *wire.Request, rep *wire.Reply, try bool) uint64 {
 		return in.Attr.Version
 	case wire.OpReaddir:
 		return m.readdir(req, rep)
+	case wire.OpLockTest, wire.OpLockList, wire.OpLockHosts:
+		m.lockQuery(req, rep)
+		return 0
 	}
 	return result(rep, wire.ErrProto)
 }

@@ -1,6 +1,6 @@
 // Package mgs keeps what the whole service agrees on: which node and file
-// system client this is, the service addresses (VIPs) with their epochs and
-// write verifiers. This is the embedded registry of a single node: one file
+// system client this is, the service addresses (VIPs) with their epochs,
+// write verifiers and NSM states. This is the embedded registry of a single node: one file
 // that is replaced atomically.
 package mgs
 
@@ -31,7 +31,20 @@ type VIP struct {
 	// Verifier is the NFS write verifier (RFC 1813 section 3.3.7), in hex. It
 	// changes exactly when acknowledged data that were not committed may be lost.
 	Verifier string `json:"verifier"`
+	// NSMState is the state number that clients are told (XNFS NSM
+	// SM_NOTIFY): odd, from 1, never lower than before. 0 in files of programs
+	// that knew no locks.
+	NSMState uint32 `json:"nsm_state"`
+	// Clean tells that nobody serves the address and that the last to do so
+	// ended in an orderly way: clients need not be told of a restart.
+	Clean bool `json:"clean,omitempty"`
+	// Crashed, in what Serve returns, tells that the period of service before
+	// this one did not end in an orderly way.
+	Crashed bool `json:"-"`
 }
+
+// maxNSMState is the highest state number: the protocol's int has 31 bits for it.
+const maxNSMState = 1<<31 - 1
 
 // VerifierBytes is the verifier as NFS sends it.
 func (v *VIP) VerifierBytes() (b [8]byte) {
@@ -88,6 +101,11 @@ func open(dir string, rnd io.Reader) (*Registry, error) {
 		if id, err := hex.DecodeString(r.s.Client); err != nil || len(id) != len(wire.ClientID{}) {
 			return nil, fmt.Errorf("mgs: %s has a damaged client id: restore it from a backup", r.path)
 		}
+		for i := range r.s.VIPs {
+			if v := &r.s.VIPs[i]; v.NSMState > maxNSMState || v.NSMState != 0 && v.NSMState%2 == 0 {
+				return nil, fmt.Errorf("mgs: %s has a damaged NSM state %d of %s: restore it from a backup", r.path, v.NSMState, v.Addr)
+			}
+		}
 	}
 	return r, nil
 }
@@ -132,24 +150,116 @@ func (r *Registry) StartClient() (wire.ClientID, uint64, error) {
 	return id, r.s.Generation, r.save()
 }
 
-// Serve registers addr if it is new and raises its epoch.
+// Serve registers addr if it is new, raises its epoch and begins a period of
+// service, which ends in an orderly way only with Stopped. If the one before did
+// not, the NSM state rises and Crashed is set in what is returned.
+//
+// An address from a file without NSM states counts as crashed: locks cannot
+// have been granted by the program that wrote it, so that nobody is told
+// anything; but if that program came between two newer ones, there may be some.
 func (r *Registry) Serve(addr netip.Addr) (VIP, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for i := range r.s.VIPs {
-		if v := &r.s.VIPs[i]; v.Addr == addr {
-			v.Epoch++
-			return *v, r.save()
+		if r.s.VIPs[i].Addr != addr {
+			continue
 		}
+		crashed := !r.s.VIPs[i].Clean
+		v, err := r.change(i, func(v *VIP) error {
+			v.Epoch++
+			v.Clean = false
+			switch {
+			case v.NSMState == 0:
+				v.NSMState = 1
+			case crashed:
+				return v.raiseNSM()
+			}
+			return nil
+		})
+		v.Crashed = crashed
+		return v, err
 	}
 	ver, err := r.random(8)
 	if err != nil {
 		return VIP{}, err
 	}
-	v := VIP{Index: r.s.NextIndex, Addr: addr, Epoch: 1, Verifier: ver}
+	v := VIP{Index: r.s.NextIndex, Addr: addr, Epoch: 1, Verifier: ver, NSMState: 1}
 	r.s.NextIndex++
 	r.s.VIPs = append(r.s.VIPs, v)
 	return v, r.save()
+}
+
+func (v *VIP) raiseNSM() error {
+	if v.NSMState > maxNSMState-2 {
+		return fmt.Errorf("mgs: the NSM state of %s cannot rise above %d", v.Addr, v.NSMState)
+	}
+	v.NSMState += 2
+	return nil
+}
+
+// change applies fn to a copy of a VIP, which becomes the VIP once it is
+// durable. After an error the old one counts, although the new one may be in
+// the file already: both are states that the next start can go on from. The
+// caller holds mu.
+func (r *Registry) change(i int, fn func(*VIP) error) (VIP, error) {
+	old := r.s.VIPs[i]
+	v := old
+	if err := fn(&v); err != nil {
+		return old, err
+	}
+	r.s.VIPs[i] = v
+	if err := r.save(); err != nil {
+		r.s.VIPs[i] = old
+		return old, err
+	}
+	return v, nil
+}
+
+func (r *Registry) find(index uint32) (int, error) {
+	for i := range r.s.VIPs {
+		if r.s.VIPs[i].Index == index {
+			return i, nil
+		}
+	}
+	return 0, fmt.Errorf("mgs: there is no VIP %d", index)
+}
+
+// Stopped ends a period of service in an orderly way. It is called when the
+// address is not served any more and every change of its locks is durable.
+func (r *Registry) Stopped(index uint32) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i, err := r.find(index)
+	if err != nil || r.s.VIPs[i].Clean {
+		return err
+	}
+	_, err = r.change(i, func(v *VIP) error { v.Clean = true; return nil })
+	return err
+}
+
+// BumpNSM raises the NSM state of a VIP, because its clients have to reclaim
+// their locks: the lock table was lost, or SM_SIMU_CRASH asks for it.
+func (r *Registry) BumpNSM(index uint32) (VIP, error) { return r.RaiseNSM(index, 0) }
+
+// RaiseNSM is BumpNSM, and goes above the given state as well: one that targets
+// or clients know although this registry does not (it came from a backup).
+func (r *Registry) RaiseNSM(index, above uint32) (VIP, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i, err := r.find(index)
+	if err != nil {
+		return VIP{}, err
+	}
+	return r.change(i, func(v *VIP) error {
+		if above > maxNSMState {
+			return fmt.Errorf("mgs: NSM state %d of %s is none", above, v.Addr)
+		}
+		if v.NSMState == 0 || v.NSMState < above {
+			// The highest odd state that is not above it; raiseNSM passes it.
+			v.NSMState = max(above, 1) - (max(above, 1)+1)%2
+		}
+		return v.raiseNSM()
+	})
 }
 
 // NewVerifiers gives every VIP a new write verifier, because acknowledged data

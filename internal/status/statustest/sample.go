@@ -30,6 +30,14 @@ func Sample() *status.Status {
 			{Addr: "2001:db8::1", Port: 20048, Net: "udp", Name: "mountd", State: "up", Calls: 4},
 		},
 		VIPs: []status.VIP{{Addr: "192.0.2.10", Index: 1, Epoch: 12, Verifier: "00000000000000c7", VerifierChanges: 1}},
+		Locks: []status.LockService{
+			{Addr: "2001:db8::1", Index: 2, NSMState: 3, Granted: 4, Hosts: 3, Grace: true, Remaining: 61 * time.Second, HostsReclaimed: 1,
+				Forgotten: 17, Notify: status.LockNotify{Total: 3, Notified: 1, Pending: 1, Failed: 1}},
+			{Addr: "192.0.2.10", Index: 1, NSMState: 7, Granted: 100000, Unconfirmed: 12, Waiting: 3, Shares: 2, Hosts: 40, Remaining: 42500 * time.Millisecond,
+				Notify:    status.LockNotify{Total: 40, Notified: 38, Pending: 2},
+				Callbacks: status.LockCallbacks{Sent: 1234, Pending: 1, Accepted: 1230, Refused: 2, Undelivered: 1, MeanMicro: 830.5},
+				Calls:     []status.LockCalls{{Outcome: status.LockCallGranted, Calls: 200000}, {Outcome: status.LockCallDenied, Calls: 5}}},
+		},
 		Exports: []status.Export{
 			{Path: "/home", Dir: "/", FSID: "8f3a000000000001", Source: "/etc/baton/exports:3", Clients: []status.ExportClient{
 				{Spec: "192.0.2.0/24", Options: "rw,secure,root_squash"}, {Spec: "*", Options: "ro,secure,root_squash"}}},
@@ -45,5 +53,27 @@ func Sample() *status.Status {
 			{Program: "nfs3", Name: "CREATE", Calls: 1000, Errors: 5, Replayed: 2, Time: 2 * time.Second, MeanMicro: 2000},
 			{Program: "mount3", Name: "MNT", Calls: 4},
 		},
+	}
+}
+
+// Locks returns entries of a lock table with something in every field.
+func Locks() []status.Lock {
+	at := time.Date(2030, 1, 2, 3, 0, 0, 0, time.UTC)
+	return []status.Lock{
+		{ID: 7, FID: "[0x2:0x5:0x0]", Path: "/home/mail box", Kind: status.LockWrite, Start: 0, End: 1<<63 - 1, ToEOF: true, Client: "host7",
+			ClientAddr: "192.0.2.77", Svid: 4242, OH: "34323432406e37", Addr: "192.0.2.10", State: "granted", Since: at, Age: 245 * time.Second},
+		{ID: 9, FID: "[0x2:0x6:0x0]", Kind: status.LockRead, Start: 100, End: 199, Client: "evil\x1b[2J", ClientAddr: "192.0.2.78", Svid: 1,
+			OH: "00ff", Addr: "192.0.2.10", State: "waiting", Since: at.Add(time.Minute), Age: 185 * time.Second},
+		{ID: 12, FID: "[0x2:0x6:0x0]", Kind: status.LockShare, Mode: "write", Access: "both", Client: "", ClientAddr: "2001:db8::7", OH: "",
+			Addr: "2001:db8::1", State: "unconfirmed", Since: at.Add(2 * time.Minute), Age: 125 * time.Second},
+	}
+}
+
+// LockHosts returns monitored clients with something in every field.
+func LockHosts() []status.LockHost {
+	at := time.Date(2030, 1, 1, 3, 0, 0, 0, time.UTC)
+	return []status.LockHost{
+		{Client: "host7", ClientAddr: "192.0.2.77", Addr: "192.0.2.10", State: 5, NSMState: 7, NotifiedState: 7, Notified: true, Locks: 1500, Since: at, Age: 24 * time.Hour},
+		{Client: "host8", ClientAddr: "192.0.2.78", Addr: "192.0.2.10", NSMState: 7, NotifiedState: 5, Since: at.Add(time.Hour), Age: 23 * time.Hour},
 	}
 }
