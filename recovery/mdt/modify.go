@@ -172,7 +172,9 @@ func (m *MDT) modify(req *wire.Request, rep *wire.Reply, done func()) {
 	}
 	changed := m.core.LastApplied() != applied
 	queued := false
-	if wait && !m.down.Load() {
+	if wait {
+		// Also when the target has failed meanwhile: the gate knows what is durable
+		// and turns the rest into errors.
 		queued = m.com.Gate(t.gateAt, rep, done)
 	} else {
 		rep.LastCommitted = m.com.LastCommitted()
