@@ -7,6 +7,7 @@ import (
 
 	"github.com/baton-nfs/baton/recovery/locks"
 	"github.com/baton-nfs/baton/recovery/store"
+	"github.com/baton-nfs/baton/recovery/target"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -126,6 +127,11 @@ func (t *tx) lockOp() wire.Status {
 			return wire.ErrInval
 		}
 		rep.Freed = uint32(m.locks.Free(now, a.Owner.LockHost, a.AllVIPs, uint32(req.Cookie)))
+		if rep.Freed > 0 {
+			// A client that has started again may use an XID again; the answer to
+			// its first life would tell it that it has a lock.
+			m.replies.Forget(t.batch(), req.VIP, wire.MakeReplyAddr(a.Owner.Addr), func(r *target.Record) bool { return r.Proc>>8 == wire.LockProgram })
+		}
 	case wire.OpLockRelease:
 		var n int
 		t.outcome, n = m.locks.Release(now, a.ID)

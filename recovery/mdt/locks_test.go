@@ -131,6 +131,24 @@ func TestLockTransactions(t *testing.T) {
 		t.Error("a repeated denied LOCK was executed")
 	}
 
+	t.Run("client restarted", func(t *testing.T) {
+		b.want(wire.OK, key(wire.OpLock, 4))
+		free := lockReq(wire.OpLockFree, wire.FID{}, a, 0, 0, false, false)
+		free.Cookie = 5
+		if rep := b.want(wire.OK, free); rep.Lock.Freed != 1 {
+			t.Fatalf("freed %d locks, want 1", rep.Lock.Freed)
+		}
+		b.close()
+		b.open()
+		// The same XID with the same arguments in its second life is a new call.
+		if rep := b.want(wire.OK, key(wire.OpLock, 4)); rep.Reconstructed {
+			t.Error("the first life's answer was given again")
+		}
+		if l := b.list(f); len(l) != 1 {
+			t.Errorf("%d locks, want 1", len(l))
+		}
+		b.want(wire.OK, lockReq(wire.OpUnlock, f, a, 0, 9, true, false))
+	})
 	t.Run("other objects", func(t *testing.T) {
 		d := b.mkdir(wire.RootFID, "d")
 		b.want(wire.ErrInval, lockReq(wire.OpLock, d, a, 0, 9, true, false))

@@ -180,6 +180,22 @@ func (r *Replies) Put(b store.Batch, vip uint32, k *wire.ReplyKey, rec Record) {
 	r.dropped = r.dropped[:0]
 }
 
+// Forget drops the records of a client that drop selects, those that are stored
+// in the batch given.
+func (r *Replies) Forget(b store.Batch, vip uint32, addr [16]byte, drop func(*Record) bool) {
+	c := r.clients[replyClient{vip, addr}]
+	if c == nil {
+		return
+	}
+	for i := range c.slots {
+		if s := &c.slots[i]; s.used && drop(&s.rec) {
+			c.set(i, Record{}) // no call has procedure 0
+			r.keyBuf = AppendReplyKey(r.keyBuf[:0], vip, addr, uint32(i))
+			b.Delete(r.keyBuf)
+		}
+	}
+}
+
 // ring finds or makes the ring of a client.
 func (r *Replies) ring(k replyClient) *clientRing {
 	c := r.clients[k]

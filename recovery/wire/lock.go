@@ -5,6 +5,9 @@ import (
 	"net/netip"
 )
 
+// LockProgram is the RPC program number of lock calls (NLM) in reply keys.
+const LockProgram = 100021
+
 // MaxLockOffset is the last byte of every range that reaches to the end of the
 // file, however long it becomes: 2^63-1, as in POSIX.
 const MaxLockOffset = 1<<63 - 1
