@@ -81,7 +81,13 @@ func cmpVIP(v *vip, num uint32) int {
 func (t *Table) makeVIP(num uint32) *vip {
 	i, ok := slices.BinarySearchFunc(t.vips, num, cmpVIP)
 	if !ok {
-		t.vips = slices.Insert(t.vips, i, &vip{num: num})
+		v := &vip{num: num}
+		if t.loaded && len(t.vips) > 0 {
+			// Every address that was ever served has a record, whose key tells
+			// its number even when it is damaged: this one has lost nothing.
+			v.damage = t.damage
+		}
+		t.vips = slices.Insert(t.vips, i, v)
 	}
 	return t.vips[i]
 }
@@ -403,7 +409,7 @@ func (t *Table) vipEntries(v *vip) []*entry {
 
 func (t *Table) info(v *vip, num uint32) wire.LockServiceInfo {
 	if v == nil {
-		return wire.LockServiceInfo{Damaged: t.damage > 0}
+		return wire.LockServiceInfo{Damaged: t.damage > 0 && len(t.vips) == 0}
 	}
 	i := wire.LockServiceInfo{
 		NSMState: v.state, WindowEnd: v.windowEnd, Grace: v.grace, Damaged: v.damage < t.damage,
@@ -413,7 +419,7 @@ func (t *Table) info(v *vip, num uint32) wire.LockServiceInfo {
 	for _, h := range t.hosts {
 		if h.v == v && h.rec {
 			i.Hosts++
-			if h.notified < v.state {
+			if h.notified < v.crash {
 				i.HostsUnnotified++
 			}
 		}
@@ -486,6 +492,7 @@ func (t *Table) Tick(now int64) {
 
 func (t *Table) advance(now int64) {
 	t.now = now
+	t.ops++
 	if n := t.NextTick(); n == 0 || now < n {
 		return
 	}

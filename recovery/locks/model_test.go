@@ -1,7 +1,6 @@
 package locks
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -24,6 +23,7 @@ type mRange struct {
 	kind              int
 	conf              uint32
 	barge             bool
+	asked             uint64 // when the request was made; 0 after a restart
 }
 
 type mShare struct {
@@ -55,10 +55,13 @@ type model struct {
 	pend   []mRange
 	wait   []mRange // in the order of the queue
 	shares []mShare
+	ops    uint64
+	// lastExcl tells by owner and file when an exclusive lock was given last.
+	lastExcl map[[2]int]uint64
 }
 
 func newModel(vips int, vipOf, hostOf []int, files int) *model {
-	m := &model{vips: make([]mVIP, vips), hosts: make([]mHost, len(vipOf)), vipOf: vipOf, hostOf: hostOf}
+	m := &model{vips: make([]mVIP, vips), hosts: make([]mHost, len(vipOf)), vipOf: vipOf, hostOf: hostOf, lastExcl: map[[2]int]uint64{}}
 	for range hostOf {
 		m.plain = append(m.plain, make([][span]cell, files))
 	}
@@ -200,14 +203,31 @@ func (m *model) set(r mRange) {
 	for i := r.s; i <= r.e; i++ {
 		m.plain[r.owner][r.file][i] = cell{r.kind, m.vip(r.owner).state}
 	}
+	m.gave(r)
 	m.pend = slices.DeleteFunc(m.pend, func(p mRange) bool { return r.inside(p) && p.kind == r.kind })
 	m.wait = slices.DeleteFunc(m.wait, func(w mRange) bool {
 		return w.owner == r.owner && w.file == r.file && w.s == r.s && w.e == r.e && r.kind >= w.kind
 	})
 }
 
-// confirm makes what the owner has in r confirmed and at least as strong.
+func (m *model) gave(r mRange) {
+	m.ops++
+	if r.kind == 2 {
+		m.lastExcl[[2]int{r.owner, r.file}] = m.ops
+	}
+}
+
+// confirm makes what the owner has in r confirmed, and of r's kind or, when an
+// exclusive lock may be newer than the request for r, at least as strong.
 func (m *model) confirm(r mRange) {
+	if r.asked > m.lastExcl[[2]int{r.owner, r.file}] {
+		for i := r.s; i <= r.e; i++ {
+			m.plain[r.owner][r.file][i] = cell{r.kind, m.vip(r.owner).state}
+		}
+		m.gave(r)
+		return
+	}
+	defer m.gave(r)
 	for i := r.s; i <= r.e; i++ {
 		c := &m.plain[r.owner][r.file][i]
 		*c = cell{max(c.kind, r.kind), m.vip(r.owner).state}
@@ -419,6 +439,8 @@ func (m *model) lock(r mRange, block, reclaim, monitor bool) wire.Status {
 		}
 		if len(held)+len(ahead) > 0 {
 			if at < 0 {
+				m.ops++
+				r.asked = m.ops
 				m.wait = append(m.wait, r)
 			} else {
 				m.wait[at].barge = r.barge
@@ -439,6 +461,7 @@ func (m *model) lock(r mRange, block, reclaim, monitor bool) wire.Status {
 
 func (m *model) accept(p mRange) {
 	i := slices.IndexFunc(m.pend, p.same)
+	p = m.pend[i]
 	m.pend = slices.Delete(m.pend, i, i+1)
 	m.confirm(p)
 }
@@ -605,8 +628,4 @@ func (m *model) text() string {
 		}
 	}
 	return b.String()
-}
-
-func byRange(a, b mRange) int {
-	return cmp.Or(cmp.Compare(a.owner, b.owner), cmp.Compare(a.file, b.file), cmp.Compare(a.s, b.s), cmp.Compare(a.e, b.e), cmp.Compare(a.kind, b.kind))
 }

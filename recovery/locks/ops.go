@@ -127,9 +127,10 @@ func (t *Table) grant(f *file, o *owner, r wire.LockRange, excl bool) {
 				t.free(e)
 			}
 		}
-		return
+	} else {
+		t.set(f, o, r, excl, nil)
 	}
-	t.set(f, o, r, excl, nil)
+	t.gave(f, o, excl)
 }
 
 // reclaim is Lock for what the client says to have held before.
@@ -185,7 +186,7 @@ func (t *Table) Test(now int64, fid wire.FID, a *wire.LockArgs) (wire.Status, wi
 	if e := t.conflict(f, o, a.Range, a.Exclusive, now); e != nil {
 		return wire.ErrLockDenied, e.holder()
 	}
-	if v := t.findVIP(k.VIP); v == nil && t.damage > 0 || v != nil && (v.damage < t.damage || v.grace && now < v.windowEnd) {
+	if v := t.findVIP(k.VIP); v == nil && t.damage > 0 && len(t.vips) == 0 || v != nil && (v.damage < t.damage || v.grace && now < v.windowEnd) {
 		return wire.ErrLockGrace, none
 	}
 	if fo := t.fos[foKey{f, o}]; t.graces > 0 && (fo == nil || !fo.covers(a.Range, a.Exclusive)) {
@@ -593,12 +594,21 @@ func (t *Table) set(f *file, o *owner, r wire.LockRange, excl bool, reuse *entry
 	}
 }
 
+// gave notes that the owner has got a lock just now.
+func (t *Table) gave(f *file, o *owner, excl bool) {
+	if fo := t.fos[foKey{f, o}]; fo != nil && excl {
+		fo.lastExcl = t.ops
+	}
+}
+
 // adopt makes a pending entry, or the given parts of it, an ordinary confirmed
-// lock. It takes away nothing that the owner has: where that is exclusive it
-// stays exclusive, because which of two locks the client took last is unknown.
+// lock. A shared one replaces what the owner has, as a request that is granted at
+// once would. But where that is exclusive, and may have been got after the
+// request for the pending one was made, it stays: which of the two the client
+// means is unknown then.
 func (t *Table) adopt(e *entry, parts ...wire.LockRange) {
 	f, o := e.f, e.o
-	if !e.excl {
+	if !e.excl && e.asked <= t.fos[foKey{f, o}].lastExcl {
 		var gaps []wire.LockRange
 		for _, p := range parts {
 			at, done := p.Start, false
@@ -635,6 +645,7 @@ func (t *Table) adopt(e *entry, parts ...wire.LockRange) {
 			t.set(f, o, p, excl, nil)
 		}
 	}
+	t.gave(f, o, excl)
 }
 
 // free removes an entry and notes what waiting requests may profit.
@@ -655,6 +666,6 @@ func (t *Table) cut(e *entry, r wire.LockRange) {
 	t.index(e)
 	t.touch(e)
 	if len(parts) > 1 {
-		t.add(&entry{f: e.f, o: e.o, r: parts[1], since: e.since, note: e.note, conf: e.conf, state: e.state, excl: e.excl})
+		t.add(&entry{f: e.f, o: e.o, r: parts[1], since: e.since, note: e.note, conf: e.conf, state: e.state, excl: e.excl, asked: e.asked})
 	}
 }

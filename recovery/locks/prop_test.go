@@ -28,10 +28,11 @@ type rig struct {
 	pick  func(n int) int
 	lim   Limits
 	trace []string
+	seen  map[string]int // what came up
 }
 
 func newRig(t testing.TB, pick func(int) int) *rig {
-	r := &rig{t: t, pick: pick, store: map[string]string{}, lim: Limits{HostIdle: 100 * sec}}
+	r := &rig{t: t, pick: pick, store: map[string]string{}, seen: map[string]int{}, lim: Limits{HostIdle: 100 * sec}}
 	r.tb = New(r.lim, 1)
 	r.tb.Loaded(1)
 	// Hosts 0 and 2 differ in the service address alone; 0 and 1 in the name.
@@ -327,6 +328,16 @@ func (r *rig) step() {
 		}
 	}
 	r.trace = append(r.trace, fmt.Sprintf("%d: %s -> %v", now/sec, name, got))
+	r.seen[got.String()]++
+	if strings.Contains(before, "?") && !strings.Contains(r.m.text(), "?") {
+		r.seen["all confirmed"]++
+	}
+	if strings.Contains(r.m.text(), "barge=true") {
+		r.seen["barge"]++
+	}
+	if strings.Contains(before, "grace=true") && !strings.Contains(r.m.text(), "grace=true") {
+		r.seen["end of grace"]++
+	}
 	if got != want {
 		r.fail("%s gives %v, model %v\n%s", name, got, want, before)
 	}
@@ -373,8 +384,13 @@ func (r *rig) restart() {
 		}
 	}
 	tb.Loaded(r.m.now)
-	// What does not outlive a process: since when hosts hold nothing, and who
-	// has reclaimed.
+	// What does not outlive a process: since when hosts hold nothing, who has
+	// reclaimed, and in which order an owner asked.
+	for _, l := range [][]mRange{r.m.wait, r.m.pend} {
+		for i := range l {
+			l[i].asked = 0
+		}
+	}
 	for i := range r.m.hosts {
 		r.m.hosts[i].idleSince = 0
 	}
@@ -618,10 +634,11 @@ func checkTree(t *tree) string {
 
 // TestModel runs random operations on a table and on a naive model of it.
 func TestModel(t *testing.T) {
-	seeds, steps := 40, 1500
+	seeds, steps := 16, 1500
 	if testing.Short() {
-		seeds, steps = 8, 600
+		seeds, steps = 6, 600
 	}
+	seen := map[string]int{}
 	for i := range seeds {
 		seed := uint64(i)
 		if *seedFlag != 0 {
@@ -640,8 +657,17 @@ func TestModel(t *testing.T) {
 			for range steps {
 				r.step()
 			}
+			for k, n := range r.seen {
+				seen[k] += n
+			}
 		}()
 	}
+	for _, k := range []string{"OK", "LOCK_DENIED", "LOCK_BLOCKED", "LOCK_DEADLOCK", "LOCK_GRACE", "barge", "all confirmed", "end of grace"} {
+		if seen[k] < 5 && *seedFlag == 0 {
+			t.Errorf("%q came up %d times", k, seen[k])
+		}
+	}
+	t.Log(seen)
 }
 
 // FuzzTable drives the table and the model with operations from bytes.

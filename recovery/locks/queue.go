@@ -32,7 +32,7 @@ func (t *Table) enqueue(w *entry, fid wire.FID, k *wire.LockOwner, a *wire.LockA
 		}
 		o := t.makeOwner(k)
 		w = t.add(&entry{f: t.makeFile(fid), o: o, r: a.Range, excl: a.Exclusive, barge: barge, state: wire.LockWaiting,
-			since: t.now, conf: o.h.v.state, note: slices.Clone(a.Note)})
+			since: t.now, conf: o.h.v.state, note: slices.Clone(a.Note), asked: t.ops})
 	} else if barge != w.barge || !slices.Equal(w.note, a.Note) {
 		w.barge, w.note = barge, slices.Clone(a.Note)
 		t.touch(w)

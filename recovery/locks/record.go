@@ -29,6 +29,8 @@ const (
 	kindEntry = 'l'
 
 	recordVersion = 1
+
+	maxID = 1 << 63 // counters in records are below
 )
 
 // ErrRecord is wrapped by all errors of Load and DecodeRecord.
@@ -245,11 +247,12 @@ func DecodeRecord(key, value []byte) (any, error) {
 	ok := true
 	switch key[1] {
 	case kindMeta:
-		rec = &MetaRecord{Damage: v.u64(), HostDamage: v.u64(), Reserved: v.u64()}
+		x := &MetaRecord{Damage: v.u64(), HostDamage: v.u64(), Reserved: v.u64()}
+		rec, ok = x, max(x.Damage, x.HostDamage, x.Reserved) < maxID
 	case kindVIP:
 		f := v.flags(2)
 		x := &VIPRecord{VIP: k.u32(), Grace: f[0], NoEarly: f[1], State: v.u32(), Crash: v.u32(), WindowEnd: int64(v.u64()), Damage: v.u64()}
-		rec, ok = x, x.WindowEnd >= 0 && x.Crash <= x.State
+		rec, ok = x, x.WindowEnd >= 0 && x.Crash <= x.State && x.Damage < maxID
 	case kindHost:
 		h := &HostRecord{Sticky: v.flags(1)[0]}
 		h.Host.Host = wire.LockHost{VIP: k.u32(), Addr: k.addr(), Name: string(k.b)}
@@ -288,7 +291,7 @@ func decodeEntry(k, v *reader) (*EntryRecord, bool) {
 	h.Owner.OH = string(v.bytes(wire.MaxLockOwnerOH))
 	e.Note = v.bytes(wire.MaxLockNote)
 	switch {
-	case h.ID == 0 || !h.Range.Valid() || h.FID.IsZero() || e.Barge && h.State != wire.LockWaiting:
+	case h.ID == 0 || h.ID >= maxID || !h.Range.Valid() || h.FID.IsZero() || e.Barge && h.State != wire.LockWaiting:
 		return e, false
 	case h.Share:
 		return e, h.State == wire.LockGranted && h.Range == wire.LockRange{} && h.Owner.Svid == 0 &&
@@ -416,6 +419,7 @@ func (t *Table) Load(key, value []byte) error {
 // handed out by Take like others.
 func (t *Table) Loaded(now int64) {
 	t.now = now
+	defer func() { t.loaded = true }()
 	slices.SortFunc(t.loading, byID)
 	last := uint64(0)
 	if n := len(t.loading); n > 0 {
@@ -437,7 +441,10 @@ func (t *Table) Loaded(now int64) {
 		t.damage++
 		t.metaDirty = true
 		for _, k := range t.lost {
-			if len(k) < 2 || k[1] != kindEntry && k[1] != kindVIP {
+			switch {
+			case len(k) == 6 && k[1] == kindVIP:
+				t.makeVIP(binary.BigEndian.Uint32(k[2:]))
+			case len(k) < 2 || k[1] != kindEntry:
 				t.hostDamage = t.damage
 			}
 		}
@@ -459,8 +466,5 @@ func (t *Table) Loaded(now int64) {
 			t.startGrace(v)
 		}
 	}
-	t.granted = false
-	for _, v := range t.vips {
-		t.granted = t.granted || v.pending > 0
-	}
+	t.granted = slices.ContainsFunc(t.vips, func(v *vip) bool { return v.pending > 0 })
 }

@@ -77,7 +77,8 @@ type Table struct {
 	freedFiles         []*file
 	idleHead, idleTail *host
 	granted            bool
-	now                int64 // of the running operation
+	now                int64  // of the running operation
+	ops                uint64 // operations since the start
 
 	metaDirty  bool
 	dirtyVIPs  []*vip
@@ -85,6 +86,7 @@ type Table struct {
 	dirty      []*entry
 	lost       [][]byte // keys of damaged records to delete
 	loading    []*entry
+	loaded     bool
 	enc        []byte
 	mark       uint64 // of the deadlock search
 	stack      []*owner
@@ -103,6 +105,7 @@ type entry struct {
 	r     wire.LockRange
 	since int64
 	seq   uint64 // of the grant, LockGrantPending only
+	asked uint64 // Table.ops when the request came; 0 after a restart; waiting and pending
 	note  []byte // waiting and pending
 	conf  uint32 // NSM state in which it was confirmed
 	prio  uint32
@@ -156,6 +159,8 @@ type fileOwner struct {
 	own     tree // held and acknowledged; disjoint
 	pending []*entry
 	waiting []*entry
+	// lastExcl is Table.ops when an exclusive lock was last given here.
+	lastExcl uint64
 }
 
 type owner struct {

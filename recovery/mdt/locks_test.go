@@ -395,6 +395,7 @@ var lockModel = porcupine.Model{
 // call that waits ends when the callback has been taken.
 func TestLocksAreLinearizable(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
+	t.Log("seed", seed)
 	rounds, calls := 20, 40
 	if testing.Short() {
 		rounds = 6
@@ -455,7 +456,12 @@ func TestLocksAreLinearizable(t *testing.T) {
 						case wire.ErrLockDeadlock: // denied because it was in the way of others
 							op.Output = false
 						case wire.ErrLockBlocked:
-							<-granted[o]
+							select {
+							case <-granted[o]:
+							case <-time.After(time.Minute):
+								t.Errorf("seed %d, round %d: owner %d waits for ever: %+v", seed, round, o, b.list(f))
+								return
+							}
 							op.Output = true
 						default:
 							t.Errorf("seed %d: %v", seed, st)
@@ -476,8 +482,17 @@ func TestLocksAreLinearizable(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		<-b.poll(math.MaxUint64)
-		pollers.Wait()
+		// The poller may be between two polls, which the end of a poll misses.
+		ended := make(chan struct{})
+		go func() { pollers.Wait(); close(ended) }()
+		for done := false; !done; {
+			<-b.poll(math.MaxUint64)
+			select {
+			case <-ended:
+				done = true
+			case <-time.After(time.Millisecond):
+			}
+		}
 		if r := porcupine.CheckOperationsTimeout(lockModel, history, time.Minute); r != porcupine.Ok {
 			slices.SortFunc(history, func(a, b porcupine.Operation) int { return int(a.Call - b.Call) })
 			for _, o := range history {

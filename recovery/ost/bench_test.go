@@ -80,6 +80,21 @@ func BenchmarkWrite4K32(b *testing.B)         { benchWrite(b, 32, wire.Unstable)
 func BenchmarkWrite4KFileSync1(b *testing.B)  { benchWrite(b, 1, wire.FileSync) }
 func BenchmarkWrite4KFileSync32(b *testing.B) { benchWrite(b, 32, wire.FileSync) }
 
+// BenchmarkWrite4KFileSyncOld32 overwrites blocks of 32 objects.
+func BenchmarkWrite4KFileSyncOld32(b *testing.B) {
+	g := benchTarget(b)
+	buf := make([]byte, 8<<20)
+	for i := range uint32(32) {
+		want(b, write(g, fid(i+1), 0, buf, wire.FileSync), wire.OK)
+	}
+	buf = buf[:4096]
+	var next atomic.Uint32
+	pump(b, g, 32, func(r *rand.Rand, q *wire.Request) {
+		q.Op, q.FID, q.Offset, q.Bulk, q.Stable = wire.OpWrite, fid(next.Add(1)%32+1), uint64(r.IntN(2048))*4096, buf, wire.FileSync
+	})
+	b.ReportMetric(float64(g.Stats().Flushes)/float64(b.N), "flushes/op")
+}
+
 // BenchmarkWrite4KFileSyncFiles32 makes a new object with every stable write.
 func BenchmarkWrite4KFileSyncFiles32(b *testing.B) {
 	g := benchTarget(b)

@@ -113,8 +113,18 @@ func (t *Target) syncObject(o *object, w waiter) (clean bool) {
 	return false
 }
 
-// enqueue gives o to be flushed; those that come together share a flush.
-func (t *Target) enqueue(o *object) { t.gather.push(o) }
+// enqueue gives o to be flushed. A new object needs a commit of the file
+// system's journal, so new ones that come together share one. The others need
+// no more than their own blocks on the disk: a syncfs would make them wait for
+// each other and for a journal commit, while flushes of their own run side by
+// side and the disk joins their barriers.
+func (t *Target) enqueue(o *object) {
+	if o.entryNew.Load() {
+		t.gather.push(o)
+	} else {
+		t.queue.push(o)
+	}
+}
 
 // startFlush takes the group that gathered. Called with smu held and flushing
 // false.
@@ -275,8 +285,8 @@ func (t *Target) prepare(o *object) (s snapshot, err error) {
 			}
 		}
 	}
-	s.entryNew, s.segNames = o.entryNew, o.segDirNew
-	o.entryNew, o.segDirNew = false, false
+	s.entryNew, s.segNames = o.entryNew.Swap(false), o.segDirNew
+	o.segDirNew = false
 	s.punched, s.punchSeq = o.punchInst != 0, o.punchSeq
 	return s, nil
 }
@@ -299,7 +309,9 @@ func (t *Target) finish(o *object, s *snapshot, err error) {
 		}
 		s.first.dirty.Store(true)
 		o.hdrDirty = true
-		o.entryNew = o.entryNew || s.entryNew
+		if s.entryNew {
+			o.entryNew.Store(true)
+		}
 		o.segDirNew = o.segDirNew || s.segNames
 		return
 	}

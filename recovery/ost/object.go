@@ -59,8 +59,8 @@ type object struct {
 	lastSeg    uint32
 	multi      bool
 	hdrDirty   bool
-	entryNew   bool // name in the fan-out directory is not durable
-	segDirNew  bool // names in the segment directory are not durable
+	entryNew   atomic.Bool // name in the fan-out directory is not durable; changed under mu
+	segDirNew  bool        // names in the segment directory are not durable
 	segDirMade bool
 	inFlush    bool
 	zombies    []int // descriptors to close after the flush
@@ -479,7 +479,7 @@ func (t *Target) openSeg(o *object, idx uint32, create bool) (*seg, error) {
 		if err != nil && err != unix.EEXIST {
 			return nil, fmt.Errorf("make segment directory: %w", err)
 		}
-		o.entryNew = true
+		o.entryNew.Store(true)
 		t.dirs[o.key.dir()].changed()
 		if err := t.loadSegDir(o); err != nil {
 			return nil, err
@@ -523,7 +523,8 @@ func (t *Target) createFirst(o *object) (*seg, error) {
 		t.closeFD(fd)
 		return nil, err
 	}
-	o.exists, o.entryNew = true, true
+	o.exists = true
+	o.entryNew.Store(true)
 	t.dirs[o.key.dir()].changed()
 	return s, nil
 }
