@@ -68,6 +68,10 @@ func (s *Baton) config() (toml, exports string) {
 		}
 		fmt.Fprintf(&e, "%s *(%s,%s,insecure,dir=/)\n", x.Path, mode, squash)
 	}
+	locks := ""
+	if s.c.MaxLocks != 0 {
+		locks = fmt.Sprintf("[locks]\nmax_per_client = %d\n", s.c.MaxLocks)
+	}
 	return fmt.Sprintf(`data_dir = %q
 [nfs]
 addresses = [%q]
@@ -79,7 +83,7 @@ file = %q
 mode = %q
 [http]
 address = ""
-`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), s.c.NFSPort, s.c.MountPort, filepath.Join(s.c.Dir, "exports"), s.rpcbind), e.String()
+%s`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), s.c.NFSPort, s.c.MountPort, filepath.Join(s.c.Dir, "exports"), s.rpcbind, locks), e.String()
 }
 
 // Start writes the configuration and starts the server.

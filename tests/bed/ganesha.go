@@ -16,6 +16,7 @@ type Ganesha struct {
 	c       Config
 	proc    *Proc
 	rpcbind *Proc
+	statd   *Proc // with Config.Locks
 	// Root is the directory below which exports are stored, one directory per
 	// export. NewGanesha sets it to Dir/export; change it before Start to
 	// store them on another file system.
@@ -25,9 +26,13 @@ type Ganesha struct {
 // NewGanesha makes a Ganesha server; the error wraps ErrUnavailable if the
 // packages are missing.
 func NewGanesha(c Config) (*Ganesha, error) {
-	for _, p := range []string{"ganesha.nfsd", "rpcbind"} {
+	progs := []string{"ganesha.nfsd", "rpcbind"}
+	if c.Locks {
+		progs = append(progs, "rpc.statd", "sm-notify")
+	}
+	for _, p := range progs {
 		if _, err := LookPath(p); err != nil {
-			return nil, fmt.Errorf("bed: packages nfs-ganesha, nfs-ganesha-vfs, rpcbind: %w", err)
+			return nil, fmt.Errorf("bed: packages nfs-ganesha, nfs-ganesha-vfs, rpcbind, nfs-common: %w", err)
 		}
 	}
 	return &Ganesha{c: c, Root: filepath.Join(c.Dir, "export")}, nil
@@ -49,6 +54,10 @@ func (g *Ganesha) Pid() int {
 
 func (g *Ganesha) config() string {
 	var b strings.Builder
+	recovery := "Graceless = true;"
+	if g.c.Locks {
+		recovery = "Graceless = false; Lease_Lifetime = 5; Grace_Period = 8;"
+	}
 	fmt.Fprintf(&b, `NFS_CORE_PARAM {
 	Protocols = 3;
 	mount_path_pseudo = true;
@@ -57,10 +66,10 @@ func (g *Ganesha) config() string {
 	Enable_NLM = true;
 	Enable_RQUOTA = false;
 }
-NFSv4 { Graceless = true; RecoveryRoot = "%s"; }
+NFSv4 { %s RecoveryRoot = "%s"; }
 EXPORT_DEFAULTS { Access_Type = RW; Squash = No_Root_Squash; SecType = sys, none; Protocols = 3; Transports = TCP, UDP; }
 LOG { Default_Log_Level = EVENT; }
-`, NFSPort, MountPort, filepath.Join(g.c.Dir, "recov"))
+`, NFSPort, MountPort, recovery, filepath.Join(g.c.Dir, "recov"))
 	for i, e := range g.c.Exports {
 		access, squash := "RW", "No_Root_Squash"
 		if e.ReadOnly {
@@ -108,6 +117,12 @@ func (g *Ganesha) Start(ctx context.Context) error {
 			}
 		}
 	}
+	restart := g.statd != nil
+	if g.c.Locks {
+		if err := g.startStatd(ctx); err != nil {
+			return err
+		}
+	}
 	cmd := Command("ganesha.nfsd", "-F", "-f", conf, "-L", g.logFile(), "-p", filepath.Join(g.c.Dir, "ganesha.pid"), "-N", "NIV_EVENT")
 	p, err := g.c.Node.Spawn(cmd)
 	if err != nil {
@@ -117,7 +132,50 @@ func (g *Ganesha) Start(ctx context.Context) error {
 	if err := waitAnswers(ctx, g.c.Node, g.c.Addr, NFSPort, MountPort, p); err != nil {
 		return fmt.Errorf("%w\n%s", err, g.Log())
 	}
+	if restart {
+		return g.notify(ctx)
+	}
 	return nil
+}
+
+// nsmDir holds, inside the node, the monitor list that a restarted Ganesha
+// makes statd forget.
+const nsmDir = "/run/nsm"
+
+// startStatd starts rpc.statd, without which Ganesha gives no locks, or saves the
+// list of the one that runs already.
+func (g *Ganesha) startStatd(ctx context.Context) error {
+	if g.statd != nil {
+		if _, err := g.c.Node.Run(ctx, "sh", "-c", "mkdir -p "+nsmDir+"/sm "+nsmDir+"/sm.bak && cp -p /var/lib/nfs/sm/* "+nsmDir+"/sm/ 2>/dev/null; chown -R statd "+nsmDir); err != nil {
+			return err
+		}
+		return nil
+	}
+	p, err := g.c.Node.Spawn(Command("rpc.statd", "-F", "--no-notify"))
+	if err != nil {
+		return err
+	}
+	g.statd = p
+	for {
+		out, err := g.c.Node.Run(ctx, "rpcinfo", "-p", "127.0.0.1")
+		if err == nil && strings.Contains(string(out), "100024") {
+			return nil
+		}
+		select {
+		case <-p.Done():
+			return fmt.Errorf("bed: rpc.statd ended: %v", p.Err())
+		case <-ctx.Done():
+			return fmt.Errorf("bed: rpc.statd does not register: %w", ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// notify does what an operator has to do for a restarted Ganesha: tell its lock
+// clients. It goes on in the background.
+func (g *Ganesha) notify(ctx context.Context) error {
+	_, err := g.c.Node.Run(ctx, "sm-notify", "-f", "-P", nsmDir)
+	return err
 }
 
 func (g *Ganesha) logFile() string { return filepath.Join(g.c.Dir, "ganesha.log") }
@@ -139,6 +197,10 @@ func (g *Ganesha) Stop() error {
 	if g.proc != nil {
 		g.proc.Stop(2 * time.Second)
 		g.proc = nil
+	}
+	if g.statd != nil {
+		g.statd.Kill()
+		g.statd = nil
 	}
 	if g.rpcbind != nil {
 		g.rpcbind.Kill()

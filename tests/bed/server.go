@@ -31,6 +31,13 @@ type Config struct {
 	// Exports are the exported directories. Ganesha keeps one directory for
 	// each, baton exports the root of its one file system under each name.
 	Exports []Export
+	// Locks makes Ganesha ready for clients that lock: rpc.statd runs beside it, a
+	// restarted server tells the clients through sm-notify, and there is a grace
+	// period for reclaims. baton needs nothing besides itself.
+	Locks bool
+	// MaxLocks is how many locks one client may hold; 0 is the server's default
+	// (baton only, Ganesha has no limit).
+	MaxLocks int
 	// NFSPort and MountPort are used if they are not 0; then the server
 	// neither answers as rpcbind nor registers anywhere (baton only).
 	NFSPort, MountPort int

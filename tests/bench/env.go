@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -33,17 +34,23 @@ type env struct {
 	root    []byte
 	data    []byte // 1 MiB of content
 	serial  int
+
+	nlm   []*nfsload.Conn // four, if the lock manager's rows are to run
+	noNLM error           // why there are none though they are
+	hold  int             // locks that the row nlmheld holds
+	held  *heldLocks
+	fills []lockFill
 }
 
 const benchAddr = "10.77.0.1"
 
 // newEnv starts a server in a node of its own, below dir.
-func newEnv(ctx context.Context, name, dir string, seconds time.Duration, batch bool) (e *env, err error) {
+func newEnv(ctx context.Context, name, dir string, o options) (_ *env, err error) {
 	node, err := bed.NewNode(name)
 	if err != nil {
 		return nil, err
 	}
-	e = &env{name: name, node: node, seconds: seconds, data: make([]byte, mib)}
+	e := &env{name: name, node: node, seconds: o.seconds, hold: o.held, data: make([]byte, mib)}
 	for i := range e.data {
 		e.data[i] = byte(i*7 + 1) // every page begins with the same byte
 	}
@@ -56,6 +63,10 @@ func newEnv(ctx context.Context, name, dir string, seconds time.Duration, batch 
 		return nil, err
 	}
 	c := bed.Config{Node: node, Dir: filepath.Join(dir, name), Addr: netip.MustParseAddr(benchAddr), Exports: []bed.Export{{Path: "/bench"}}}
+	// Only these rows pay for Ganesha's grace period.
+	if c.Locks = name != dirsyncServer && o.nlm(); c.Locks {
+		c.MaxLocks = o.held + 10000 // what is timed comes on top
+	}
 	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -95,8 +106,13 @@ func newEnv(ctx context.Context, name, dir string, seconds time.Duration, batch 
 			return nil, fmt.Errorf("connect to %s: %w", name, err)
 		}
 		conn := nfsload.NewConn(nc, nfsload.ProgNFS)
-		conn.Batch = batch
+		conn.Batch = o.batch
 		e.conns = append(e.conns, conn)
+	}
+	if c.Locks {
+		if err := e.connectNLM(ctx, o.batch); err != nil {
+			return nil, err
+		}
 	}
 	return e, nil
 }
@@ -156,7 +172,7 @@ func freshDisk(dir string) (string, error) {
 }
 
 func (e *env) close() {
-	for _, c := range e.conns {
+	for _, c := range slices.Concat(e.conns, e.nlm) {
 		c.Close()
 	}
 	if e.srv != nil && e.srv.Pid() != 0 {

@@ -34,7 +34,13 @@ type options struct {
 	rounds        int
 	seconds       time.Duration
 	scale         []int
+	held          int
 	image, batch  bool
+}
+
+// nlm tells whether a row needs the lock manager.
+func (o *options) nlm() bool {
+	return slices.ContainsFunc(rows, func(r row) bool { return r.nlm && slices.Contains(o.rows, r.key) })
 }
 
 func main() {
@@ -44,12 +50,13 @@ func main() {
 	rounds := flag.Int("rounds", 3, "rounds; medians are printed")
 	seconds := flag.Float64("seconds", 3, "seconds for each measurement")
 	scaleMax := flag.Int("scale", 0, "also measure one directory of 1,000 files and ten times as many up to this number; 0 for not")
+	held := flag.Int("held", 100000, "locks that are held in the row nlmheld")
 	disk := flag.String("disk", "image", "where the servers store their data: image (a new ext4 in a file, mounted over a loop device) or dir (a directory); both below $"+bed.TestDirEnv+" or the temporary directory")
 	batch := flag.Bool("batch", false, "write all calls of a connection that are due at once; the default writes each by itself, as calls that come one by one do")
 	jsonFile := flag.String("json", "", "also write everything to this file")
 	mdFile := flag.String("markdown", "", "also write the tables to this file")
 	flag.Parse()
-	o := options{batch: *batch, servers: strings.Split(*servers, ","), rounds: *rounds, concs: strings.Split(*concs, ","), seconds: time.Duration(*seconds * float64(time.Second))}
+	o := options{held: max(1, *held), batch: *batch, servers: strings.Split(*servers, ","), rounds: *rounds, concs: strings.Split(*concs, ","), seconds: time.Duration(*seconds * float64(time.Second))}
 	switch *rowsFlag {
 	case "all":
 		o.rows = strings.Split(rowKeys(), ",")
@@ -153,11 +160,16 @@ func run(ctx context.Context, o options) (*report, error) {
 		}
 	}()
 	for _, s := range o.servers {
-		e, err := newEnv(ctx, s, data, o.seconds, o.batch)
+		e, err := newEnv(ctx, s, data, o)
 		if err != nil {
 			return nil, fmt.Errorf("start %s: %w", s, err)
 		}
 		envs[s] = e
+		if e.noNLM != nil {
+			note := fmt.Sprintf("%s has no lock manager (%v): its NLM rows are missing.", s, e.noNLM)
+			rep.Notes = append(rep.Notes, note)
+			fmt.Fprintln(logTo, note)
+		}
 	}
 	found := map[string]*result{}
 	for round := range o.rounds {
@@ -172,7 +184,7 @@ func run(ctx context.Context, o options) (*report, error) {
 					continue
 				}
 				for _, s := range o.servers {
-					if s == dirsyncServer && !r.metadata {
+					if !envs[s].runs(r) {
 						continue
 					}
 					if ctx.Err() != nil {
@@ -203,6 +215,13 @@ func run(ctx context.Context, o options) (*report, error) {
 					}
 				}
 			}
+			if r.after != nil {
+				for _, s := range o.servers {
+					if err := r.after(envs[s]); err != nil {
+						return nil, fmt.Errorf("%s: %w\n%s", s, err, envs[s].srv.Log())
+					}
+				}
+			}
 			order += len(r.names) * len(r.concs)
 		}
 	}
@@ -212,6 +231,7 @@ func run(ctx context.Context, o options) (*report, error) {
 			return nil, err
 		}
 		rep.Memory = append(rep.Memory, memory{s, u.RSS, u.PeakRSS})
+		rep.Locks = append(rep.Locks, envs[s].fills...)
 	}
 	if len(o.scale) > 0 {
 		for _, s := range o.servers {
@@ -226,6 +246,14 @@ func run(ctx context.Context, o options) (*report, error) {
 		}
 	}
 	return rep, nil
+}
+
+// runs tells whether the row is for this server.
+func (e *env) runs(r *row) bool {
+	if r.nlm {
+		return e.nlm != nil
+	}
+	return e.name != dirsyncServer || r.metadata
 }
 
 func usage(e *env) (bed.Usage, error) { return bed.ProcUsage(e.srv.Pid()) }

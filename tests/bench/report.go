@@ -38,6 +38,9 @@ type report struct {
 	Results []*result    `json:"results"`
 	Memory  []memory     `json:"memory"`
 	Scale   []scalePoint `json:"scale,omitempty"`
+	Locks   []lockFill   `json:"locks,omitempty"` // one for each round and server
+	// Notes say what could not be measured.
+	Notes []string `json:"notes,omitempty"`
 }
 
 func median(v []float64) float64 {
@@ -137,6 +140,27 @@ func (r *report) markdown(w io.Writer, servers []string) {
 			table = append(table, []string{m.Server, fmt.Sprint(m.RSS >> 20), fmt.Sprint(m.PeakRSS >> 20)})
 		}
 		writeTable(w, table)
+	}
+	if len(r.Locks) > 0 {
+		table = [][]string{{"server", "locks held", "LOCK/s while taking them (4x16)", "RSS MiB before", "RSS MiB after"}}
+		for _, s := range servers {
+			var rate, before, after []float64
+			held := 0
+			for _, f := range r.Locks {
+				if f.Server == s {
+					held = f.Held
+					rate, before, after = append(rate, f.Rate), append(before, float64(f.Before>>20)), append(after, float64(f.After>>20))
+				}
+			}
+			if len(rate) > 0 {
+				// Memory of the first round: later ones reuse what was freed.
+				table = append(table, []string{s, human(float64(held)), human(median(rate)), human(before[0]), human(after[0])})
+			}
+		}
+		writeTable(w, table)
+	}
+	for _, n := range r.Notes {
+		fmt.Fprintf(w, "%s\n\n", n)
 	}
 	if len(r.Scale) > 0 {
 		table = [][]string{{"files in one directory", "server", "fill/s (4x16)", "LOOKUP/s", "GETATTR/s", "CREATE/s", "REMOVE/s", "READDIRPLUS µs/entry", "RSS MiB"}}

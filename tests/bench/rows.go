@@ -39,7 +39,11 @@ type row struct {
 	concs []conc
 	// metadata rows are also run against the peer with synchronous directories.
 	metadata bool
-	run      func(e *env, dir []byte, c conc) ([]outcome, error)
+	// nlm rows need the server's lock manager.
+	nlm bool
+	run func(e *env, dir []byte, c conc) ([]outcome, error)
+	// after, if not nil, ends what the runs of one round left for each other.
+	after func(e *env) error
 }
 
 const (
@@ -63,12 +67,19 @@ var rows = []row{
 	{key: "crwrite", names: []string{"create + write 4 KiB + COMMIT"}, concs: allConcs, metadata: true, run: createWrite},
 	{key: "names", names: []string{"CREATE", "RENAME", "REMOVE"}, concs: allConcs, metadata: true, run: nameOps},
 	{key: "readdirplus", names: []string{"READDIRPLUS, entries of 10,000"}, concs: allConcs, run: readdirplus},
+	{key: "nlm", names: []string{"NLM TEST", "NLM LOCK + UNLOCK, pairs"}, nlm: true, concs: allConcs, run: nlmFree},
+	{key: "nlmheld", names: []string{"NLM TEST, many locks held", "NLM LOCK + UNLOCK, pairs, many locks held"}, nlm: true, concs: allConcs, run: nlmHeld, after: (*env).releaseLocks},
 }
 
 // timed runs one worker on each connection for the row's time, then, inside
 // the measurement, final on each connection.
 func (e *env) timed(c conc, worker func(i int) nfsload.Worker, final func(i int, conn *nfsload.Conn) error) (outcome, error) {
-	conns := e.conns[:c.conns]
+	return e.timedOn(e.conns, c, worker, final)
+}
+
+// timedOn is timed on some of the connections given.
+func (e *env) timedOn(conns []*nfsload.Conn, c conc, worker func(i int) nfsload.Worker, final func(i int, conn *nfsload.Conn) error) (outcome, error) {
+	conns = conns[:c.conns]
 	ops := make([]int64, len(conns))
 	errs := make([]error, len(conns))
 	ws := make([]nfsload.Worker, len(conns))
@@ -111,10 +122,13 @@ func (e *env) timed(c conc, worker func(i int) nfsload.Worker, final func(i int,
 
 // all runs a worker to its end on every connection at depth 16, untimed, to
 // prepare or clean up.
-func (e *env) all(worker func(i int) nfsload.Worker) error {
-	errs := make([]error, len(e.conns))
+func (e *env) all(worker func(i int) nfsload.Worker) error { return e.allOn(e.conns, worker) }
+
+// allOn is all on the connections given.
+func (e *env) allOn(conns []*nfsload.Conn, worker func(i int) nfsload.Worker) error {
+	errs := make([]error, len(conns))
 	var wg sync.WaitGroup
-	for i, conn := range e.conns {
+	for i, conn := range conns {
 		w := worker(i)
 		wg.Go(func() {
 			defer func(b bool) { conn.Batch = b }(conn.Batch)

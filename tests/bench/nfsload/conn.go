@@ -14,15 +14,31 @@ import (
 	"time"
 )
 
-// Programs and the versions used.
+// Programs.
 const (
-	ProgNFS   = 100003
-	ProgMount = 100005
-	version   = 3
+	ProgPortmap = 100000
+	ProgNFS     = 100003
+	ProgMount   = 100005
+	ProgNLM     = 100021
 )
+
+// version is the one version of a program that is used.
+func version(prog uint32) uint32 {
+	switch prog {
+	case ProgPortmap:
+		return 2
+	case ProgNLM:
+		return 4
+	}
+	return 3
+}
 
 // maxReply bounds one reply; a READDIRPLUS or READ reply is little over 1 MiB.
 const maxReply = 2 << 20
+
+// maxDepth is the highest number of calls outstanding on one connection, a power
+// of two.
+const maxDepth = 1 << 12
 
 // stall is how long a Run waits for any reply. A server that loses a call must
 // fail the run with a message, not hang it.
@@ -44,7 +60,10 @@ func (e *StatusError) Error() string {
 type Conn struct {
 	nc   net.Conn
 	prog uint32
-	xid  uint32 // high part; the low 12 bits are the slot
+	vers uint32
+	// xids are the XIDs of the slots' last calls. The low 12 bits are the slot, the
+	// others count: a server may take a call with an old XID for a retransmission.
+	xids [maxDepth]uint32
 	cred []byte // encoded credential and verifier
 
 	out   []byte // encoded calls, without payloads
@@ -70,7 +89,10 @@ type cut struct {
 // NewConn makes a Conn over an established connection. Calls carry AUTH_SYS for
 // root without further groups.
 func NewConn(nc net.Conn, prog uint32) *Conn {
-	c := &Conn{nc: nc, prog: prog, xid: uint32(time.Now().UnixNano()) &^ 0xfff, in: make([]byte, 256<<10)}
+	c := &Conn{nc: nc, prog: prog, vers: version(prog), in: make([]byte, 256<<10)}
+	for i, base := 0, uint32(time.Now().UnixNano()); i < maxDepth; i++ {
+		c.xids[i] = base&^(maxDepth-1) | uint32(i)
+	}
 	if t, ok := nc.(*net.TCPConn); ok {
 		t.SetNoDelay(true)
 	}
@@ -128,8 +150,9 @@ func (c *Conn) Payload(b []byte) {
 
 // begin starts the call of a slot, end completes its record mark.
 func (c *Conn) begin(slot int, proc uint32) {
+	c.xids[slot] += maxDepth
 	c.start, c.extra = len(c.out), 0
-	c.out = appendU32(c.out, 0, c.xid|uint32(slot), 0, 2, c.prog, version, proc)
+	c.out = appendU32(c.out, 0, c.xids[slot], 0, 2, c.prog, c.vers, proc)
 	c.out = append(c.out, c.cred...)
 }
 
@@ -239,7 +262,8 @@ func (c *Conn) accept(r []byte) (slot int, body []byte, err error) {
 		return 0, nil, fmt.Errorf("%d bytes: %w", len(r), ErrProtocol)
 	}
 	xid := binary.BigEndian.Uint32(r)
-	if xid&^0xfff != c.xid || binary.BigEndian.Uint32(r[4:]) != 1 || binary.BigEndian.Uint32(r[8:]) != 0 {
+	slot = int(xid % maxDepth)
+	if xid != c.xids[slot] || binary.BigEndian.Uint32(r[4:]) != 1 || binary.BigEndian.Uint32(r[8:]) != 0 {
 		return 0, nil, fmt.Errorf("xid %#x, reply %x: %w", xid, r[4:12], ErrProtocol)
 	}
 	vl := int(binary.BigEndian.Uint32(r[16:]))
@@ -249,7 +273,7 @@ func (c *Conn) accept(r []byte) (slot int, body []byte, err error) {
 	if s := binary.BigEndian.Uint32(r[20+vl:]); s != 0 {
 		return 0, nil, fmt.Errorf("call not accepted, accept_stat %d: %w", s, ErrProtocol)
 	}
-	return int(xid & 0xfff), r[24+vl:], nil
+	return slot, r[24+vl:], nil
 }
 
 // Worker makes the calls of one connection and takes their replies. Slots are
@@ -287,8 +311,8 @@ func CheckStatus(proc uint32) func(int, []byte) (int, error) {
 // Run keeps depth calls outstanding until the deadline passes or no slot has a
 // next call, and waits for the last reply. It returns the completed operations.
 func (c *Conn) Run(depth int, deadline time.Time, w Worker) (int64, error) {
-	if depth > 1<<12 {
-		return 0, fmt.Errorf("depth %d is above %d", depth, 1<<12)
+	if depth > maxDepth {
+		return 0, fmt.Errorf("depth %d is above %d", depth, maxDepth)
 	}
 	var ops int64
 	outstanding := 0
