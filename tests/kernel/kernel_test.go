@@ -100,8 +100,8 @@ $WORK squash .`, serverAddr)})
 	t.Run("git-and-go-build", func(t *testing.T) { gitAndGo(t, w) })
 	t.Run("dbench", func(t *testing.T) {
 		need(t, "dbench")
-		// Its load has byte-range locks; see gitAndGo.
-		w.run(t, 3*time.Minute, guest{options: "vers=3,nolock", script: "dbench -D . -t 20 4 >$OUT/dbench.log; tail -25 $OUT/dbench.log; grep -q ^Throughput $OUT/dbench.log; rm -rf clients; [ -z \"$(ls -A)\" ]"})
+		// Its load has byte-range locks.
+		w.run(t, 3*time.Minute, guest{options: lockingMount, script: "dbench -D . -t 20 4 >$OUT/dbench.log; tail -25 $OUT/dbench.log; grep -q ^Throughput $OUT/dbench.log; rm -rf clients; [ -z \"$(ls -A)\" ]"})
 	})
 	t.Run("fio", func(t *testing.T) {
 		need(t, "fio")
@@ -180,9 +180,8 @@ func gitAndGo(t *testing.T, w *world) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The go command locks files, and the lock protocol is another program than
-	// NFS: nolock keeps the locks in the client.
-	w.run(t, 12*time.Minute, guest{options: "vers=3,nolock", mem: 1024, share: share, script: fmt.Sprintf(`
+	// The go command locks files.
+	w.run(t, 12*time.Minute, guest{options: lockingMount, mem: 1024, share: share, script: fmt.Sprintf(`
 export GOROOT=%s GOFLAGS=-mod=mod GOPROXY=off GOTOOLCHAIN=local GOSUMDB=off GOTELEMETRY=off CGO_ENABLED=0 GOPATH=/tmp/gopath GOCACHE=$PWD/cache HOME=/tmp GOTMPDIR=$PWD/tmp GOMAXPROCS=%d
 mkdir tmp
 git -c safe.directory=* clone -q --no-hardlinks $SHARE/repo clone

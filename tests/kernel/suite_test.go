@@ -19,6 +19,10 @@ func TestMain(m *testing.M) { bed.Main(m) }
 
 const serverAddr = "10.77.0.1"
 
+// lockingMount is how tests whose programs lock files on their own mount: with
+// nolock their locks stay in the client, with vers=3 alone the server gives them.
+const lockingMount = "vers=3"
+
 var exports = []bed.Export{{Path: "/rw"}, {Path: "/ro", ReadOnly: true}, {Path: "/sq", RootSquash: true}}
 
 // world is one server in a node with a bridge and two tap interfaces.
@@ -41,10 +45,19 @@ type guest struct {
 	// share is a directory of the host that the guest sees as $SHARE.
 	share string
 	mem   int
+	// host and state are the guest's host name and its /var/lib/nfs (uml.Config).
+	host, state string
 }
 
 // newWorld makes a node and starts the chosen server in it.
 func newWorld(t *testing.T) *world {
+	t.Helper()
+	return newWorldOf(t, bed.ServerName(), bed.Config{})
+}
+
+// newWorldOf makes a node and starts the named server in it. Of the
+// configuration, what every world has is filled in.
+func newWorldOf(t *testing.T, server string, c bed.Config) *world {
 	t.Helper()
 	if os.Getenv("BATON_KERNEL") != "1" {
 		t.Skip("SKIPPED, reason: the kernel client's suite runs only with BATON_KERNEL=1 (make test)")
@@ -62,7 +75,8 @@ func newWorld(t *testing.T) *world {
 		}
 	}
 	w := &world{node: n}
-	w.srv, err = bed.NewServer(bed.ServerName(), bed.Config{Node: n, Dir: bed.Dir(t), Addr: netip.MustParseAddr(serverAddr), Exports: exports})
+	c.Node, c.Dir, c.Addr, c.Exports = n, bed.Dir(t), netip.MustParseAddr(serverAddr), exports
+	w.srv, err = bed.NewServer(server, c)
 	bed.Need(t, err)
 	if w.work, err = bed.Build("./tests/kernel/work"); err != nil {
 		t.Fatal(err)
@@ -133,6 +147,7 @@ func (w *world) start(ctx context.Context, t *testing.T, i int, g guest) *uml.Gu
 	m, err := uml.Start(ctx, uml.Config{
 		Node: w.node, Tap: fmt.Sprint("tap", i), Addr: netip.MustParsePrefix(fmt.Sprintf("10.77.0.%d/24", 11+i)),
 		Dir: bed.Dir(t), Work: w.work, Share: g.share, MemoryMiB: g.mem, Script: w.shell(t, g),
+		Hostname: g.host, StateDir: g.state,
 	})
 	bed.Need(t, err)
 	return m

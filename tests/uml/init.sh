@@ -17,12 +17,18 @@ if [ -n "@SHARE@" ]; then
   mkdir $SHARE && mount -t hostfs none $SHARE -o @SHARE@ && mount -o remount,ro $SHARE || exit 1
 fi
 echo booted >$OUT/booted
+notify=--no-notify
+if [ -n "@STATE@" ]; then
+  mount -t hostfs none /var/lib/nfs -o @STATE@ && mkdir -p /var/lib/nfs/sm /var/lib/nfs/sm.bak || exit 1
+  notify=
+fi
+if [ -n "@HOST@" ]; then echo @HOST@ >/proc/sys/kernel/hostname; fi
 chown -R _rpc /run/rpcbind; chown -R statd /var/lib/nfs
 ip link set lo up
 ip addr add @ADDR@ dev vec0
 ip link set vec0 up
 $WORK modprobe nfs nfsv3 nfsv4 || exit 1
-rpcbind && rpc.statd --no-notify
+rpcbind && rpc.statd $notify
 sh $OUT/job.sh
 status=$?
 sync

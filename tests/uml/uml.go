@@ -49,6 +49,15 @@ type Config struct {
 	Share string
 	// MemoryMiB is the guest's memory; 0 means 768.
 	MemoryMiB int
+	// Hostname, if not empty, becomes the guest's host name. The kernel sends it as
+	// the name of the lock owner's host (caller_name, and mon_name of SM_NOTIFY), so
+	// guests that lock files need one each; without it all are "(none)".
+	Hostname string
+	// StateDir, if not empty, is a directory of the host that the guest sees as
+	// /var/lib/nfs: the monitor list and the state number of rpc.statd outlive the
+	// guest. When it boots again, sm-notify tells the hosts of the list that
+	// this one has lost its locks. Without it the guest starts with nothing to tell.
+	StateDir string
 	// Script is a shell script; its exit status is the guest's result. $MNT is an
 	// empty directory to mount on, $OUT is Dir.
 	Script string
@@ -142,7 +151,12 @@ func Start(ctx context.Context, c Config) (*Guest, error) {
 	for _, f := range []string{"booted", "status", "guest.log", "dmesg.log"} {
 		os.Remove(filepath.Join(c.Dir, f))
 	}
-	script := strings.NewReplacer("@WINDOW@", c.Dir, "@ADDR@", c.Addr.String(), "@SHARE@", c.Share).Replace(initScript)
+	if c.StateDir != "" {
+		if err := os.MkdirAll(c.StateDir, 0o755); err != nil {
+			return nil, fmt.Errorf("uml: %w", err)
+		}
+	}
+	script := strings.NewReplacer("@WINDOW@", c.Dir, "@ADDR@", c.Addr.String(), "@SHARE@", c.Share, "@HOST@", c.Hostname, "@STATE@", c.StateDir).Replace(initScript)
 	for name, text := range map[string]string{"init.sh": script, "job.sh": c.Script + "\n"} {
 		if err := os.WriteFile(filepath.Join(c.Dir, name), []byte(text), 0o755); err != nil {
 			return nil, fmt.Errorf("uml: %w", err)
@@ -163,9 +177,14 @@ func Start(ctx context.Context, c Config) (*Guest, error) {
 }
 
 func boot(ctx context.Context, c Config, withShim bool) (*Guest, error) {
+	vec := "vec0:transport=tap,ifname=" + c.Tap + ",depth=128,gro=1"
+	if c.StateDir != "" && c.Addr.Addr().Is4() {
+		// A machine that boots again has the same interface.
+		a := c.Addr.Addr().As4()
+		vec += fmt.Sprintf(",mac=02:62:%02x:%02x:%02x:%02x", a[0], a[1], a[2], a[3])
+	}
 	cmd := bed.Command("linux.uml", fmt.Sprintf("mem=%dM", c.MemoryMiB), "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro",
-		"init="+filepath.Join(c.Dir, "init.sh"), "uml_dir="+c.Dir, "umid=guest",
-		"vec0:transport=tap,ifname="+c.Tap+",depth=128,gro=1", "con=null", "con0=null,fd:1", "con1=null", "ssl=null", "quiet", "panic=-1")
+		"init="+filepath.Join(c.Dir, "init.sh"), "uml_dir="+c.Dir, "umid=guest", vec, "con=null", "con0=null,fd:1", "con1=null", "ssl=null", "quiet", "panic=-1")
 	// Everything in a guest's environment would come from the kernel's command
 	// line; UML itself needs only a home.
 	cmd.Env = []string{"HOME=" + c.Dir, "PATH=" + os.Getenv("PATH") + ":/usr/sbin:/sbin"}

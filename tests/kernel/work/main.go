@@ -40,6 +40,8 @@ func init() {
 		"readonly": {readonly, "DIR: a read-only export refuses changes"},
 		"squash":   {squash, "DIR: root is nobody"},
 		"names":    {names, "DIR: file names, links, special files, times"},
+		"agent":    {agent, "-listen ADDR: run programs for the lock suite"},
+		"owner":    {owner, "[DIR]: internal: one lock owner, driven over standard input"},
 		"crash":    {crash, "-control DIR DIR: work against a model while the server crashes"},
 	}
 }
