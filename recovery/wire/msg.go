@@ -11,8 +11,12 @@ type Op uint16
 
 // Operations of every target.
 const (
-	// OpConnect registers the client (Header.Client, ClientGen). Reply:
-	// Transno = highest transno seen, LastCommitted.
+	// OpConnect registers the client (Header.Client, ClientGen). Cookie is the
+	// Instance of the target that the client was connected to last, 0 for none;
+	// Header.Transno is the highest transno that it was told, LastCommitted the
+	// highest committed one; Time is the longest, in nanoseconds, that it has
+	// waited for an answer of the target lately, 0 when unknown. Reply:
+	// Transno = highest transno seen, LastCommitted, Instance, Recovering, Known.
 	OpConnect Op = 1 + iota
 	// OpDisconnect removes the client from the client table.
 	OpDisconnect
@@ -374,6 +378,14 @@ type Reply struct {
 	Obj         ObjAttr
 	FlushErrors uint64
 	Port        uint16 // with ErrPortMismatch: the recorded port
+
+	// Instance numbers the target's starts (OpConnect); it rises durably.
+	Instance uint64
+	// Recovering: the target waits for replays of its clients (OpConnect).
+	Recovering bool
+	// Known: the client was in the table, with this generation, before this
+	// OpConnect.
+	Known bool
 
 	// Lock is set by lock operations.
 	Lock *LockReply
