@@ -16,9 +16,11 @@ import (
 
 	"github.com/baton-nfs/baton/internal/rpcbind"
 	"github.com/baton-nfs/baton/internal/xdr"
+	"github.com/baton-nfs/baton/lockd/nlm"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/wire"
+	"github.com/baton-nfs/baton/statd/nsm"
 )
 
 // witness is a file that no hostile message names, so that it must stay as it is.
@@ -645,7 +647,13 @@ func TestHeaders(t *testing.T) {
 	}{
 		{"valid", base(), 0, false, ok, nil},
 		{"program 0", with(func(m *callMsg) { m.prog = 0 }), 0, false, progUnavail, nil},
-		{"NLM", with(func(m *callMsg) { m.prog = 100021 }), 0, false, progUnavail, nil},
+		{"NFSACL", with(func(m *callMsg) { m.prog = 100227 }), 0, false, progUnavail, nil},
+		{"NLM 2", with(func(m *callMsg) { m.prog, m.vers = nlm.Program, 2 }), 0, false, progMismatch, []uint32{1, 4}},
+		{"NLM 5", with(func(m *callMsg) { m.prog, m.vers = nlm.Program, 5 }), 0, false, progMismatch, []uint32{1, 4}},
+		{"NLM procedure 24", with(func(m *callMsg) { m.prog, m.vers, m.proc = nlm.Program, 4, 24 }), 0, false, procUnavail, nil},
+		{"NLM TEST with GETATTR's arguments", with(func(m *callMsg) { m.prog, m.vers = nlm.Program, 4 }), 0, false, garbage, nil},
+		{"NSM 2", with(func(m *callMsg) { m.prog, m.vers = nsm.Program, 2 }), 0, false, progMismatch, []uint32{1, 1}},
+		{"NSM procedure 7", with(func(m *callMsg) { m.prog, m.vers, m.proc = nsm.Program, 1, 7 }), 0, false, procUnavail, nil},
 		{"NFS 2", with(func(m *callMsg) { m.vers = 2 }), 0, false, progMismatch, []uint32{3, 3}},
 		{"NFS 4", with(func(m *callMsg) { m.vers = 4 }), 0, false, progMismatch, []uint32{3, 3}},
 		{"NFS 2^32-1", with(func(m *callMsg) { m.vers = 1<<32 - 1 }), 0, false, progMismatch, []uint32{3, 3}},
