@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/baton-nfs/baton/internal/inflight"
 	"github.com/baton-nfs/baton/internal/rpcbind"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/lockd/nlm"
@@ -134,7 +135,7 @@ type Address struct {
 	addr  netip.Addr
 	owner client.Owner
 	files Files
-	dups  dupTable
+	dups  *inflight.Table[*op]
 	count counters
 
 	mu      sync.Mutex // Start and Stop
@@ -146,8 +147,7 @@ type Address struct {
 // by its VIP index and epoch. Its programs answer at once; clients are called
 // back between Start and Stop.
 func (s *Server) Address(addr netip.Addr, vip uint32, epoch uint64, files Files) *Address {
-	a := &Address{srv: s, addr: addr.Unmap(), owner: client.Owner{VIP: vip, Epoch: epoch}, files: files}
-	a.dups.init()
+	a := &Address{srv: s, addr: addr.Unmap(), owner: client.Owner{VIP: vip, Epoch: epoch}, files: files, dups: inflight.New[*op]()}
 	return a
 }
 

@@ -3,6 +3,7 @@ package lockd
 import (
 	"github.com/cespare/xxhash/v2"
 
+	"github.com/baton-nfs/baton/internal/inflight"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/lockd/nlm"
@@ -32,9 +33,7 @@ type op struct {
 	note [noteMax]byte
 	rd   xdr.Reader
 
-	// running: dup is in the table of calls in progress.
-	dup     dupEntry
-	running bool
+	dup inflight.Entry[*op]
 
 	// done is the bound callback given to the table, onPool the one given to the
 	// worker pool.
@@ -198,8 +197,15 @@ func (o *op) run() {
 			Addr: o.c.Remote.Addr().As16(), Port: o.c.Remote.Port(), XID: o.c.XID,
 			Proc: nlm.Program<<8 | o.c.Proc, Sum: o.checksum(),
 		}
-		if !o.running && !o.a.dups.begin(o, &o.req.Key) {
-			return
+		if !o.dup.Running() {
+			switch o.a.dups.Begin(&o.dup, &o.req.Key, o) {
+			case inflight.Held:
+				return
+			case inflight.Full:
+				o.a.count.dropped.Add(1)
+				o.c.Drop()
+				return
+			}
 		}
 	}
 	o.a.srv.cfg.Table.Submit(o.a.owner, &o.req, &o.rep, o.done)
@@ -228,12 +234,19 @@ func (o *op) answer(st wire.Status) {
 		if st == wire.ErrStaleVIP {
 			o.a.fenced()
 		}
-		o.a.dups.end(o)
+		o.release()
 		o.c.Drop()
 		return
 	}
 	o.tally(st)
 	o.finish(s)
+}
+
+// release lets held duplicates of the call run.
+func (o *op) release() {
+	for _, d := range o.a.dups.End(&o.dup) {
+		d.c.Go(d.onPool)
+	}
 }
 
 func (o *op) tally(st wire.Status) {
@@ -267,7 +280,7 @@ func (o *op) finish(s nlm.Stat) {
 	a, c := o.a, o.c
 	if !o.async {
 		o.encode(&c.Out, s)
-		a.dups.end(o)
+		o.release()
 		c.Finish()
 		return
 	}
@@ -277,7 +290,7 @@ func (o *op) finish(s nlm.Stat) {
 		addr: clientAddr(c.Remote), vers: o.vers, udp: c.Conn == nil,
 		proc: o.result, args: w.Buf,
 	}
-	a.dups.end(o)
+	o.release()
 	c.Finish()
 	e := a.eng.Load()
 	if e == nil || !e.send(m) {

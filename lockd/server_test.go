@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/internal/inflight"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/lockd/nlm"
@@ -375,7 +376,7 @@ func TestDuplicateOfRunningCall(t *testing.T) {
 	b.tab.mu.Unlock()
 	lock := &nlm.LockArgs{Cookie: cookie, Exclusive: true, Lock: p.lk("file1", 1, 0, 10)}
 	var conns []*raw
-	for i := range 4 + maxHeld {
+	for i := range 4 + inflight.MaxHeld {
 		c := b.raw(p.addr)
 		c.send(100, uint32(i), nlm.ProcLock, lock)
 		conns = append(conns, c)
@@ -398,7 +399,7 @@ func TestDuplicateOfRunningCall(t *testing.T) {
 			answers <- err
 		}()
 	}
-	for range maxHeld {
+	for range inflight.MaxHeld {
 		if err := <-answers; err != nil {
 			t.Fatalf("a held duplicate was not answered: %v", err)
 		}

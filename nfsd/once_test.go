@@ -33,13 +33,8 @@ func TestDuplicatesInProgress(t *testing.T) {
 			want(t, "remove "+name, r.Status, nfs.NFSStatusOk)
 		}
 	}
-	for i := range b.srv.dups.shards {
-		s := &b.srv.dups.shards[i]
-		s.mu.Lock()
-		if n := len(s.m); n != 0 {
-			t.Errorf("shard %d still holds %d calls", i, n)
-		}
-		s.mu.Unlock()
+	if n := b.srv.dups.Len(); n != 0 {
+		t.Errorf("still holds %d calls", n)
 	}
 }
 

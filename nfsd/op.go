@@ -6,6 +6,7 @@ import (
 	"github.com/cespare/xxhash/v2"
 	nfs "github.com/willscott/go-nfs"
 
+	"github.com/baton-nfs/baton/internal/inflight"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/exports"
@@ -37,7 +38,7 @@ type op struct {
 	after  func(*op)
 	done   func()
 	onPool func(*sunrpc.Call)
-	dup    *dupEntry
+	dup    inflight.Entry[*op]
 }
 
 type nfsHandler struct{ a *Address }
@@ -222,10 +223,8 @@ func (o *op) finish() {
 
 // release lets held duplicates of the call run.
 func (o *op) release() {
-	if o.dup != nil {
-		d := o.dup
-		o.dup = nil
-		o.a.srv.dups.end(d)
+	for _, d := range o.a.srv.dups.End(&o.dup) {
+		d.c.Go(d.onPool)
 	}
 }
 
@@ -255,14 +254,16 @@ func (o *op) modify(code wire.Op) bool {
 		Proc: nfs3.Program<<8 | uint32(o.proc),
 		Sum:  o.checksum(),
 	}
-	if o.dup == nil {
-		d := o.a.srv.dups.begin(o, &r.Key)
-		if d == nil {
-			return false
-		}
-		o.dup = d
+	if o.dup.Running() {
+		return true
 	}
-	return true
+	switch o.a.srv.dups.Begin(&o.dup, &r.Key, o) {
+	case inflight.Run:
+		return true
+	case inflight.Full:
+		o.c.Drop()
+	}
+	return false
 }
 
 // checksum covers the arguments and who calls, but not the credential's stamp,

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/baton-nfs/baton/internal/inflight"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/nfsd/exports"
 	"github.com/baton-nfs/baton/nfsd/mount3"
@@ -43,7 +44,7 @@ type Server struct {
 	log *slog.Logger
 
 	exp    atomic.Pointer[exportSet]
-	dups   dupTable
+	dups   *inflight.Table[*op]
 	mounts mountTable
 
 	// conns holds the live TCP connections by peer, for the rule that a reply
@@ -83,8 +84,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.InlineRead == 0 {
 		cfg.InlineRead = 64 << 10
 	}
-	s := &Server{cfg: cfg, fs: cfg.FS, log: cfg.Logger, conns: make(map[connKey]*sunrpc.Conn)}
-	s.dups.init()
+	s := &Server{cfg: cfg, fs: cfg.FS, log: cfg.Logger, conns: make(map[connKey]*sunrpc.Conn), dups: inflight.New[*op]()}
 	s.mounts.init()
 	s.exp.Store(&exportSet{table: &exports.Table{}, roots: map[uint64]wire.FID{}})
 	return s, nil
