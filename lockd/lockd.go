@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -101,7 +102,13 @@ func New(cfg Config) (*Server, error) {
 		cfg.Portmap = rpcbind.GetPort
 	}
 	if cfg.Dial == nil {
-		cfg.Dial = new(dialer).dial
+		cfg.Dial = func(ctx context.Context, network string, local netip.Addr, remote netip.AddrPort, vers uint32) (Caller, error) {
+			c, err := sunrpc.DialReserved(ctx, rand.Int64N, network, local, remote, nlm.Program, vers, sunrpc.Cred{Flavor: sunrpc.AuthSys})
+			if err != nil {
+				return nil, err
+			}
+			return c, nil
+		}
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now

@@ -159,7 +159,7 @@ func (o *op) decode() error {
 	return nil
 }
 
-var opOf = map[nlm.Proc]wire.Op{
+var opOf = [...]wire.Op{
 	nlm.ProcTest: wire.OpLockTest, nlm.ProcLock: wire.OpLock, nlm.ProcNMLock: wire.OpLock,
 	nlm.ProcCancel: wire.OpLockCancel, nlm.ProcUnlock: wire.OpUnlock,
 	nlm.ProcShare: wire.OpShare, nlm.ProcUnshare: wire.OpUnshare, nlm.ProcFreeAll: wire.OpLockFree,

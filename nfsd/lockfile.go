@@ -2,10 +2,10 @@ package nfsd
 
 import (
 	"context"
+	"net/netip"
 	"sync"
 
 	"github.com/baton-nfs/baton/internal/sunrpc"
-	"github.com/baton-nfs/baton/nfsd/exports"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -35,15 +35,7 @@ func (a *Address) LockFile(c *sunrpc.Call, fh []byte) (wire.FID, wire.Status) {
 	if h, err = a.srv.cfg.Codec.Decode(fh); err != nil {
 		return wire.FID{}, wire.ErrBadHandle
 	}
-	ctx := context.Background()
-	table, addr := a.srv.exp.Load().table, c.Remote.Addr()
-	_, v := table.MatchFSID(h.FSID, addr, lockPort)
-	if v == exports.Pending {
-		// A failed look-up leaves the verdict pending: the client tries again.
-		_ = table.Resolve(ctx, addr)
-		_, v = table.MatchFSID(h.FSID, addr, lockPort)
-	}
-	if st := v.Status(); st != wire.OK {
+	if _, _, st, _ := a.srv.decide(netip.AddrPortFrom(c.Remote.Addr(), lockPort), h.FSID, true); st != wire.OK {
 		return wire.FID{}, st
 	}
 	// The type and the generation are the MDT's own: a file that is being
@@ -56,7 +48,7 @@ func (a *Address) LockFile(c *sunrpc.Call, fh []byte) (wire.FID, wire.Status) {
 	m.req.FID = h.FID
 	fs, owner := a.srv.fs, a.owner()
 	if !fs.Try(owner, &m.req, &m.rep) {
-		fs.Call(ctx, owner, &m.req, &m.rep)
+		fs.Call(context.Background(), owner, &m.req, &m.rep)
 	}
 	switch {
 	case m.rep.Status != wire.OK:

@@ -141,7 +141,7 @@ func (o *op) open(fh []byte, h *nfs3.Handle, block bool) (st wire.Status, ok boo
 	if *h, err = o.a.srv.cfg.Codec.Decode(fh); err != nil {
 		return wire.ErrBadHandle, true
 	}
-	o.dec, o.set, st, ok = o.a.srv.decide(o.c, h.FSID, block)
+	o.dec, o.set, st, ok = o.a.srv.decide(o.c.Remote, h.FSID, block)
 	if !ok || st != wire.OK {
 		return st, ok
 	}

@@ -188,16 +188,16 @@ func (s *Server) connAlive(local, addr netip.Addr, port uint16) bool {
 
 // decide finds what the export with the given FSID allows the caller. Without
 // block, ok is false when the caller's host name has to be looked up first.
-func (s *Server) decide(c *sunrpc.Call, fsid uint64, block bool) (dec *exports.Decision, set *exportSet, st wire.Status, ok bool) {
+func (s *Server) decide(from netip.AddrPort, fsid uint64, block bool) (dec *exports.Decision, set *exportSet, st wire.Status, ok bool) {
 	set = s.exp.Load()
-	dec, v := set.table.MatchFSID(fsid, c.Remote.Addr(), c.Remote.Port())
+	dec, v := set.table.MatchFSID(fsid, from.Addr(), from.Port())
 	if v == exports.Pending {
 		if !block {
 			return nil, nil, 0, false
 		}
 		// A failed look-up leaves the verdict pending: the client tries again.
-		_ = set.table.Resolve(context.Background(), c.Remote.Addr())
-		dec, v = set.table.MatchFSID(fsid, c.Remote.Addr(), c.Remote.Port())
+		_ = set.table.Resolve(context.Background(), from.Addr())
+		dec, v = set.table.MatchFSID(fsid, from.Addr(), from.Port())
 	}
 	return dec, set, v.Status(), true
 }

@@ -2,16 +2,12 @@ package statd
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net/netip"
-	"syscall"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/rpcbind"
-	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/statd/nsm"
 )
@@ -80,47 +76,3 @@ func (s *Server) reach(ctx context.Context, local, host netip.Addr, tcp bool, pr
 	}
 	return nil
 }
-
-// Reserved ports that are tried: the range that NFS clients use, above most
-// well-known services.
-const (
-	reservedLow  = 665
-	reservedHigh = 1023
-	reservedTry  = 8
-)
-
-// dialReserved dials from a port below 1024, since some clients believe only
-// those, or from any port if that is not to be had. A zero local address is
-// replaced with the wildcard.
-func dialReserved(ctx context.Context, rnd func(int64) int64, network string, local netip.Addr, remote netip.AddrPort, prog, vers uint32) (Caller, error) {
-	if !local.IsValid() {
-		if local = netip.IPv4Unspecified(); remote.Addr().Is6() {
-			local = netip.IPv6Unspecified()
-		}
-	}
-	var cred sunrpc.Cred // AUTH_NONE
-	for range reservedTry {
-		from := netip.AddrPortFrom(local, uint16(reservedLow+rnd(reservedHigh-reservedLow+1)))
-		c, err := sunrpc.Dial(ctx, network, from, remote, prog, vers, cred)
-		switch {
-		case err == nil:
-			return c, nil
-		case !portTaken(err):
-			if !portForbidden(err) {
-				return nil, err
-			}
-			return anyPort(ctx, network, local, remote, prog, vers)
-		}
-	}
-	return anyPort(ctx, network, local, remote, prog, vers)
-}
-
-func anyPort(ctx context.Context, network string, local netip.Addr, remote netip.AddrPort, prog, vers uint32) (Caller, error) {
-	return sunrpc.Dial(ctx, network, netip.AddrPortFrom(local, 0), remote, prog, vers, sunrpc.Cred{})
-}
-
-func portTaken(err error) bool {
-	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.EADDRNOTAVAIL)
-}
-
-func portForbidden(err error) bool { return errors.Is(err, fs.ErrPermission) }

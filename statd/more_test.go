@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
-	"os"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -14,7 +12,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/statd/nsm"
 )
@@ -207,51 +204,4 @@ func TestStopInTheMiddle(t *testing.T) {
 			t.Errorf("%v after %v", err, time.Since(start))
 		}
 	})
-}
-
-func TestDialReserved(t *testing.T) {
-	ctx := context.Background()
-	h := newHost(t, "127.0.0.21", nsm.Program, 1)
-	local := netip.MustParseAddr("127.0.0.41")
-	for _, network := range []string{"udp", "tcp"} {
-		var pick int64
-		rnd := func(n int64) int64 {
-			if n != reservedHigh-reservedLow+1 {
-				t.Errorf("a number below %d is asked for", n)
-			}
-			return pick
-		}
-		dial := func() uint16 {
-			t.Helper()
-			c, err := dialReserved(ctx, rnd, network, local, h.pm, nsm.Program, 1)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { c.Close() })
-			at := c.(*sunrpc.Client).LocalAddr()
-			if at.Addr() != local {
-				t.Errorf("dialed from %v", at)
-			}
-			return at.Port()
-		}
-		var port uint16
-		for range 20 { // an earlier run may have left a port in TIME-WAIT
-			pick = rand.Int64N(reservedHigh - reservedLow + 1)
-			if port = dial(); port < 1024 {
-				break
-			}
-		}
-		if int64(port) != reservedLow+pick {
-			if os.Geteuid() == 0 {
-				t.Errorf("%s: no reserved port: %d", network, port)
-			}
-			t.Log("not privileged: the use of reserved ports is not tested")
-		}
-		if port := dial(); port < 1024 { // taken now
-			t.Errorf("dialed from port %d", port)
-		}
-	}
-	if _, err := dialReserved(ctx, func(int64) int64 { return 0 }, "tcp", netip.MustParseAddr("192.0.2.1"), h.pm, nsm.Program, 1); err == nil {
-		t.Error("dialed from an address that is not there")
-	}
 }

@@ -119,7 +119,11 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.Dial == nil {
 		cfg.Dial = func(ctx context.Context, network string, local netip.Addr, remote netip.AddrPort, prog, vers uint32) (Caller, error) {
-			return dialReserved(ctx, cfg.Rand, network, local, remote, prog, vers)
+			c, err := sunrpc.DialReserved(ctx, cfg.Rand, network, local, remote, prog, vers, sunrpc.Cred{})
+			if err != nil {
+				return nil, err
+			}
+			return c, nil
 		}
 	}
 	if cfg.Resolve == nil {

@@ -70,9 +70,6 @@ func (m *MDT) loadLocks() error {
 
 // takeLocks moves the lock table's changes into the transaction.
 func (t *tx) takeLocks() {
-	if !t.m.locks.Changed() {
-		return
-	}
 	t.m.locks.Take(func(c locks.Change) {
 		if c.Value == nil {
 			t.batch().Delete(c.Key)
@@ -80,6 +77,18 @@ func (t *tx) takeLocks() {
 			t.batch().Set(c.Key, c.Value)
 		}
 	})
+}
+
+// lockable takes the outcome of looking an object up and tells whether it can
+// be locked: only regular files can.
+func lockable(in *Inode, st wire.Status) wire.Status {
+	switch {
+	case in == nil:
+		return st
+	case in.Attr.Type != wire.TypeReg:
+		return wire.ErrInval
+	}
+	return wire.OK
 }
 
 // lockOp executes a lock operation. Its outcome, which may be other than OK
@@ -99,12 +108,8 @@ func (t *tx) lockOp() wire.Status {
 		if req.Op == wire.OpLock && !a.Range.Valid() {
 			return wire.ErrInval
 		}
-		in, st := t.load(req.FID)
-		if in == nil {
+		if st := lockable(t.load(req.FID)); st != wire.OK {
 			return st
-		}
-		if in.Attr.Type != wire.TypeReg {
-			return wire.ErrInval
 		}
 		if req.Op == wire.OpLock {
 			t.outcome, rep.Holder = m.locks.Lock(now, req.FID, &a)
@@ -168,13 +173,7 @@ func (m *MDT) lockQuery(req *wire.Request, rep *wire.Reply) {
 			rep.Status = wire.ErrInval
 			return
 		}
-		in, st := m.inode(req.FID, false)
-		if in == nil {
-			rep.Status = st
-			return
-		}
-		if in.Attr.Type != wire.TypeReg {
-			rep.Status = wire.ErrInval
+		if rep.Status = lockable(m.inode(req.FID, false)); rep.Status != wire.OK {
 			return
 		}
 	}
@@ -279,13 +278,6 @@ func (m *MDT) TickLocks() error {
 	}
 	m.com.Lazy()
 	return nil
-}
-
-// LockStats counts the entries of the lock table.
-func (m *MDT) LockStats() locks.Stats {
-	m.seq.Lock()
-	defer m.seq.Unlock()
-	return m.locks.Stats()
 }
 
 // IterLocks visits all lock records (recovery/locks).

@@ -409,14 +409,8 @@ func (c *Conn) fail(err error) {
 		return
 	}
 	c.err = err
-	var never, fate []*pending
-	for _, p := range c.waitq {
-		if !p.finished {
-			p.finished = true
-			never = append(never, p)
-		}
-	}
-	c.waitq = nil
+	never := c.takeWaiting()
+	var fate []*pending
 	for tag, p := range c.pend {
 		switch {
 		case p == abandonedCredit || p == abandonedPoll:
@@ -649,11 +643,8 @@ func (c *Conn) receive(p *pending, pre *prefix, msg []byte) error {
 	return nil
 }
 
-// goAway handles the server's farewell: requests after last have not been read.
-func (c *Conn) goAway(last uint64) {
-	c.mu.Lock()
-	c.away = true
-	var never []*pending
+// takeWaiting ends all requests that were never sent. Called with mu held.
+func (c *Conn) takeWaiting() (never []*pending) {
 	for _, p := range c.waitq {
 		if !p.finished {
 			p.finished = true
@@ -661,6 +652,14 @@ func (c *Conn) goAway(last uint64) {
 		}
 	}
 	c.waitq = nil
+	return never
+}
+
+// goAway handles the server's farewell: requests after last have not been read.
+func (c *Conn) goAway(last uint64) {
+	c.mu.Lock()
+	c.away = true
+	never := c.takeWaiting()
 	for tag, p := range c.pend {
 		if tag <= last {
 			continue
