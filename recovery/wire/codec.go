@@ -20,8 +20,8 @@ const CodecVersion = 1
 
 // Sizes of the fixed headers in bytes.
 const (
-	RequestHeaderSize = 112
-	ReplyHeaderSize   = 72
+	RequestHeaderSize = 120
+	ReplyHeaderSize   = 80
 )
 
 // Limits of messages. A message beyond them is neither sent nor accepted.
@@ -36,6 +36,8 @@ const (
 	MaxLogIDs = 4096
 	// MaxEpochs bounds Request.Epochs.
 	MaxEpochs = 1024
+	// MaxData bounds Request.Data and Reply.Data but for symlink targets.
+	MaxData = 60 << 10
 	// maxReplyBody is where lists that can be continued are cut.
 	maxReplyBody = MaxReplySize - 16<<10
 )
@@ -75,10 +77,13 @@ const (
 	rStable
 	rTime
 	rLock
+	rBody // Data of up to MaxData bytes
+	rPeer
+	rMade    // only with FlagReplay
 	rBulkOut // Bulk travels with the request
 	rBulkIn  // Bulk is filled by the reply; its length travels
 
-	rDirOp = rFID | rName | rCred | rKey
+	rDirOp = rFID | rName | rCred | rKey | rMade
 	rObj   = rFID | rStripe
 )
 
@@ -101,7 +106,7 @@ const (
 	pObj
 	pFlush
 	pPort
-	pInstance
+	pInstance // and Tenure
 	pLock
 	pBulk // never in a mask: Count bytes of bulk follow
 
@@ -140,6 +145,7 @@ var opLayouts = [...]opLayout{
 	OpSetVIPEpoch: {rep: pFlush},
 	OpSyncTarget:  {rep: pFlush},
 	OpStatfs:      {rep: pStatfs | pFlush},
+	OpFence:       {req: rPeer | rCookie, rep: pFlush},
 
 	OpGetattr:      {req: rFID, rep: pAttr},
 	OpLookup:       {req: rFID | rName | rCred, rep: pAttr | pDirAttr},
@@ -151,13 +157,13 @@ var opLayouts = [...]opLayout{
 	OpRemove:       {req: rDirOp, rep: pAttr | pDir},
 	OpRmdir:        {req: rDirOp, rep: pAttr | pDir},
 	OpRename:       {req: rDirOp | rFID2 | rName2, rep: pAttr | pDir | pDirPre2 | pDirAttr2},
-	OpLink:         {req: rFID | rFID2 | rName2 | rCred | rKey, rep: pAttr | pDirPre2 | pDirAttr2 | pPort},
-	OpSetattr:      {req: rFID | rCred | rKey | rSetAttr | rGuard, rep: pPre | pAttr | pTruncate | pPort},
-	OpTruncateDone: {req: rLogIDs},
+	OpLink:         {req: rFID | rFID2 | rName2 | rCred | rKey | rMade, rep: pAttr | pDirPre2 | pDirAttr2 | pPort},
+	OpSetattr:      {req: rFID | rCred | rKey | rSetAttr | rGuard | rMade, rep: pPre | pAttr | pTruncate | pPort},
+	OpTruncateDone: {req: rLogIDs | rMade},
 	OpReaddir:      {req: rFID | rCred | rCookie | rCount | rMaxEntries | rPlus, rep: pEntries | pDirAttr},
-	OpOpenEpoch:    {req: rFID, rep: pAttr},
-	OpCloseEpoch:   {req: rEpochs},
-	OpSetLayout:    {req: rFID | rCred | rLayout, rep: pAttr},
+	OpOpenEpoch:    {req: rFID | rMade, rep: pAttr},
+	OpCloseEpoch:   {req: rEpochs | rMade, rep: pCount},
+	OpSetLayout:    {req: rFID | rCred | rLayout | rMade, rep: pAttr},
 	OpTouchAtime:   {req: rFID | rSetAttr, rep: pAttr},
 
 	OpLockTest:      {req: rFID | rLock, lock: lLocker, rep: pLock},
@@ -177,12 +183,16 @@ var opLayouts = [...]opLayout{
 	OpLockHosts:     {req: rLock, rep: pLock},
 	OpLockPoll:      {req: rCookie, rep: pLock},
 
+	OpOSTFetch: {req: rCount | rName, rep: pData},
+
 	OpRead:       {req: rObj | rOffset | rBulkIn, rep: pCount | pObj | pFlush | pBulk},
 	OpWrite:      {req: rObj | rOffset | rStable | rTime | rBulkOut, rep: pCount | pObjPre | pObj | pFlush},
 	OpPunch:      {req: rObj | rSize | rLogID | rTime, rep: pObjPre | pObj | pFlush},
 	OpSyncObject: {req: rObj, rep: pObj | pFlush},
 	OpObjAttr:    {req: rObj, rep: pObj | pFlush},
 	OpDestroy:    {req: rObj, rep: pObj | pFlush},
+
+	OpRegistry: {req: rName | rBody, rep: pData},
 }
 
 func init() {
@@ -223,7 +233,8 @@ func CheckRequest(r *Request) Status {
 		f&rName2 != 0 && len(r.Name2) > MaxNameLen,
 		f&rData != 0 && len(r.Data) > MaxSymlinkLen:
 		return ErrNameTooLong
-	case f&rCred != 0 && int(r.Cred.NGIDs) > len(r.Cred.GIDs),
+	case f&rBody != 0 && len(r.Data) > MaxData,
+		f&rCred != 0 && int(r.Cred.NGIDs) > len(r.Cred.GIDs),
 		f&rLogIDs != 0 && len(r.LogIDs) > MaxLogIDs,
 		f&rEpochs != 0 && len(r.Epochs) > MaxEpochs,
 		f&(rBulkIn|rBulkOut) != 0 && len(r.Bulk) > MaxBulk:
@@ -263,8 +274,10 @@ func AppendRequest(b []byte, r *Request) []byte {
 	b = be.AppendUint64(b, r.Transno)
 	b = be.AppendUint64(b, r.LastCommitted)
 	b = be.AppendUint32(b, r.VIP)
-	b = be.AppendUint32(b, 0)
+	b = be.AppendUint16(b, r.Slot)
+	b = be.AppendUint16(b, 0)
 	b = be.AppendUint64(b, r.VIPEpoch)
+	b = be.AppendUint64(b, r.Tenure)
 	for _, v := range r.PreVersions {
 		b = be.AppendUint64(b, v)
 	}
@@ -291,7 +304,7 @@ func DecodeRequest(b []byte, r *Request) error {
 		return fmt.Errorf("%w: operation %d is unknown", ErrCodec, op)
 	case bulk > MaxBulk || bulk > 0 && l.req&(rBulkIn|rBulkOut) == 0:
 		return fmt.Errorf("%w: operation %d with %d bulk bytes", ErrCodec, op, bulk)
-	case b[1] != 0 || be.Uint32(b[68:]) != 0:
+	case b[1] != 0 || be.Uint16(b[70:]) != 0:
 		return fmt.Errorf("%w: reserved bytes are not zero", ErrCodec)
 	}
 	r.Op = op
@@ -303,9 +316,11 @@ func DecodeRequest(b []byte, r *Request) error {
 	r.Transno = be.Uint64(b[48:])
 	r.LastCommitted = be.Uint64(b[56:])
 	r.VIP = be.Uint32(b[64:])
+	r.Slot = be.Uint16(b[68:])
 	r.VIPEpoch = be.Uint64(b[72:])
+	r.Tenure = be.Uint64(b[80:])
 	for i := range r.PreVersions {
-		r.PreVersions[i] = be.Uint64(b[80+8*i:])
+		r.PreVersions[i] = be.Uint64(b[88+8*i:])
 	}
 	r.LogIDs, r.Epochs, r.Lock = logIDs, epochs, lock
 	d := decoder{b: body}

@@ -25,6 +25,7 @@ func AppendReply(b []byte, op Op, r *Reply) []byte {
 	b = be.AppendUint64(b, r.XID)
 	b = be.AppendUint64(b, r.Transno)
 	b = be.AppendUint64(b, r.LastCommitted)
+	b = appendI64(b, r.Time)
 	for _, v := range r.PreVersions {
 		b = be.AppendUint64(b, v)
 	}
@@ -151,6 +152,7 @@ func appendReplyBody(b []byte, r *Reply, l *opLayout) (out []byte, cut bool) {
 	}
 	if m&pInstance != 0 {
 		b = be.AppendUint64(b, r.Instance)
+		b = be.AppendUint64(b, r.Tenure)
 	}
 	if m&pLock != 0 {
 		var c bool
@@ -184,8 +186,9 @@ func DecodeReply(b []byte, op Op, r *Reply) (bulk int, err error) {
 	r.XID = be.Uint64(b[16:])
 	r.Transno = be.Uint64(b[24:])
 	r.LastCommitted = be.Uint64(b[32:])
+	r.Time = int64(be.Uint64(b[40:]))
 	for i := range r.PreVersions {
-		r.PreVersions[i] = be.Uint64(b[40+8*i:])
+		r.PreVersions[i] = be.Uint64(b[48+8*i:])
 	}
 	d := decoder{b: body}
 	decodeReplyBody(&d, r, l)
@@ -230,7 +233,7 @@ func decodeReplyBody(d *decoder, r *Reply, l *opLayout) {
 		r.Truncate = Truncate{LogID: d.u64(), Size: d.u64()}
 	}
 	if m&pData != 0 {
-		r.Data = append(r.Data[:0], d.bytes(MaxSymlinkLen)...)
+		r.Data = append(r.Data[:0], d.bytes(MaxData)...)
 	}
 	if m&pEntries != 0 {
 		n := d.count(MaxReplySize, minDirent)
@@ -266,7 +269,7 @@ func decodeReplyBody(d *decoder, r *Reply, l *opLayout) {
 		r.Port = d.u16()
 	}
 	if m&pInstance != 0 {
-		r.Instance = d.u64()
+		r.Instance, r.Tenure = d.u64(), d.u64()
 	}
 	if m&pLock != 0 {
 		r.Lock = decodeLockReply(d)
@@ -306,14 +309,30 @@ func appendAttr(b []byte, a *Attr) []byte {
 		b = be.AppendUint32(b, a.RdevMinor)
 	}
 	if f&attrLayout != 0 {
-		n := min(a.Layout.Count, MaxStripes)
-		b = be.AppendUint32(b, a.Layout.StripeSize)
-		b = append(b, n)
-		for _, o := range a.Layout.OST[:n] {
-			b = be.AppendUint16(b, o)
-		}
+		b = appendLayout(b, &a.Layout)
 	}
 	return b
+}
+
+func appendLayout(b []byte, l *Layout) []byte {
+	n := min(l.Count, MaxStripes)
+	b = be.AppendUint32(b, l.StripeSize)
+	b = append(b, n)
+	for _, o := range l.OST[:n] {
+		b = be.AppendUint16(b, o)
+	}
+	return b
+}
+
+func decodeLayout(d *decoder, l *Layout) {
+	l.StripeSize = d.u32()
+	if l.Count = d.u8(); l.Count > MaxStripes {
+		d.fail("too many stripes")
+		l.Count = 0
+	}
+	for i := range l.OST[:l.Count] {
+		l.OST[i] = d.u16()
+	}
 }
 
 func decodeAttr(d *decoder, a *Attr) {
@@ -331,14 +350,7 @@ func decodeAttr(d *decoder, a *Attr) {
 		a.RdevMajor, a.RdevMinor = d.u32(), d.u32()
 	}
 	if f&attrLayout != 0 {
-		a.Layout.StripeSize = d.u32()
-		if a.Layout.Count = d.u8(); a.Layout.Count > MaxStripes {
-			d.fail("too many stripes")
-			a.Layout.Count = 0
-		}
-		for i := range a.Layout.OST[:a.Layout.Count] {
-			a.Layout.OST[i] = d.u16()
-		}
+		decodeLayout(d, &a.Layout)
 	}
 	a.EpochOpen, a.EpochShared = f&attrEpochOpen != 0, f&attrEpochShared != 0
 }

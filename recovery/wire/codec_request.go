@@ -112,7 +112,22 @@ func appendRequestBody(b []byte, r *Request, l *opLayout) []byte {
 	if f&rLock != 0 {
 		b = appendLockArgs(b, r.Lock, l.lock)
 	}
+	if f&rBody != 0 {
+		b = appendBytes(b, r.Data)
+	}
+	if f&rPeer != 0 {
+		b = append(b, r.Peer[:]...)
+	}
+	if f&rMade != 0 && r.Flags&FlagReplay != 0 {
+		b = appendMade(b, &r.Made)
+	}
 	return b
+}
+
+func appendMade(b []byte, m *Made) []byte {
+	b = appendI64(m.FID.Append(b), m.Time)
+	b = be.AppendUint32(b, m.Generation)
+	return appendLayout(b, &m.Layout)
 }
 
 // epochSize is the encoded size of an EpochClose.
@@ -217,6 +232,17 @@ func decodeRequestBody(d *decoder, r *Request, l *opLayout) {
 		r.Lock = decodeLockArgs(d, r.Lock, l.lock)
 	} else {
 		r.Lock = nil
+	}
+	if f&rBody != 0 {
+		r.Data = d.bytes(MaxData)
+	}
+	if f&rPeer != 0 {
+		copy(r.Peer[:], d.take(len(r.Peer)))
+	}
+	if f&rMade != 0 && r.Flags&FlagReplay != 0 {
+		m := &r.Made
+		m.FID, m.Time, m.Generation = d.fid(), d.i64(), d.u32()
+		decodeLayout(d, &m.Layout)
 	}
 }
 

@@ -78,12 +78,17 @@ func (g gen) attr() Attr {
 		a.RdevMajor, a.RdevMinor = g.Uint32(), g.Uint32()
 	}
 	if g.yes() {
-		a.Layout = Layout{StripeSize: g.Uint32(), Count: uint8(g.IntN(MaxStripes + 1))}
-		for i := range a.Layout.Count {
-			a.Layout.OST[i] = uint16(g.Uint32())
-		}
+		a.Layout = g.layout()
 	}
 	return a
+}
+
+func (g gen) layout() Layout {
+	l := Layout{StripeSize: g.Uint32(), Count: uint8(g.IntN(MaxStripes + 1))}
+	for i := range l.Count {
+		l.OST[i] = uint16(g.Uint32())
+	}
+	return l
 }
 
 func (g gen) pre() PreAttr {
@@ -93,7 +98,7 @@ func (g gen) pre() PreAttr {
 func (g gen) request(op Op) *Request {
 	r := &Request{Header: Header{
 		XID: g.Uint64(), Op: op, Flags: Flags(g.Uint32()), ClientGen: g.Uint64(), Transno: g.Uint64(),
-		LastCommitted: g.Uint64(), VIP: g.Uint32(), VIPEpoch: g.Uint64(), Credits: uint16(g.Uint32()),
+		LastCommitted: g.Uint64(), VIP: g.Uint32(), VIPEpoch: g.Uint64(), Credits: uint16(g.Uint32()), Slot: uint16(g.Uint32()), Tenure: g.Uint64(),
 	}}
 	copy(r.Client[:], g.bytes(16))
 	for i := range r.PreVersions {
@@ -147,6 +152,11 @@ func (g gen) request(op Op) *Request {
 	set(rStable, func() { r.Stable = StableHow(g.IntN(3)) })
 	set(rTime, func() { r.Time = g.i64() })
 	set(rLock, func() { r.Lock = g.lockArgs(l.lock) })
+	set(rBody, func() { r.Data = g.bytes(MaxData) })
+	set(rPeer, func() { copy(r.Peer[:], g.bytes(16)) })
+	if r.Flags&FlagReplay != 0 {
+		set(rMade, func() { r.Made = Made{FID: g.fid(), Generation: g.Uint32(), Layout: g.layout(), Time: g.i64()} })
+	}
 	set(rBulkIn|rBulkOut, func() { r.Bulk = g.bytes(1 << 10) })
 	return r
 }
@@ -202,7 +212,7 @@ func (g gen) holder() LockHolder {
 func (g gen) reply(op Op) *Reply {
 	r := &Reply{
 		XID: g.Uint64(), Status: Status(g.Uint32N(3) * 10007), Transno: g.Uint64(), LastCommitted: g.Uint64(),
-		Reconstructed: g.yes(), Created: g.yes(), EOF: g.yes(), Recovering: g.yes(), Known: g.yes(),
+		Reconstructed: g.yes(), Created: g.yes(), EOF: g.yes(), Recovering: g.yes(), Known: g.yes(), Time: g.i64(),
 	}
 	for i := range r.PreVersions {
 		r.PreVersions[i] = g.Uint64()
@@ -220,7 +230,7 @@ func (g gen) reply(op Op) *Reply {
 	set(pDirPre, func() { r.DirPre = g.pre() })
 	set(pDirPre2, func() { r.DirPre2 = g.pre() })
 	set(pTruncate, func() { r.Truncate = Truncate{g.Uint64(), g.Uint64()} })
-	set(pData, func() { r.Data = g.bytes(MaxSymlinkLen) })
+	set(pData, func() { r.Data = g.bytes(MaxData) })
 	set(pEntries, func() {
 		for range g.IntN(20) {
 			e := Dirent{Cookie: g.Uint64(), FID: g.fid(), Type: FileType(g.IntN(8)), Name: g.bytes(MaxNameLen), HasAttr: g.yes()}
@@ -238,7 +248,7 @@ func (g gen) reply(op Op) *Reply {
 	set(pObj, func() { r.Obj = ObjAttr{g.yes(), g.Uint64(), g.Uint64(), g.i64(), g.i64(), g.Uint64()} })
 	set(pFlush, func() { r.FlushErrors = g.Uint64() })
 	set(pPort, func() { r.Port = uint16(g.Uint32()) })
-	set(pInstance, func() { r.Instance = g.Uint64() })
+	set(pInstance, func() { r.Instance, r.Tenure = g.Uint64(), g.Uint64() })
 	set(pLock, func() {
 		r.Lock = &LockReply{}
 		if g.yes() {
@@ -280,14 +290,14 @@ func newGen(t testing.TB) gen {
 
 // Every operation that the package defines can be encoded.
 func TestEveryOpIsKnown(t *testing.T) {
-	for _, r := range [][2]Op{{OpConnect, OpStatfs}, {OpGetattr, OpLockPoll}, {OpRead, OpDestroy}} {
+	for _, r := range [][2]Op{{OpConnect, OpFence}, {OpGetattr, OpOSTFetch}, {OpRead, OpDestroy}, {OpRegistry, OpRegistry}} {
 		for op := r[0]; op <= r[1]; op++ {
 			if !op.Known() {
 				t.Errorf("operation %d has no encoding", op)
 			}
 		}
 	}
-	for _, op := range []Op{0, OpStatfs + 1, OpLockPoll + 1, OpDestroy + 1, 0xffff} {
+	for _, op := range []Op{0, OpFence + 1, OpOSTFetch + 1, OpDestroy + 1, OpRegistry + 1, 0xffff} {
 		if op.Known() {
 			t.Errorf("operation %d has an encoding", op)
 		}
@@ -524,6 +534,60 @@ func TestGolden(t *testing.T) {
 	if d := cmp.Diff(string(want), out.String()); d != "" {
 		t.Fatalf("the encoding has changed (-was +is):\n%s", d)
 	}
+}
+
+func (g gen) ostInfo() *OSTInfo {
+	o := &OSTInfo{Next: g.bytes(MaxNameLen)}
+	id := func() (c ClientID) { copy(c[:], g.bytes(16)); return c }
+	for range g.IntN(4) {
+		o.VIPs = append(o.VIPs, VIPEpoch{g.Uint32(), g.Uint64()})
+		o.Clients = append(o.Clients, ClientInfo{id(), g.Uint64(), g.Uint64()})
+		o.Fences = append(o.Fences, Fence{id(), g.Uint64()})
+		o.Epochs = append(o.Epochs, EpochInfo{g.fid(), id()})
+		o.Unlinked = append(o.Unlinked, g.fid())
+	}
+	return o
+}
+
+func TestOSTInfo(t *testing.T) {
+	g := gen{rand.New(rand.NewPCG(1, 2))}
+	for range 100 {
+		want, got := g.ostInfo(), OSTInfo{}
+		b := AppendOSTInfo(nil, want)
+		if n := want.Size() + len(want.Next); n != len(b) {
+			t.Fatalf("%d bytes, Size says %d", len(b), n)
+		}
+		if err := DecodeOSTInfo(b, &got); err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(want, &got, equal); d != "" {
+			t.Fatal(d)
+		}
+		for i := range b {
+			if err := DecodeOSTInfo(b[:i], &OSTInfo{}); !errors.Is(err, ErrCodec) {
+				t.Fatalf("%d of %d bytes: %v", i, len(b), err)
+			}
+		}
+	}
+}
+
+func FuzzDecodeOSTInfo(f *testing.F) {
+	g := gen{rand.New(rand.NewPCG(1, 1))}
+	for range 8 {
+		f.Add(AppendOSTInfo(nil, g.ostInfo()))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var o OSTInfo
+		if err := DecodeOSTInfo(b, &o); err != nil {
+			if !errors.Is(err, ErrCodec) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if string(AppendOSTInfo(nil, &o)) != string(b) {
+			t.Fatal("encodes to something else")
+		}
+	})
 }
 
 func FuzzDecodeRequest(f *testing.F) {

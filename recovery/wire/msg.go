@@ -16,7 +16,8 @@ const (
 	// Header.Transno is the highest transno that it was told, LastCommitted the
 	// highest committed one; Time is the longest, in nanoseconds, that it has
 	// waited for an answer of the target lately, 0 when unknown. Reply:
-	// Transno = highest transno seen, LastCommitted, Instance, Recovering, Known.
+	// Transno = highest transno seen, LastCommitted, Instance, Recovering, Known,
+	// and Tenure when the target is an MDT.
 	OpConnect Op = 1 + iota
 	// OpDisconnect removes the client from the client table.
 	OpDisconnect
@@ -29,6 +30,10 @@ const (
 	OpSyncTarget
 	// OpStatfs: Reply.Statfs.
 	OpStatfs
+	// OpFence: Peer, Cookie: from now on, durably, requests of client Peer whose
+	// Tenure is below Cookie are refused with ErrTooLate. An OST gets it from the
+	// MDT when that has evicted the client.
+	OpFence
 )
 
 // Operations of the MDT. Cred is checked by the MDT unless noted. All modifying
@@ -140,6 +145,10 @@ const (
 	// Header.VIP, as soon as there are any and they are durable. A later OpLockPoll of the same
 	// VIP ends an earlier one with none. Cookie MaxUint64 only ends the earlier one.
 	OpLockPoll
+
+	// OpOSTFetch: Count (index of the OST), Name (cursor, empty at first) -> Data
+	// (an OSTInfo). What an OST has to know before it serves anybody.
+	OpOSTFetch
 )
 
 // Operations of an OST. Objects are named by FID and Stripe; Offset and Size
@@ -165,11 +174,18 @@ const (
 	OpDestroy
 )
 
+// Operations of the MGS.
+const (
+	// OpRegistry: Name (method), Data (arguments) -> Data (result). Package mgs
+	// defines the methods; it is the control plane, where speed does not count.
+	OpRegistry Op = 128 + iota
+)
+
 // IsMDT tells whether the operation belongs to the MDT.
 func (o Op) IsMDT() bool { return o >= 32 && o < 96 }
 
 // IsOST tells whether the operation belongs to an OST.
-func (o Op) IsOST() bool { return o >= 96 }
+func (o Op) IsOST() bool { return o >= 96 && o < 128 }
 
 // Modifies tells whether the operation changes a target's durable state and so
 // gets a transno.
@@ -177,7 +193,7 @@ func (o Op) Modifies() bool {
 	switch o {
 	case OpCreate, OpMkdir, OpSymlink, OpMknod, OpRemove, OpRmdir, OpRename,
 		OpLink, OpSetattr, OpTruncateDone, OpOpenEpoch, OpCloseEpoch,
-		OpSetLayout, OpWrite, OpPunch, OpDestroy, OpConnect, OpDisconnect, OpSetVIPEpoch,
+		OpSetLayout, OpWrite, OpPunch, OpDestroy, OpConnect, OpDisconnect, OpSetVIPEpoch, OpFence,
 		OpLock, OpUnlock, OpLockCancel, OpLockGrantDone, OpShare, OpUnshare, OpLockFree,
 		OpLockRelease, OpLockMonitor, OpLockUnmonitor, OpLockNotified, OpLockService:
 		return true
@@ -227,6 +243,12 @@ type Header struct {
 	VIPEpoch      uint64
 	PreVersions   [4]uint64
 	Credits       uint16
+	// Slot is the client's reply slot of a modifying request, from 0.
+	Slot uint16
+	// Tenure is the number of the client's entry in the MDT's client table
+	// (Reply.Tenure of its OpConnect there), 0 for none. It rises with every new
+	// entry, so that an OST can tell what was sent before an eviction.
+	Tenure uint64
 }
 
 // ReplyKey identifies an NFS call for at-most-once execution: the client's
@@ -275,6 +297,17 @@ type EpochClose struct {
 	Seen uint64
 }
 
+// Made is what the first execution of an operation at the MDT has decided. A
+// replay carries it, so that it makes the same object at the same time.
+type Made struct {
+	// FID, Generation and Layout are of the object that the operation made.
+	FID        FID
+	Generation uint32
+	Layout     Layout
+	// Time is the operation's timestamp, Reply.Time.
+	Time int64
+}
+
 // Request is a message to a target. Name, Name2, Data and Bulk alias the
 // caller's buffers and are valid until the reply is given; a target that keeps
 // them copies them.
@@ -312,6 +345,11 @@ type Request struct {
 
 	// Lock is the body of lock operations; targets copy what they keep.
 	Lock *LockArgs
+
+	// Peer is the client that OpFence is about.
+	Peer ClientID
+	// Made travels with FlagReplay to an MDT.
+	Made Made
 }
 
 // Reset clears r for reuse but keeps the capacity of its slices' owners.
@@ -379,8 +417,14 @@ type Reply struct {
 	FlushErrors uint64
 	Port        uint16 // with ErrPortMismatch: the recorded port
 
+	// Time is the timestamp that a modifying operation of an MDT was given, for
+	// Made.
+	Time int64
+
 	// Instance numbers the target's starts (OpConnect); it rises durably.
 	Instance uint64
+	// Tenure numbers the entry in an MDT's client table (OpConnect).
+	Tenure uint64
 	// Recovering: the target waits for replays of its clients (OpConnect).
 	Recovering bool
 	// Known: the client was in the table, with this generation, before this
@@ -406,6 +450,25 @@ type Target interface {
 	// TryHandle executes req only if that needs no waiting for disk or other
 	// requests; it reports whether rep is the answer.
 	TryHandle(req *Request, rep *Reply) bool
+}
+
+// Peer tells who is at the other end of a connection.
+type Peer struct {
+	// Node is the authenticated name of the other node, "" in one process.
+	Node string
+	// Session is chosen by the client and rises with each of its attempts to
+	// connect: connections of one session are one path, and what comes by an
+	// older one is late.
+	Session uint64
+	// Local: the client is in this process and dies with the target.
+	Local bool
+}
+
+// Acceptor is a Target that treats connections apart. Transports call Accept
+// for every connection and give its requests to the Target returned; when that
+// implements io.Closer, Close is called once, after the last request was given.
+type Acceptor interface {
+	Accept(Peer) Target
 }
 
 // Conn is a client's path to one target.

@@ -100,15 +100,15 @@ func (o *op) drop() {
 }
 
 // Identity completes a request that is kept for replay with what its first
-// execution decided, so that the replay makes the same object at the same time:
-// FID2 becomes the FID of a new object, and Time the ctime.
+// execution decided, so that the replay makes the same object at the same time.
 func Identity(kept *wire.Request, rep *wire.Reply) {
+	if !kept.Op.IsMDT() {
+		return
+	}
+	kept.Made = wire.Made{Time: rep.Time}
 	switch kept.Op {
 	case wire.OpCreate, wire.OpMkdir, wire.OpSymlink, wire.OpMknod:
-		kept.FID2 = rep.Attr.FID
-		kept.Time = rep.Attr.Ctime
-	case wire.OpSetattr, wire.OpLink:
-		kept.Time = rep.Attr.Ctime
+		kept.Made.FID, kept.Made.Generation, kept.Made.Layout = rep.Attr.FID, rep.Attr.Generation, rep.Attr.Layout
 	}
 }
 

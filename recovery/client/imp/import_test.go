@@ -34,7 +34,7 @@ type fakeTarget struct {
 type fakeRec struct {
 	xid, transno uint64
 	data         string
-	fid2         wire.FID
+	made         wire.Made
 }
 
 func newFakeTarget() *fakeTarget {
@@ -178,7 +178,7 @@ func (t *fakeTarget) handle(req *wire.Request, rep *wire.Reply) bool {
 			if n := len(t.log); n > 0 && t.log[n-1].transno >= req.Transno {
 				t.errs = append(t.errs, "replay out of order")
 			}
-			t.exec(slot, fakeRec{req.XID, req.Transno, string(req.Name) + string(req.Data) + string(req.Bulk), req.FID2})
+			t.exec(slot, fakeRec{req.XID, req.Transno, string(req.Name) + string(req.Data) + string(req.Bulk), req.Made})
 		}
 	case t.recovering:
 		rep.Status = wire.ErrRecovering
@@ -192,7 +192,7 @@ func (t *fakeTarget) handle(req *wire.Request, rep *wire.Reply) bool {
 			rep.Transno, rep.Reconstructed = old.transno, true
 		} else {
 			rep.Transno = t.next
-			t.exec(slot, fakeRec{req.XID, t.next, string(req.Name) + string(req.Data) + string(req.Bulk), req.FID2})
+			t.exec(slot, fakeRec{req.XID, t.next, string(req.Name) + string(req.Data) + string(req.Bulk), req.Made})
 		}
 		rep.Attr.FID = wire.FID{Seq: 9, OID: uint32(rep.Transno)}
 		if req.Flags&wire.FlagWaitCommit != 0 {
@@ -398,7 +398,7 @@ func TestReplayIdentity(t *testing.T) {
 	}
 	tgt.mu.Lock()
 	defer tgt.mu.Unlock()
-	if len(tgt.log) != 1 || tgt.log[0].fid2 != fid || tgt.log[0].data != "x" {
+	if len(tgt.log) != 1 || tgt.log[0].made.FID != fid || tgt.log[0].data != "x" {
 		t.Errorf("replayed %+v, want object %v", tgt.log, fid)
 	}
 }
