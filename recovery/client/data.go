@@ -46,9 +46,7 @@ func (f *FS) Read(ctx context.Context, o Owner, a *wire.Attr, off uint64, buf []
 			if !block {
 				return 0, false, 0, false
 			}
-			if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-				m.rep.Status = wire.ErrTargetDown
-			}
+			f.call(ctx, c, m)
 		}
 		if m.rep.Status != wire.OK {
 			return 0, false, m.rep.Status, true
@@ -92,7 +90,7 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 	now := f.o.Clock()
 	if a.Layout.Count <= 1 {
 		p := piece{obj: off, n: len(data)}
-		obPre, ob, st := f.writePiece(ctx, o, a, &p, data, stable, now)
+		obPre, ob, st := f.writePiece(ctx, o, e, a, &p, data, stable, now)
 		if st != wire.OK {
 			return pre, st
 		}
@@ -108,7 +106,7 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 		g.apply(a)
 		return pre, wire.OK
 	}
-	if st := f.writePieces(ctx, o, a, pieces(nil, &a.Layout, off, len(data)), data, stable, now); st != wire.OK {
+	if st := f.writePieces(ctx, o, e, a, pieces(nil, &a.Layout, off, len(data)), data, stable, now); st != wire.OK {
 		return pre, st
 	}
 	// The objects of a striped file have no common instant: no pre attributes.
@@ -119,7 +117,7 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 
 // writePiece writes to one object. An OST that can write only a part says so
 // without an error; it is asked again for the rest and tells the reason then.
-func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, data []byte, stable wire.StableHow, now int64) (wire.PreAttr, wire.ObjAttr, wire.Status) {
+func (f *FS) writePiece(ctx context.Context, o Owner, e *epoch, a *wire.Attr, p *piece, data []byte, stable wire.StableHow, now int64) (wire.PreAttr, wire.ObjAttr, wire.Status) {
 	c, st := f.ost(a, p.stripe)
 	if st != wire.OK {
 		return wire.PreAttr{}, wire.ObjAttr{}, st
@@ -127,6 +125,7 @@ func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, da
 	m := f.get()
 	defer f.put(m)
 	var pre wire.PreAttr
+	renewed := 0
 	for done := 0; ; {
 		m.req.Reset()
 		m.rep.Reset()
@@ -137,12 +136,16 @@ func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, da
 		m.req.Stable = stable
 		m.req.Time = now
 		f.header(o, &m.req)
-		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-			return wire.PreAttr{}, wire.ObjAttr{}, wire.ErrTargetDown
-		}
+		f.call(ctx, c, m)
 		f.noteFlush(a.Layout.OST[p.stripe], m.rep.FlushErrors)
 		n := int(m.rep.Count)
 		switch {
+		case m.rep.Status == wire.ErrTooLate && renewed < maxRenewals:
+			renewed++
+			if st := f.epochs.renew(ctx, f, o, e); st != wire.OK {
+				return wire.PreAttr{}, wire.ObjAttr{}, st
+			}
+			continue
 		case m.rep.Status != wire.OK:
 			return wire.PreAttr{}, wire.ObjAttr{}, m.rep.Status
 		case n == 0 || n > p.n-done:
@@ -160,12 +163,12 @@ func (f *FS) writePiece(ctx context.Context, o Owner, a *wire.Attr, p *piece, da
 
 // writePieces writes the parts of a striped range, those of different stripes
 // at the same time.
-func (f *FS) writePieces(ctx context.Context, o Owner, a *wire.Attr, ps []piece, data []byte, stable wire.StableHow, now int64) wire.Status {
+func (f *FS) writePieces(ctx context.Context, o Owner, e *epoch, a *wire.Attr, ps []piece, data []byte, stable wire.StableHow, now int64) wire.Status {
 	type res struct{ st wire.Status }
 	results := make(chan res, len(ps))
 	for i := range ps {
 		go func() {
-			_, _, st := f.writePiece(ctx, o, a, &ps[i], data, stable, now)
+			_, _, st := f.writePiece(ctx, o, e, a, &ps[i], data, stable, now)
 			results <- res{st}
 		}()
 	}
@@ -205,9 +208,7 @@ func (f *FS) syncObjects(ctx context.Context, o Owner, a *wire.Attr, mg *merger)
 		m.req.Op = wire.OpSyncObject
 		m.req.FID, m.req.Stripe = a.FID, s
 		f.header(o, &m.req)
-		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-			return wire.ErrTargetDown
-		}
+		f.call(ctx, c, m)
 		f.noteFlush(a.Layout.OST[s], m.rep.FlushErrors)
 		if m.rep.Status != wire.OK {
 			return m.rep.Status
@@ -283,8 +284,22 @@ func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.
 }
 
 func (f *FS) punchUndone(ctx context.Context, o Owner, e *epoch, a *wire.Attr) wire.Status {
+	if e.relost.Swap(false) {
+		// An OST that has them still does nothing twice.
+		e.undone = append(e.logs, e.undone...)
+		e.logs = nil
+		slices.SortFunc(e.undone, func(a, b wire.Truncate) int { return cmp.Compare(a.LogID, b.LogID) })
+	}
+	renewed := 0
 	for len(e.undone) > 0 {
-		if st := f.punchOne(ctx, o, e, a, e.undone[0]); st != wire.OK {
+		st := f.punchOne(ctx, o, e, a, e.undone[0])
+		if st == wire.ErrTooLate && renewed < maxRenewals {
+			renewed++
+			if st = f.epochs.renew(ctx, f, o, e); st == wire.OK {
+				continue
+			}
+		}
+		if st != wire.OK {
 			e.retry.Store(true)
 			return st
 		}
@@ -315,9 +330,7 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		m.req.LogID = t.LogID
 		m.req.Time = a.Ctime
 		f.header(o, &m.req)
-		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-			return wire.ErrTargetDown
-		}
+		f.call(ctx, c, m)
 		f.noteFlush(a.Layout.OST[s], m.rep.FlushErrors)
 		if m.rep.Status != wire.OK {
 			return m.rep.Status
@@ -326,7 +339,7 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		mg.add(&a.Layout, s, &m.rep.Obj)
 	}
 	if !missing && len(e.logs) < maxLogs {
-		e.logs = append(e.logs, t.LogID)
+		e.logs = append(e.logs, t)
 	} else {
 		// An object that does not exist cannot remember that it was cut: a
 		// recovery would do it again, on data that were written since. So the
@@ -334,8 +347,12 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		if st := f.syncObjects(ctx, o, a, nil); st != wire.OK {
 			return st
 		}
-		e.logs = append(e.logs, t.LogID)
-		if st := f.reportLogs(ctx, e.logs, wire.FlagWaitCommit); st != wire.OK {
+		e.logs = append(e.logs, t)
+		ids := make([]uint64, len(e.logs))
+		for i := range ids {
+			ids[i] = e.logs[i].LogID
+		}
+		if st := f.reportLogs(ctx, ids, wire.FlagWaitCommit); st != wire.OK {
 			return st
 		}
 		e.logs = e.logs[:0]

@@ -37,9 +37,12 @@ type epoch struct {
 	// Guarded by trunc, or by closing being set; retry tells that there are any.
 	undone []wire.Truncate
 	retry  atomic.Bool
-	// logs are truncate records whose punches the OSTs have executed; they are
+	// logs are size changes whose punches the OSTs have executed; their records are
 	// reported to the MDT once the objects were flushed. Guarded like undone.
-	logs []uint64
+	logs []wire.Truncate
+	// relost tells that an OST has forgotten punches of the file: those in logs
+	// are undone again. Set at any time, cleared with trunc held.
+	relost atomic.Bool
 }
 
 func (e *epoch) markOpen() { e.open.Store(true) }
@@ -98,7 +101,7 @@ func (t *epochTable) acquire(ctx context.Context, f *FS, o Owner, a *wire.Attr) 
 	if !e.open.Load() {
 		st = t.open(ctx, f, o, e)
 	}
-	if st == wire.OK && e.retry.Load() {
+	if st == wire.OK && (e.retry.Load() || e.relost.Load()) {
 		e.trunc.Lock()
 		st = f.punchUndone(ctx, o, e, a)
 		e.trunc.Unlock()
@@ -126,6 +129,17 @@ func (t *epochTable) open(ctx context.Context, f *FS, o Owner, e *epoch) wire.St
 		e.open.Store(true)
 	}
 	return m.rep.Status
+}
+
+// maxRenewals bounds how often one request opens its epoch anew: each time the
+// MDT must have evicted this client.
+const maxRenewals = 3
+
+// renew opens the epoch anew after an OST has refused a request because the MDT
+// has evicted this client, which may not have noticed yet.
+func (t *epochTable) renew(ctx context.Context, f *FS, o Owner, e *epoch) wire.Status {
+	e.open.Store(false)
+	return t.open(ctx, f, o, e)
 }
 
 func (t *epochTable) release(f *FS, e *epoch) {
@@ -162,6 +176,29 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 	if e.closing == nil && transno > s.closed {
 		e.open.Store(true)
 	}
+}
+
+// lostAll marks all epochs as not open: the MDT has forgotten them.
+func (t *epochTable) lostAll() {
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.Lock()
+		for _, e := range s.m {
+			e.open.Store(false)
+			e.untouched = false
+		}
+		s.mu.Unlock()
+	}
+}
+
+// lostPunch notes that an OST has forgotten a punch that it had answered.
+func (t *epochTable) lostPunch(fid wire.FID) {
+	s := &t.shards[t.shard(fid)]
+	s.mu.Lock()
+	if e := s.m[fid]; e != nil {
+		e.relost.Store(true)
+	}
+	s.mu.Unlock()
 }
 
 // untouched tells that this client opened the file's epoch by creating it and has
@@ -286,7 +323,9 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		switch it.st {
 		case wire.OK:
 			closes = append(closes, it.result())
-			logs = append(logs, it.e.logs...)
+			for _, t := range it.e.logs {
+				logs = append(logs, t.LogID)
+			}
 		case wire.ErrStale, wire.ErrNoEnt:
 			// The file is gone, and its epoch and truncate records with it.
 		default:
@@ -374,7 +413,7 @@ func (f *FS) flushForClose(ctx context.Context, items []closeItem) {
 		n, flushes := 0, 0
 		for n < len(items) && flushes < maxFlushes {
 			it := &items[n]
-			if it.st = f.rawAttr(ctx, it.e.fid, &it.a); it.st == wire.OK && len(it.e.undone) > 0 {
+			if it.st = f.rawAttr(ctx, it.e.fid, &it.a); it.st == wire.OK && (len(it.e.undone) > 0 || it.e.relost.Load()) {
 				it.st = f.punchUndone(ctx, Owner{}, it.e, &it.a)
 			}
 			flushes += int(it.a.Layout.Count)

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/baton-nfs/baton/recovery/client/imp"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -39,6 +40,22 @@ type Options struct {
 	MaxEpochs int
 	// Atime: record access times as relatime does.
 	Atime bool
+
+	// Of a FS over imports (NewRemote):
+
+	// Patience is how long a request waits for an OST that is away before it
+	// fails with ErrTargetDown, which NFS clients see as JUKEBOX. Default 30 s.
+	Patience time.Duration
+	// MaxWaiting is how many requests may wait for one OST that is away; more
+	// fail at once. Default 32.
+	MaxWaiting int
+	// OnLostData is called when an OST has forgotten this client and with it
+	// UNSTABLE data that were acknowledged, before a request to it is answered
+	// again. Like OnFlushError it has to change the write verifiers durably.
+	OnLostData func(ost int, requests int)
+	// OnEvicted is called when the MDT has forgotten this client; lost
+	// operations were answered and are gone.
+	OnEvicted func(lost int)
 }
 
 // Owner names the service address a request is made for; targets refuse it
@@ -50,10 +67,14 @@ type Owner struct {
 
 // FS is a file system client. Its methods are safe for concurrent use.
 type FS struct {
-	o    Options
-	log  *slog.Logger
-	xid  atomic.Uint64
-	pool sync.Pool // *msg
+	o      Options
+	log    *slog.Logger
+	xid    atomic.Uint64
+	pool   sync.Pool // *msg
+	mdt    wire.Conn
+	osts   []*ostConn
+	mdtImp *imp.Import // nil without imports
+	tenure atomic.Uint64
 
 	epochs    epochTable
 	flushMu   sync.Mutex
@@ -77,6 +98,16 @@ func New(o Options) (*FS, error) {
 	if o.MDT == nil || len(o.OSTs) == 0 || o.Clock == nil {
 		return nil, errors.New("client: MDT, at least one OST and a clock are needed")
 	}
+	f := newFS(o)
+	f.mdt = o.MDT
+	for _, c := range o.OSTs {
+		f.osts = append(f.osts, &ostConn{Conn: c})
+	}
+	f.flushSeen = make([]atomic.Uint64, len(f.osts))
+	return f, nil
+}
+
+func newFS(o Options) *FS {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -86,35 +117,52 @@ func New(o Options) (*FS, error) {
 	if o.MaxEpochs <= 0 {
 		o.MaxEpochs = 65536
 	}
-	f := &FS{o: o, log: o.Logger, flushSeen: make([]atomic.Uint64, len(o.OSTs)), stop: make(chan struct{})}
+	if o.Patience <= 0 {
+		o.Patience = 30 * time.Second
+	}
+	if o.MaxWaiting <= 0 {
+		o.MaxWaiting = 32
+	}
+	f := &FS{o: o, log: o.Logger, stop: make(chan struct{})}
 	f.pool.New = func() any { return new(msg) }
 	f.epochs.init()
 	// The XID starts at a point that an earlier incarnation cannot have reached.
 	f.xid.Store(uint64(time.Now().UnixNano()))
-	return f, nil
+	return f
 }
 
-// Connect registers the client with every target and starts the background
-// closing of idle epochs.
+// Connect registers the client with the targets and starts the background
+// closing of idle epochs. Over imports it waits, until ctx ends, for the MDT
+// only: files on OSTs that are there work without the others.
 func (f *FS) Connect(ctx context.Context) error {
 	m := f.get()
 	defer f.put(m)
-	conns := append([]wire.Conn{f.o.MDT}, f.o.OSTs...)
-	for i, c := range conns {
+	connect := func(c wire.Conn, what string) error {
 		m.req.Reset()
 		m.rep.Reset()
 		m.req.Op = wire.OpConnect
 		m.req.Flags = wire.FlagWaitCommit
 		f.header(Owner{}, &m.req)
 		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-			return fmt.Errorf("client: connect target %d: %w", i, err)
+			return fmt.Errorf("client: connect to %s: %w", what, err)
 		}
 		if m.rep.Status != wire.OK {
-			return fmt.Errorf("client: connect target %d: %w", i, m.rep.Status)
+			return fmt.Errorf("client: connect to %s: %w", what, m.rep.Status)
 		}
-		if i > 0 {
-			f.flushSeen[i-1].Store(m.rep.FlushErrors)
+		return nil
+	}
+	if err := connect(f.mdt, "the MDT"); err != nil {
+		return err
+	}
+	f.tenure.Store(m.rep.Tenure)
+	for i, c := range f.osts {
+		if c.im != nil {
+			continue
 		}
+		if err := connect(c, fmt.Sprintf("OST %d", i)); err != nil {
+			return err
+		}
+		f.flushSeen[i].Store(m.rep.FlushErrors)
 	}
 	f.wg.Add(1)
 	go f.closer()
@@ -140,19 +188,39 @@ func (f *FS) Close(ctx context.Context) error {
 			break
 		}
 	}
+	if err := f.disconnect(ctx); err != nil && first == nil {
+		first = err
+	}
+	return first
+}
+
+// disconnect takes the client out of the targets' tables. Targets that are away
+// are not waited for: they have to do without it.
+func (f *FS) disconnect(ctx context.Context) error {
 	m := f.get()
 	defer f.put(m)
-	for _, c := range append([]wire.Conn{f.o.MDT}, f.o.OSTs...) {
+	var errs []error
+	leave := func(c wire.Conn, im *imp.Import) {
 		m.req.Reset()
 		m.rep.Reset()
 		m.req.Op = wire.OpDisconnect
-		m.req.Flags = wire.FlagWaitCommit
+		m.req.Flags = wire.FlagWaitCommit | wire.FlagNoWait
 		f.header(Owner{}, &m.req)
-		if err := c.Call(ctx, &m.req, &m.rep); err != nil && first == nil {
-			first = fmt.Errorf("client: disconnect: %w", err)
+		switch err := c.Call(ctx, &m.req, &m.rep); {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("client: disconnect: %w", err))
+		case m.rep.Status != wire.OK:
+			errs = append(errs, fmt.Errorf("client: disconnect: %w", m.rep.Status))
+		}
+		if im != nil {
+			errs = append(errs, im.Close())
 		}
 	}
-	return first
+	for _, c := range f.osts {
+		leave(c, c.im)
+	}
+	leave(f.mdt, f.mdtImp)
+	return errors.Join(errs...)
 }
 
 func (f *FS) get() *msg { return f.pool.Get().(*msg) }
@@ -167,26 +235,27 @@ func (f *FS) header(o Owner, req *wire.Request) {
 	req.XID = f.xid.Add(1)
 	req.Client, req.ClientGen = f.o.ID, f.o.Gen
 	req.VIP, req.VIPEpoch = o.VIP, o.Epoch
+	req.Tenure = f.tenure.Load()
 }
 
 // Try asks the MDT for an answer that needs no waiting; false means none.
 func (f *FS) Try(o Owner, req *wire.Request, rep *wire.Reply) bool {
 	f.header(o, req)
-	return f.o.MDT.TryHandle(req, rep)
+	return f.mdt.TryHandle(req, rep)
 }
 
 // Submit gives req to the MDT; done is called once, perhaps from another
 // goroutine, and must not block. req and rep belong to the FS until then.
 func (f *FS) Submit(o Owner, req *wire.Request, rep *wire.Reply, done func()) {
 	f.header(o, req)
-	f.o.MDT.Handle(req, rep, done)
+	f.mdt.Handle(req, rep, done)
 }
 
 // Call gives req to the MDT and waits. A transport failure appears as
 // ErrTargetDown in rep.
 func (f *FS) Call(ctx context.Context, o Owner, req *wire.Request, rep *wire.Reply) {
 	f.header(o, req)
-	if err := f.o.MDT.Call(ctx, req, rep); err != nil {
+	if err := f.mdt.Call(ctx, req, rep); err != nil {
 		rep.Status = wire.ErrTargetDown
 	}
 }
@@ -240,9 +309,7 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 			if !block {
 				return 0, false
 			}
-			if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-				m.rep.Status = wire.ErrTargetDown
-			}
+			f.call(ctx, c, m)
 		}
 		if m.rep.Status != wire.OK {
 			return m.rep.Status, true
@@ -280,12 +347,12 @@ func (g *merger) apply(a *wire.Attr) {
 	}
 }
 
-func (f *FS) ost(a *wire.Attr, s uint8) (wire.Conn, wire.Status) {
+func (f *FS) ost(a *wire.Attr, s uint8) (*ostConn, wire.Status) {
 	i := int(a.Layout.OST[s])
-	if i >= len(f.o.OSTs) {
+	if i >= len(f.osts) {
 		return nil, wire.ErrIO
 	}
-	return f.o.OSTs[i], wire.OK
+	return f.osts[i], wire.OK
 }
 
 // noteFlush makes sure that a failed flush has changed the write verifiers
@@ -328,13 +395,14 @@ func (f *FS) Statfs(ctx context.Context, o Owner) (wire.Statfs, wire.Status) {
 		return wire.Statfs{}, m.rep.Status
 	}
 	sum := wire.Statfs{Files: m.rep.Statfs.Files, FilesFree: m.rep.Statfs.FilesFree, FilesAvail: m.rep.Statfs.FilesAvail}
-	for i, c := range f.o.OSTs {
+	for i, c := range f.osts {
 		m.req.Reset()
 		m.rep.Reset()
 		m.req.Op = wire.OpStatfs
+		m.req.Flags = wire.FlagNoWait
 		f.header(o, &m.req)
-		if err := c.Call(ctx, &m.req, &m.rep); err != nil || m.rep.Status != wire.OK {
-			f.log.Warn("statfs leaves out an OST that does not answer", "ost", i, "err", err, "status", m.rep.Status)
+		if f.call(ctx, c, m); m.rep.Status != wire.OK {
+			f.log.Warn("statfs leaves out an OST that does not answer", "ost", i, "status", m.rep.Status)
 			continue
 		}
 		sum.Total += m.rep.Statfs.Total

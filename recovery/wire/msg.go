@@ -225,6 +225,9 @@ const (
 	// FlagOwnerOverride: the owner passes permission checks that NFS servers
 	// waive (READ, WRITE and size changes on files that were open before a chmod).
 	FlagOwnerOverride
+	// FlagNoWait: a client's import fails the request with ErrTargetDown when it
+	// knows the target to be away. Targets ignore it.
+	FlagNoWait
 )
 
 // ClientID is the UUID of a frontend's file system client.

@@ -47,17 +47,15 @@ type Options struct {
 	XID    func() uint64
 	Clock  Clock // default SystemClock
 	Logger *slog.Logger
-	// Slot puts the reply slot, counted from 0, into a modifying request.
-	Slot func(h *wire.Header, slot uint16)
 	// Keep completes a copy for replay by what the reply says. Default Identity.
 	// It must not keep rep.
 	Keep func(kept *wire.Request, rep *wire.Reply)
 	// Locks gives the locks to replay after a restart of the target, the granted
 	// ones first. nil: the target remembers all.
 	Locks func() []wire.Request
-	// NoWait tells requests that rather fail with ErrTargetDown than wait for a
-	// target that is away.
-	NoWait func(req *wire.Request) bool
+	// OnConnect is called with the answer to a connect that succeeded, before any
+	// request is sent over that connection. It must not call the import.
+	OnConnect func(rep *wire.Reply)
 	// OnEvicted is called when the target has forgotten the client: answered
 	// requests that are lost, and IO epochs that were open. No request is
 	// answered before it returns; its arguments are valid until then. It must
@@ -214,9 +212,7 @@ func (im *Import) get(req *wire.Request, rep *wire.Reply, done func()) *op {
 	} else {
 		describe(&o.r, req)
 	}
-	if im.o.NoWait != nil {
-		o.r.NoWait = im.o.NoWait(req)
-	}
+	o.r.NoWait = req.Flags&wire.FlagNoWait != 0
 	return o
 }
 
@@ -252,8 +248,8 @@ func (o *op) send(conn wire.Conn, st starter, fl wire.Flags) {
 		req = &o.kept
 	}
 	req.Flags = o.flags | fl
-	if o.r.slot != 0 && o.im.o.Slot != nil {
-		o.im.o.Slot(&req.Header, o.r.slot-1)
+	if o.r.slot != 0 {
+		req.Slot = o.r.slot - 1
 	}
 	if o.again {
 		o.rep.Reset()
@@ -471,6 +467,9 @@ func (im *Import) Close() error {
 	<-im.exited
 	return nil
 }
+
+// Ready tells whether requests pass to the target now. It is cheap.
+func (im *Import) Ready() bool { return im.fast.Load() != nil }
 
 // State returns the state.
 func (im *Import) State() State {

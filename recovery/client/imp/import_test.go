@@ -157,7 +157,7 @@ func (t *fakeTarget) handle(req *wire.Request, rep *wire.Reply) bool {
 	rep.Reset()
 	rep.XID, rep.Status = req.XID, wire.OK
 	defer func() { rep.LastCommitted = t.committed }()
-	slot := req.Credits // as the tests' Options.Slot has it
+	slot := req.Slot
 	switch {
 	case t.down:
 		return false
@@ -241,7 +241,6 @@ func testOptions(t *fakeTarget) Options {
 	return Options{
 		Config: Config{BackoffMin: time.Millisecond, BackoffMax: 10 * time.Millisecond, RetryDelay: time.Millisecond, PingInterval: 20 * time.Millisecond, DeadAfter: time.Minute},
 		Addrs:  []string{"a", "b"}, Dial: t.dial, Client: wire.ClientID{1}, Gen: 1,
-		Slot: func(h *wire.Header, s uint16) { h.Credits = s },
 	}
 }
 
@@ -457,7 +456,6 @@ func TestAway(t *testing.T) {
 	tgt := newFakeTarget()
 	tgt.down = true
 	o := testOptions(tgt)
-	o.NoWait = func(r *wire.Request) bool { return r.Op == wire.OpStatfs }
 	im := open(t, o)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
@@ -465,7 +463,7 @@ func TestAway(t *testing.T) {
 	if err := im.Call(ctx, &wire.Request{Header: wire.Header{Op: wire.OpGetattr}}, &rep); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("cancelled call: %v", err)
 	}
-	if err := im.Call(context.Background(), &wire.Request{Header: wire.Header{Op: wire.OpStatfs}}, &rep); err != nil || rep.Status != wire.ErrTargetDown {
+	if err := im.Call(context.Background(), &wire.Request{Header: wire.Header{Op: wire.OpStatfs, Flags: wire.FlagNoWait}}, &rep); err != nil || rep.Status != wire.ErrTargetDown {
 		t.Errorf("impatient call: %v %v", err, rep.Status)
 	}
 	if im.TryHandle(&wire.Request{Header: wire.Header{Op: wire.OpGetattr}}, &rep) {

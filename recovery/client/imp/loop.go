@@ -178,8 +178,8 @@ func (im *Import) send(a *Action, lastCommitted uint64) {
 	o.replay = true
 	o.kept.Flags = o.kept.Flags&^(wire.FlagReplay|wire.FlagResend) | a.Flags
 	o.kept.LastCommitted = lastCommitted
-	if a.Req.kind == Normal && a.Req.slot != 0 && im.o.Slot != nil {
-		im.o.Slot(&o.kept.Header, a.Req.slot-1)
+	if a.Req.kind == Normal && a.Req.slot != 0 {
+		o.kept.Slot = a.Req.slot - 1
 	}
 	o.pass(conn, st, &o.kept, o.keptRep)
 }
@@ -229,6 +229,9 @@ func (im *Import) dial(a *Action) {
 				im.start, _ = conn.(starter)
 				if e, ok := conn.(ender); ok {
 					im.ended = e.Done()
+				}
+				if im.o.OnConnect != nil {
+					im.o.OnConnect(rep)
 				}
 			}
 		}

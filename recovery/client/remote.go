@@ -1,0 +1,170 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+
+	"github.com/baton-nfs/baton/recovery/client/imp"
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// Target says how a target is reached, at whatever address it is now.
+type Target struct {
+	// Name is for messages.
+	Name string
+	// Addrs are the addresses at which it may be.
+	Addrs []string
+	// Dial connects to it at one of them.
+	Dial func(ctx context.Context, addr string) (wire.Conn, error)
+}
+
+// Remote are the targets of a FS that may be on other nodes, restart and move.
+type Remote struct {
+	MDT  Target
+	OSTs []Target
+	// Import configures the imports.
+	Import imp.Config
+	// Clock is the imports' clock; zero: the system's.
+	Clock imp.Clock
+}
+
+// NewRemote returns a FS over imports; MDT and OSTs of o are not used. It begins
+// to connect at once; Connect waits for that. Close ends the imports.
+func NewRemote(o Options, r Remote) (*FS, error) {
+	if o.Clock == nil || len(r.OSTs) == 0 {
+		return nil, errors.New("client: at least one OST and a clock are needed")
+	}
+	f := newFS(o)
+	f.flushSeen = make([]atomic.Uint64, len(r.OSTs))
+	open := func(t *Target, change func(*imp.Options)) (*imp.Import, error) {
+		io := imp.Options{
+			Config: r.Import, Addrs: t.Addrs, Dial: t.Dial, Client: o.ID, Gen: o.Gen, Clock: r.Clock,
+			Logger: f.log.With("target", t.Name),
+			// The FS numbers its requests itself, but only the import knows their order.
+			XID: func() uint64 { return f.xid.Add(1) },
+		}
+		change(&io)
+		im, err := imp.Open(io)
+		if err != nil {
+			return nil, fmt.Errorf("client: %s: %w", t.Name, err)
+		}
+		return im, nil
+	}
+	var err error
+	f.mdtImp, err = open(&r.MDT, func(io *imp.Options) {
+		io.OnConnect = func(rep *wire.Reply) { f.tenure.Store(rep.Tenure) }
+		io.OnEvicted = f.mdtEvicted
+	})
+	for i := 0; err == nil && i < len(r.OSTs); i++ {
+		c := &ostConn{}
+		c.im, err = open(&r.OSTs[i], func(io *imp.Options) {
+			io.OnConnect = func(rep *wire.Reply) { f.flushSeen[i].CompareAndSwap(0, rep.FlushErrors) }
+			io.OnEvicted = func(lost []*wire.Request, _ []wire.FID) { f.ostEvicted(i, lost) }
+		})
+		c.Conn = c.im
+		f.osts = append(f.osts, c)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.closeImports())
+	}
+	f.mdt = f.mdtImp
+	return f, nil
+}
+
+func (f *FS) closeImports() error {
+	var errs []error
+	for _, c := range f.osts {
+		if c.im != nil {
+			errs = append(errs, c.im.Close())
+		}
+	}
+	if f.mdtImp != nil {
+		errs = append(errs, f.mdtImp.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// MDTImport is the import of the MDT, nil without imports.
+func (f *FS) MDTImport() *imp.Import { return f.mdtImp }
+
+// OSTImport is the import of an OST, nil without imports.
+func (f *FS) OSTImport(i int) *imp.Import { return f.osts[i].im }
+
+// OSTs is the number of OSTs.
+func (f *FS) OSTs() int { return len(f.osts) }
+
+// ostConn is the path to an OST.
+type ostConn struct {
+	wire.Conn
+	im      *imp.Import  // nil without imports
+	waiting atomic.Int32 // requests that wait for it while it is away
+}
+
+// away tells that requests would have to wait for the OST.
+func (c *ostConn) away() bool { return c.im != nil && !c.im.Ready() }
+
+// call sends m to an OST and waits for the answer; that there is none appears as
+// ErrTargetDown. Only so many wait for an OST that is away, and only for so long,
+// because they hold what others need who have nothing to do with it.
+func (f *FS) call(ctx context.Context, c *ostConn, m *msg) {
+	if c.away() {
+		if c.waiting.Add(1) > int32(f.o.MaxWaiting) {
+			c.waiting.Add(-1)
+			m.rep.Reset()
+			m.rep.Status = wire.ErrTargetDown
+			return
+		}
+		defer c.waiting.Add(-1)
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, f.o.Patience)
+		defer cancel()
+	}
+	if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+		m.rep.Status = wire.ErrTargetDown
+	}
+}
+
+// mdtEvicted is called when the MDT has forgotten this client, before it is
+// connected again. What the client has written stays where it is: the MDT has it
+// flushed before it closes the epochs.
+func (f *FS) mdtEvicted(lost []*wire.Request, epochs []wire.FID) {
+	f.epochs.lostAll()
+	n := 0
+	for _, r := range lost {
+		switch r.Op {
+		case wire.OpOpenEpoch, wire.OpCloseEpoch, wire.OpTruncateDone:
+			// Of no value any more.
+		default:
+			n++
+			f.log.Error("an operation that was answered is lost", "op", uint16(r.Op), "dir", r.FID, "name", slog.StringValue(string(r.Name)))
+		}
+	}
+	f.log.Warn("the MDT has evicted this client; files are opened for writing anew", "epochs", len(epochs), "lost", n)
+	if f.o.OnEvicted != nil {
+		f.o.OnEvicted(n)
+	}
+}
+
+// ostEvicted is called when an OST has forgotten this client, before it is
+// connected again.
+func (f *FS) ostEvicted(ost int, lost []*wire.Request) {
+	n := 0
+	for _, r := range lost {
+		switch r.Op {
+		case wire.OpWrite:
+			n++
+		case wire.OpPunch:
+			f.epochs.lostPunch(r.FID)
+		}
+	}
+	if n == 0 {
+		return
+	}
+	f.log.Error("an OST has lost acknowledged data; write verifiers change and clients send the data again", "ost", ost, "writes", n)
+	if f.o.OnLostData != nil {
+		f.o.OnLostData(ost, n)
+	}
+}
