@@ -85,6 +85,8 @@ type Import struct {
 	dials  sync.WaitGroup
 	fast   atomic.Pointer[wire.Conn] // for TryHandle, while FULL
 
+	waiters sync.Pool // *waiter
+
 	mu     sync.Mutex
 	m      *Machine
 	addrs  []string
@@ -171,6 +173,10 @@ func Open(o Options) (*Import, error) {
 	im := &Import{
 		o: o, log: o.Logger, wake: make(chan struct{}, 1), exited: make(chan struct{}),
 		m: New(o.Config), addrs: slices.Clone(o.Addrs),
+	}
+	im.waiters.New = func() any {
+		c := make(chan struct{}, 1)
+		return &waiter{c, func() { c <- struct{}{} }}
 	}
 	im.mu.Lock()
 	im.m.Start(o.Clock.Now())
@@ -417,11 +423,6 @@ func (im *Import) TryHandle(req *wire.Request, rep *wire.Reply) bool {
 	return true
 }
 
-var waiters = sync.Pool{New: func() any {
-	c := make(chan struct{}, 1)
-	return &waiter{c, func() { c <- struct{}{} }}
-}}
-
 type waiter struct {
 	c    chan struct{}
 	done func()
@@ -432,7 +433,7 @@ type waiter struct {
 // caller's memory; the fate of a request that was sent is then unknown. Failures
 // of the transport are not errors: the import tries on.
 func (im *Import) Call(ctx context.Context, req *wire.Request, rep *wire.Reply) error {
-	w := waiters.Get().(*waiter)
+	w := im.waiters.Get().(*waiter)
 	o := im.get(req, rep, w.done)
 	o.refs.Add(1)
 	im.submit(o)
@@ -449,7 +450,7 @@ func (im *Import) Call(ctx context.Context, req *wire.Request, rep *wire.Reply) 
 			err = ctx.Err()
 		}
 	}
-	waiters.Put(w)
+	im.waiters.Put(w)
 	o.unref(1)
 	return err
 }
