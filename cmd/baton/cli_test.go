@@ -86,7 +86,7 @@ func (f *fakeNode) Locks() *lockctl.Admin {
 	if f.locks == nil {
 		return nil
 	}
-	return lockctl.New(f.locks, lockctltest.VIPs, func() time.Time { return lockctltest.Now })
+	return lockctl.New(f.locks, lockctltest.ListVIPs, func() time.Time { return lockctltest.Now })
 }
 
 func (f *fakeNode) Metrics() prometheus.Collector {
