@@ -3,6 +3,7 @@ package config
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -118,6 +119,33 @@ func TestDocsMentionEveryKey(t *testing.T) {
 	}
 	if err := os.WriteFile(name, []byte(before+refBegin+Markdown()+refEnd+after), 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The examples in the documentation are right.
+func TestDocsExamples(t *testing.T) {
+	src, err := os.ReadFile(filepath.Join("..", "..", "docs", "configuration.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts, clusters := strings.Split(string(src), "```toml\n")[1:], 0
+	for _, p := range parts {
+		text, _, _ := strings.Cut(p, "```")
+		c, err := Parse("example", []byte(text))
+		if err != nil {
+			t.Errorf("%v in\n%s", err, text)
+			continue
+		}
+		if c.Clustered() {
+			c.Cluster.TLS = TLSOff // there are no certificates here
+			clusters++
+		}
+		if err := errors.Join(c.Complete(), c.Validate()); err != nil {
+			t.Errorf("%v in\n%s", err, text)
+		}
+	}
+	if len(parts) < 2 || clusters != 1 {
+		t.Errorf("%d examples, %d of clusters", len(parts), clusters)
 	}
 }
 
