@@ -12,7 +12,7 @@ BENCHFLAGS  ?= -scale 1000000 -json bench.json -markdown bench.md
 
 # Packages whose concurrency matters most; the race detector runs on them in check.
 RACE = ./internal/sunrpc/... ./internal/xdr/... ./recovery/target/... ./recovery/client/... ./recovery/locks/... ./recovery/mdt/... \
-	./recovery/wire/... ./nfsd/... ./lockd/... ./statd/...
+	./recovery/wire/... ./recovery/mgs/... ./nfsd/... ./lockd/... ./statd/...
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)
 # Suites that must not end without a passed test.

@@ -86,7 +86,7 @@ func (f *fakeNode) Locks() *lockctl.Admin {
 	if f.locks == nil {
 		return nil
 	}
-	return lockctl.New(f.locks, lockctltest.VIPs, func() time.Time { return lockctltest.Now })
+	return lockctl.New(f.locks, lockctltest.ListVIPs, func() time.Time { return lockctltest.Now })
 }
 
 func (f *fakeNode) Metrics() prometheus.Collector {
@@ -102,6 +102,7 @@ type bed struct {
 	mu      sync.Mutex
 	states  []string
 	every   time.Duration
+	now     time.Time
 	dir     string
 }
 
@@ -111,7 +112,7 @@ func newBed(t *testing.T) *bed {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	return &bed{t: t, node: &fakeNode{}, signals: make(chan os.Signal, 4), dir: dir}
+	return &bed{t: t, node: &fakeNode{}, signals: make(chan os.Signal, 4), now: time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC), dir: dir}
 }
 
 func (b *bed) app(stdout, stderr io.Writer) *app {
@@ -128,6 +129,7 @@ func (b *bed) app(stdout, stderr io.Writer) *app {
 			watchdog:  func() time.Duration { return b.every },
 			monotonic: func() string { return "MONOTONIC_USEC=1" },
 		},
+		now:           func() time.Time { return b.now },
 		defaultConfig: filepath.Join(b.dir, "none.toml"),
 	}
 }
@@ -196,6 +198,20 @@ func TestGolden(t *testing.T) {
 				b.node.setReload(nil)
 				if d.Input != "" {
 					b.node.setReload(errors.New(d.Input))
+				}
+				return "ok\n"
+			}
+			if d.Cmd == "date" {
+				now, err := time.Parse(time.DateOnly, strings.TrimSpace(d.Input))
+				if err != nil {
+					t.Fatal(err)
+				}
+				b.now = now
+				return "ok\n"
+			}
+			if d.Cmd == "move" { // a file
+				if err := os.Rename(filepath.Join(b.dir, d.CmdArgs[0].Key), filepath.Join(b.dir, d.CmdArgs[1].Key)); err != nil {
+					t.Fatal(err)
 				}
 				return "ok\n"
 			}
@@ -370,6 +386,60 @@ func TestServeSignalWhileStarting(t *testing.T) {
 	}
 	if len(b.states) != 0 {
 		t.Errorf("notified %q", b.states)
+	}
+}
+
+// What is wrong with the connections between nodes is in the log.
+func TestServeSaysWhatIsWrongWithTLS(t *testing.T) {
+	b := newBed(t)
+	tls := filepath.Join(b.dir, "tls")
+	for _, args := range [][]string{{"ca", "init", "--name", "c", "--dir", tls}, {"ca", "issue", "n1", "--dir", tls}} {
+		if code, _, errs := b.run(args...); code != 0 {
+			t.Fatal(errs)
+		}
+	}
+	issued := b.now
+	for _, x := range []struct {
+		tls  string
+		now  time.Time
+		want string // in the log; empty: no warning
+	}{
+		{`"mutual"`, issued, ""},
+		{`"mutual"`, issued.AddDate(5, 0, -10), "the certificate of node n1 expires on"},
+		{`"mutual"`, issued.AddDate(6, 0, 0), "the certificate of node n1 has expired on"},
+		{`"off"`, issued, `cluster.tls is off: connections between nodes are neither encrypted nor authenticated, and whoever reaches the port can read and change everything\" listen=192.0.2.1:7988`},
+	} {
+		b.now, b.states = x.now, nil
+		file := filepath.Join(b.dir, "cluster.toml")
+		text := "data_dir = " + strconv.Quote(b.dir) + "\n[cluster]\nnode = \"n1\"\ntls = " + x.tls + "\ntls_dir = " + strconv.Quote(tls) + `
+[[cluster.nodes]]
+name = "n1"
+address = "192.0.2.1"
+[nfs]
+addresses = []
+[mgs]
+nodes = ["n1"]
+[mdt]
+nodes = ["n1"]
+[[ost]]
+nodes = ["n1"]
+[http]
+address = ""
+`
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var errs syncBuffer
+		end := make(chan int, 1)
+		go func() { end <- b.app(io.Discard, &errs).run([]string{"serve", "--config", file}) }()
+		b.waitFor("readiness", b.notified("READY=1"))
+		b.signals <- syscall.SIGTERM
+		if code := <-end; code != 0 {
+			t.Errorf("exit %d: %s", code, errs.String())
+		}
+		if log := errs.String(); strings.Contains(log, "WARN") != (x.want != "") || !strings.Contains(log, strings.ReplaceAll(x.want, `\"`, `"`)) {
+			t.Errorf("tls = %s on %v:\n%s", x.tls, x.now, log)
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/node"
@@ -27,12 +28,13 @@ type app struct {
 	stdout, stderr io.Writer
 	newNode        nodeFunc
 	daemon         daemon
+	now            func() time.Time
 	// defaultConfig is read when no flag names a configuration.
 	defaultConfig string
 }
 
 func main() {
-	a := &app{stdout: os.Stdout, stderr: os.Stderr, newNode: newNode, daemon: systemDaemon(), defaultConfig: config.DefaultPath}
+	a := &app{stdout: os.Stdout, stderr: os.Stderr, newNode: newNode, daemon: systemDaemon(), now: time.Now, defaultConfig: config.DefaultPath}
 	os.Exit(a.run(os.Args[1:]))
 }
 
@@ -81,30 +83,36 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.`,
   baton status --data /srv/baton`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) == 0 {
-				return nil
-			}
-			msg := fmt.Sprintf("unknown command %q", args[0])
-			if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
-				msg += fmt.Sprintf(", did you mean %q?", s[0])
-			}
-			return usagef("%s", msg)
-		},
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cmd.Help()
-			return usagef("no command given")
-		},
+		Args:          noCommand,
+		RunE:          giveCommand,
 	}
 	root.SuggestionsMinimumDistance = 2
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.locksCmd(), a.configCmd(), a.versionCmd()} {
+	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.locksCmd(), a.configCmd(), a.caCmd(), a.versionCmd()} {
 		root.AddCommand(c)
 	}
 	root.AddCommand(a.fileCmds(node.OpenFS)...)
 	root.AddCommand(a.fsckCmd())
 	return root
+}
+
+// noCommand is the Args of a command that has others below it: what gets there
+// is not one of them.
+func noCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	msg := fmt.Sprintf("unknown command %q", args[0])
+	if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
+		msg += fmt.Sprintf(", did you mean %q?", s[0])
+	}
+	return usagef("%s", msg)
+}
+
+func giveCommand(cmd *cobra.Command, _ []string) error {
+	cmd.Help()
+	return usagef("no command given")
 }
 
 // noArgs refuses arguments that are not flags.

@@ -118,6 +118,9 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 		return fmt.Errorf("another baton is running on %s (%s answers)", cfg.DataDir, cfg.Control.Socket)
 	}
 
+	if err := a.checkTLS(cfg, log); err != nil {
+		return err
+	}
 	n, err := a.newNode(cfg, log)
 	if err != nil {
 		return err
@@ -164,6 +167,23 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 	endWatchdog()
 	surround()
 	return s.stop(ctx, time.Duration(cfg.NFS.DrainTimeout), signals)
+}
+
+// checkTLS says what is or will be wrong with the connections between nodes.
+func (a *app) checkTLS(cfg *config.Config, log *slog.Logger) error {
+	n, err := cfg.LoadTLS()
+	switch {
+	case err != nil:
+		return err
+	case n != nil:
+		for _, w := range n.Warnings(a.now(), certWarning) {
+			log.Warn(w)
+		}
+	case cfg.Clustered():
+		log.Warn("cluster.tls is off: connections between nodes are neither encrypted nor authenticated, and whoever reaches the port can read and change everything",
+			"listen", cfg.Cluster.Listen)
+	}
+	return nil
 }
 
 // start runs Node.Start; a signal ends it.

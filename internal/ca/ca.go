@@ -18,6 +18,7 @@ import (
 	"io"
 	"io/fs"
 	"math/big"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -53,6 +54,9 @@ type Options struct {
 	// Validity defaults to DefaultCAValidity or DefaultNodeValidity. A node's
 	// certificate never outlives the authority's.
 	Validity time.Duration
+	// Hosts are further names and IP addresses of a node's certificate. Whoever
+	// has it passes for a node of each name.
+	Hosts []string
 	// Now is the current time, time.Now by default.
 	Now func() time.Time
 	// Rand is the source of keys and serial numbers, crypto/rand by default.
@@ -94,6 +98,23 @@ func CheckName(name string) error {
 	return nil
 }
 
+// maxClusterName keeps the authority's common name within 64 bytes (RFC 5280
+// appendix A.1, ub-common-name).
+const maxClusterName = 60
+
+// CheckCluster tells whether name can be a cluster's name: 1 to 60 printable
+// ASCII characters.
+func CheckCluster(name string) error {
+	bad := name == "" || len(name) > maxClusterName
+	for i := range len(name) {
+		bad = bad || name[i] < ' ' || name[i] > '~'
+	}
+	if bad {
+		return fmt.Errorf("cluster name %.80q: use 1 to %d printable ASCII characters", name, maxClusterName)
+	}
+	return nil
+}
+
 // CA is a certificate authority that can issue.
 type CA struct {
 	Cert *x509.Certificate
@@ -105,6 +126,9 @@ type CA struct {
 // there.
 func Create(dir, cluster string, o Options) (*CA, error) {
 	o.defaults(DefaultCAValidity)
+	if err := CheckCluster(cluster); err != nil {
+		return nil, fmt.Errorf("create the cluster's CA: %w", err)
+	}
 	if err := absent(filepath.Join(dir, CAFile), filepath.Join(dir, CAKeyFile)); err != nil {
 		return nil, fmt.Errorf("create the cluster's CA: %w", err)
 	}
@@ -165,6 +189,9 @@ func (c *CA) issueNode(dir, node string, o Options) error {
 	if err := absent(cp, kp); err != nil {
 		return err
 	}
+	if err := free(dir, node); err != nil {
+		return err
+	}
 	now := o.Now()
 	if !now.Before(c.Cert.NotAfter) {
 		return fmt.Errorf("the CA has expired on %s: make a new one", c.Cert.NotAfter.Format(time.DateOnly))
@@ -180,6 +207,19 @@ func (c *CA) issueNode(dir, node string, o Options) error {
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	for _, h := range o.Hosts {
+		if ip, err := netip.ParseAddr(h); err == nil && ip.Zone() == "" {
+			t.IPAddresses = append(t.IPAddresses, ip.AsSlice())
+			continue
+		}
+		if err := CheckName(h); err != nil {
+			return fmt.Errorf("host: %w, or give an IP address", err)
+		}
+		if err := free(dir, h); err != nil {
+			return fmt.Errorf("host: %w", err)
+		}
+		t.DNSNames = append(t.DNSNames, h)
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), o.Rand)
 	if err != nil {
@@ -326,40 +366,58 @@ func loadNode(dir, node string) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := readFile(filepath.Join(dir, CAFile), false)
-	if err != nil {
+	n := &Node{Name: node, Cert: cert, pair: pair}
+	if n.CA, n.pool, err = loadCAs(dir); err != nil {
 		return nil, err
 	}
-	n := &Node{Name: node, Cert: cert, pair: pair, pool: x509.NewCertPool()}
+	if err := belongs(cert, node, n.pool); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// loadCAs reads the authorities of CAFile.
+func loadCAs(dir string) ([]*x509.Certificate, *x509.CertPool, error) {
+	b, err := readFile(filepath.Join(dir, CAFile), false)
+	if err != nil {
+		return nil, nil, err
+	}
+	var l []*x509.Certificate
+	pool := x509.NewCertPool()
 	for {
 		var block *pem.Block
 		if block, b = pem.Decode(b); block == nil {
-			break
+			return l, pool, nil
 		}
 		if block.Type != blockCert {
-			return nil, fmt.Errorf("%s: holds a %s", CAFile, block.Type)
+			return nil, nil, fmt.Errorf("%s: holds a %s", CAFile, block.Type)
 		}
 		c, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", CAFile, err)
+			return nil, nil, fmt.Errorf("%s: %w", CAFile, err)
 		}
 		if !c.IsCA {
-			return nil, fmt.Errorf("%s: %s is not an authority", CAFile, c.Subject)
+			return nil, nil, fmt.Errorf("%s: %s is not an authority", CAFile, c.Subject)
 		}
-		n.CA = append(n.CA, c)
-		n.pool.AddCert(c)
+		l = append(l, c)
+		pool.AddCert(c)
 	}
+}
+
+// belongs tells why a certificate is not that of a node of the cluster, but for
+// its time.
+func belongs(cert *x509.Certificate, node string, cas *x509.CertPool) error {
 	if err := cert.VerifyHostname(node); err != nil {
-		return nil, err
+		return err
 	}
-	_, err = cert.Verify(x509.VerifyOptions{
-		Roots: n.pool, CurrentTime: cert.NotBefore.Add(backdate),
+	_, err := cert.Verify(x509.VerifyOptions{
+		Roots: cas, CurrentTime: cert.NotBefore.Add(backdate),
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("it is not of the CA in %s: %w", CAFile, err)
+		return fmt.Errorf("it is not of the CA in %s: %w", CAFile, err)
 	}
-	return n, nil
+	return nil
 }
 
 // Server is the configuration of a node's listeners: TLS 1.3, clients show a
@@ -407,22 +465,23 @@ func (n *Node) Client(peer string) *tls.Config {
 // Warnings names what has expired or will within the given time. No error
 // tells of it before connections fail.
 func (n *Node) Warnings(now time.Time, within time.Duration) []string {
-	var w []string
-	check := func(what string, c *x509.Certificate) {
-		day := c.NotAfter.Format(time.DateOnly)
-		switch left := c.NotAfter.Sub(now); {
-		case left <= 0:
-			w = append(w, fmt.Sprintf("the certificate of %s has expired on %s", what, day))
-		case left <= within:
-			w = append(w, fmt.Sprintf("the certificate of %s expires on %s, in %d days", what, day, int(left.Hours()/24)))
-		}
-		if now.Before(c.NotBefore) {
-			w = append(w, fmt.Sprintf("the certificate of %s is valid only from %s: is the clock right?", what, c.NotBefore.Format(time.RFC3339)))
-		}
-	}
-	check("node "+n.Name, n.Cert)
+	w := expiry("node "+n.Name, n.Cert, now, within)
 	for _, c := range n.CA {
-		check(c.Subject.CommonName, c)
+		w = append(w, expiry(c.Subject.CommonName, c, now, within)...)
+	}
+	return w
+}
+
+func expiry(what string, c *x509.Certificate, now time.Time, within time.Duration) (w []string) {
+	day := c.NotAfter.Format(time.DateOnly)
+	switch left := c.NotAfter.Sub(now); {
+	case left <= 0:
+		w = append(w, fmt.Sprintf("the certificate of %s has expired on %s", what, day))
+	case left <= within:
+		w = append(w, fmt.Sprintf("the certificate of %s expires on %s, in %d days", what, day, int(left.Hours()/24)))
+	}
+	if now.Before(c.NotBefore) {
+		w = append(w, fmt.Sprintf("the certificate of %s is valid only from %s: is the clock right?", what, c.NotBefore.Format(time.RFC3339)))
 	}
 	return w
 }

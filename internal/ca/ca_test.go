@@ -197,6 +197,47 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// Nodes with certificates of the old and of the new authority, which has the same
+// name, understand each other while ca.pem holds both; afterwards the old
+// certificates are worth nothing.
+func TestChangeOfAuthority(t *testing.T) {
+	old, _ := cluster(t, "n1")
+	fresh, _ := cluster(t, "n2")
+	var both, last []byte
+	for _, dir := range []string{fresh, old} {
+		b, err := os.ReadFile(filepath.Join(dir, CAFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if both = append(both, b...); dir == fresh {
+			last = b
+		}
+	}
+	write := func(dir string, b []byte) {
+		if err := os.WriteFile(filepath.Join(dir, CAFile), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(old, both)
+	write(fresh, both)
+	n1, n2 := load(t, old, "n1"), load(t, fresh, "n2")
+	for _, x := range [][2]*tls.Config{{n1.Server(), n2.Client("n1")}, {n2.Server(), n1.Client("n2")}, {n2.Server(), n1.Client("")}} {
+		if s, e := shake(t, x[0], x[1]); s != nil || e != nil {
+			t.Error(s, e)
+		}
+	}
+	if l, err := List(fresh); err != nil || len(l) != 3 || !l[0].CA || !l[1].CA || l[2].Problem != nil {
+		t.Errorf("%+v, %v", l, err)
+	}
+	write(fresh, last)
+	n2 = load(t, fresh, "n2")
+	for _, x := range [][2]*tls.Config{{n1.Server(), n2.Client("n1")}, {n2.Server(), n1.Client("n2")}} {
+		if s, e := shake(t, x[0], x[1]); s == nil && e == nil {
+			t.Error("an old certificate is accepted")
+		}
+	}
+}
+
 func TestNames(t *testing.T) {
 	for _, n := range []string{"a", "node1", "n-1.rack2.example", strings.Repeat("a", 63)} {
 		if err := CheckName(n); err != nil {

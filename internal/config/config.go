@@ -101,11 +101,16 @@ type Config struct {
 	Rpcbind Rpcbind  `toml:"rpcbind"`
 	Locks   Locks    `toml:"locks"`
 	FS      FS       `toml:"fs"`
-	MDT     MDT      `toml:"mdt"`
-	OST     []OST    `toml:"ost"`
-	Control Control  `toml:"control"`
-	HTTP    HTTP     `toml:"http"`
-	Log     Log      `toml:"log"`
+
+	Cluster  Cluster  `toml:"cluster"`
+	MGS      MGS      `toml:"mgs"`
+	MDT      MDT      `toml:"mdt"`
+	OST      []OST    `toml:"ost"`
+	Recovery Recovery `toml:"recovery"`
+
+	Control Control `toml:"control"`
+	HTTP    HTTP    `toml:"http"`
+	Log     Log     `toml:"log"`
 
 	// File is the file that the configuration was read from, "" for flags.
 	File string `toml:"-"`
@@ -194,16 +199,24 @@ type FS struct {
 	MinFree     Size   `toml:"min_free"`
 }
 
+// MGS configures the registry.
+type MGS struct {
+	Dir   string   `toml:"dir"`
+	Nodes []string `toml:"nodes"`
+}
+
 // MDT configures the metadata target.
 type MDT struct {
-	Dir        string `toml:"dir"`
-	BlockCache Size   `toml:"block_cache"`
-	InodeCache int    `toml:"inode_cache"`
+	Dir        string   `toml:"dir"`
+	Nodes      []string `toml:"nodes"`
+	BlockCache Size     `toml:"block_cache"`
+	InodeCache int      `toml:"inode_cache"`
 }
 
 // OST configures one object storage target.
 type OST struct {
-	Dir string `toml:"dir"`
+	Dir   string   `toml:"dir"`
+	Nodes []string `toml:"nodes"`
 }
 
 // Control configures the socket of the local commands.
@@ -262,15 +275,30 @@ func Default() *Config {
 			Atime:       AtimeRelatime,
 			MinFree:     64 * MiB,
 		},
-		MDT:  MDT{BlockCache: 64 * MiB, InodeCache: 100000},
+		Cluster: Cluster{TLS: TLSMutual, TLSDir: DefaultTLSDir},
+		MDT:     MDT{BlockCache: 64 * MiB, InodeCache: 100000},
+		Recovery: Recovery{
+			WindowMin:    Duration(15 * time.Second),
+			WindowMax:    Duration(time.Minute),
+			WindowHard:   Duration(3 * time.Minute),
+			PingInterval: Duration(5 * time.Second),
+			PingTimeout:  Duration(30 * time.Second),
+			RetainSoft:   64 * MiB,
+			RetainHard:   256 * MiB,
+			Heartbeat:    Duration(time.Second),
+			JukeboxAfter: Duration(25 * time.Second),
+		},
 		HTTP: HTTP{Address: "127.0.0.1:9633"},
 		Log:  Log{Level: "info", Format: "text"},
 	}
 }
 
-// Complete fills in what was left to be derived: node name, target
+// Complete fills in what was left to be derived: node name and addresses, target
 // directories, the key file and the control socket.
 func (c *Config) Complete() error {
+	if c.Node == "" {
+		c.Node = c.Cluster.Node
+	}
 	if c.Node == "" {
 		h, err := os.Hostname()
 		if err != nil {
@@ -281,17 +309,22 @@ func (c *Config) Complete() error {
 	if c.ClusterKeyFile == "" {
 		c.ClusterKeyFile = filepath.Join(c.DataDir, "cluster.key")
 	}
-	if c.MDT.Dir == "" {
-		c.MDT.Dir = filepath.Join(c.DataDir, "mdt")
-	}
 	if len(c.OST) == 0 {
 		c.OST = []OST{{}, {}}
 	}
-	for i := range c.OST {
-		if c.OST[i].Dir == "" {
-			c.OST[i].Dir = filepath.Join(c.DataDir, fmt.Sprintf("ost%d", i))
+	// A directory that several nodes have to see is not derived from what is
+	// each one's own.
+	derive := func(dir *string, nodes []string, name string) {
+		if *dir == "" && len(nodes) <= 1 {
+			*dir = filepath.Join(c.DataDir, name)
 		}
 	}
+	derive(&c.MGS.Dir, c.MGS.Nodes, "")
+	derive(&c.MDT.Dir, c.MDT.Nodes, "mdt")
+	for i := range c.OST {
+		derive(&c.OST[i].Dir, c.OST[i].Nodes, fmt.Sprintf("ost%d", i))
+	}
+	c.Cluster.complete()
 	if c.Control.Socket == "" {
 		c.Control.Socket = SocketPath(c.DataDir)
 	}

@@ -3,6 +3,7 @@ package config
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/baton-nfs/baton/internal/ca"
 	"github.com/baton-nfs/baton/nfsd/exports"
 	"github.com/cockroachdb/datadriven"
 	"github.com/google/go-cmp/cmp"
@@ -19,7 +21,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite docs/configuration.md's reference")
 
-var ignoreUnexported = cmp.Options{cmpopts.IgnoreUnexported(Config{}), cmpopts.IgnoreFields(Config{}, "File")}
+var ignoreUnexported = cmp.Options{cmpopts.IgnoreUnexported(Config{}), cmpopts.IgnoreFields(Config{}, "File"), cmpopts.EquateEmpty()}
 
 func TestPrintDefaultParsesBack(t *testing.T) {
 	c, err := Parse("default", []byte(PrintDefault()))
@@ -44,13 +46,16 @@ func TestPrintDefaultExamplesAreValid(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Export) != 1 || len(c.OST) != 1 {
+	if len(c.Export) != 1 || len(c.OST) != 1 || len(c.Cluster.Nodes) != 1 {
 		t.Fatalf("examples not found: %+v", c)
 	}
+	// They are of a cluster, and the example of an OST names a second node.
+	c.Cluster.Node, c.Cluster.TLS, c.NFS.Addresses = "n1", TLSOff, nil
+	c.Cluster.Nodes = append(c.Cluster.Nodes, ClusterNode{"n2", "192.0.2.2"})
+	c.MGS.Nodes, c.MDT.Nodes = []string{"n1"}, []string{"n1"}
 	if err := c.Complete(); err != nil {
 		t.Fatal(err)
 	}
-	c.Node = "n1"
 	if err := c.Validate(); err != nil {
 		t.Error(err)
 	}
@@ -117,24 +122,83 @@ func TestDocsMentionEveryKey(t *testing.T) {
 	}
 }
 
+// The examples in the documentation are right.
+func TestDocsExamples(t *testing.T) {
+	src, err := os.ReadFile(filepath.Join("..", "..", "docs", "configuration.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts, clusters := strings.Split(string(src), "```toml\n")[1:], 0
+	for _, p := range parts {
+		text, _, _ := strings.Cut(p, "```")
+		c, err := Parse("example", []byte(text))
+		if err != nil {
+			t.Errorf("%v in\n%s", err, text)
+			continue
+		}
+		if c.Clustered() {
+			c.Cluster.TLS = TLSOff // there are no certificates here
+			clusters++
+		}
+		if err := errors.Join(c.Complete(), c.Validate()); err != nil {
+			t.Errorf("%v in\n%s", err, text)
+		}
+	}
+	if len(parts) < 2 || clusters != 1 {
+		t.Errorf("%d examples, %d of clusters", len(parts), clusters)
+	}
+}
+
 // TestErrors holds the exact text of refusals.
 func TestErrors(t *testing.T) {
 	datadriven.RunTest(t, "testdata/errors.txt", func(t *testing.T, d *datadriven.TestData) string {
-		c, err := Parse("baton.toml", []byte(d.Input))
-		if err != nil {
-			return err.Error() + "\n"
-		}
-		if c.Node == "" && !strings.Contains(d.Input, "node") {
-			c.Node = "n1"
-		}
-		if err := c.Complete(); err != nil {
-			return err.Error() + "\n"
-		}
-		if err := c.Validate(); err != nil {
-			return err.Error() + "\n"
-		}
-		return "ok\n"
+		return check(d.Input)
 	})
+}
+
+// TestCluster does the same for several nodes. $TLS has certificates of n1 and n2.
+func TestCluster(t *testing.T) {
+	dir := t.TempDir()
+	auth, err := ca.Create(dir, "test", ca.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []string{"n1", "n2"} {
+		if err := auth.IssueNode(dir, n, ca.Options{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	datadriven.RunTest(t, "testdata/cluster.txt", func(t *testing.T, d *datadriven.TestData) string {
+		out := check(strings.ReplaceAll(d.Input, "$TLS", dir))
+		return strings.ReplaceAll(out, dir, "$TLS")
+	})
+}
+
+func check(src string) string {
+	c, err := Parse("baton.toml", []byte(src))
+	if err != nil {
+		return err.Error() + "\n"
+	}
+	if c.Node == "" && !strings.Contains(src, "node") {
+		c.Node = "n1"
+	}
+	if err := c.Complete(); err != nil {
+		return err.Error() + "\n"
+	}
+	if err := c.Validate(); err != nil {
+		return err.Error() + "\n"
+	}
+	if !c.Clustered() {
+		return "ok\n"
+	}
+	out := fmt.Sprintf("ok, node %s listens on %s\n", c.Node, c.Cluster.Listen)
+	for _, n := range c.Cluster.Nodes {
+		out += fmt.Sprintf("%s at %s\n", n.Name, c.Cluster.Addr(n.Name))
+	}
+	for _, t := range c.Targets() {
+		out += fmt.Sprintf("%s in %s on %s\n", t.Name, t.Dir, strings.Join(t.Nodes, ", "))
+	}
+	return out
 }
 
 func TestFlags(t *testing.T) {

@@ -18,17 +18,21 @@ type Key struct {
 
 // sectionDocs introduces the tables.
 var sectionDocs = map[string]string{
-	"nfs":     "The frontend: where and how NFS 3 and MOUNT 3 are served.",
-	"exports": "What is exported to whom, in a file of its own that is read again on\nSIGHUP and \"baton exportfs -r\".",
-	"export":  "Exports given here instead of, or besides, the exports file. One table each.",
-	"rpcbind": "How clients find the ports (rpcbind and portmap).",
-	"locks":   "Advisory locks of NFS clients: the lock manager (NLM 1, 3, 4) and the status\nmonitor (NSM 1).",
-	"fs":      "Defaults of the file system.",
-	"mdt":     "The metadata target: names, inodes, reply records.",
-	"ost":     "The object storage targets, which hold file data. One table each.",
-	"control": "The socket that the local commands talk to.",
-	"http":    "Metrics for Prometheus at /metrics, a health check at /healthz.",
-	"log":     "Messages, written to standard error.",
+	"nfs":           "The frontend: where and how NFS 3 and MOUNT 3 are served.",
+	"exports":       "What is exported to whom, in a file of its own that is read again on\nSIGHUP and \"baton exportfs -r\".",
+	"export":        "Exports given here instead of, or besides, the exports file. One table each.",
+	"rpcbind":       "How clients find the ports (rpcbind and portmap).",
+	"locks":         "Advisory locks of NFS clients: the lock manager (NLM 1, 3, 4) and the status\nmonitor (NSM 1).",
+	"fs":            "Defaults of the file system.",
+	"cluster":       "Several nodes that serve one file system. This section, and which nodes run\nwhich target, are the same on all nodes, but for node, listen and start.",
+	"mgs":           "The registry: service addresses and their owners, the nodes' clients.",
+	"mdt":           "The metadata target: names, inodes, reply records.",
+	"ost":           "The object storage targets, which hold file data. One table each.",
+	"recovery":      "How targets, and frontends as their clients, come through failures of each\nother. Of use in a cluster only.",
+	"cluster.nodes": "All nodes of the cluster, this one too. One table each.",
+	"control":       "The socket that the local commands talk to.",
+	"http":          "Metrics for Prometheus at /metrics, a health check at /healthz.",
+	"log":           "Messages, written to standard error.",
 }
 
 // keyDocs documents every key. A test compares it with the structures.
@@ -79,11 +83,36 @@ var keyDocs = map[string]string{
 	"fs.atime":        "relatime: a read updates the access time if it is older than the last\nchange or than a day. off: never.",
 	"fs.min_free":     "Keep this much of the file systems under the targets free; writes get\nNFS3ERR_NOSPC before, removals still work.",
 
+	"cluster.node":    "This node's name as in its certificate. Empty: there is one node, which has\neverything in one process, and the other keys here mean nothing.",
+	"cluster.listen":  "Address and port where other nodes reach the targets on this node, port 7988\nif none is given. Empty: this node's address in [[cluster.nodes]].",
+	"cluster.tls":     "mutual: connections between nodes are encrypted, and both sides show a\ncertificate of the cluster. off: neither; whoever reaches the port can read\nand change everything.",
+	"cluster.tls_dir": "Directory with ca.pem and this node's NODE.pem and NODE.key, as \"baton ca\"\nmakes them.",
+	"cluster.start":   "Targets that this node starts by itself: \"MGS\", \"MDT0000\", \"OST0000\" ...\nOthers run here only after a take-over.",
+
+	"cluster.nodes.name":    "Name of the node, as in its certificate.",
+	"cluster.nodes.address": "IP address where other nodes reach its targets, port 7988 if none is given.",
+
+	"mgs.dir":   "Directory of the registry file. Empty: DATA_DIR.",
+	"mgs.nodes": "Nodes of the cluster that may run the MGS, the usual one first. All need to\nsee its directory, at the same path; of several, dir must be named.",
+
 	"mdt.dir":         "Directory of the MDT. Empty: DATA_DIR/mdt.",
+	"mdt.nodes":       "The same for the MDT.",
 	"mdt.block_cache": "Memory for the store's blocks.",
 	"mdt.inode_cache": "Inodes kept in memory.",
 
-	"ost.dir": "Directory of the OST, best on a disk of its own. The order of the tables\nnumbers the OSTs and must never change; new ones are added at the end.\nWithout any table there are two OSTs, DATA_DIR/ost0 and DATA_DIR/ost1.",
+	"ost.nodes": "Nodes of the cluster that may run the OST, as for the MGS. Leave it out when\nthere is one node.",
+	"ost.dir":   "Directory of the OST, best on a disk of its own. The order of the tables\nnumbers the OSTs and must never change; new ones are added at the end.\nWithout any table there are two OSTs, DATA_DIR/ost0 and DATA_DIR/ost1.",
+
+	"recovery.window_min":      "After a target died its clients send again what may be lost, before anybody\nelse is served. If some do not come, this window ends the waiting. How long\nit is comes from how long clients had to wait lately; this is the least.",
+	"recovery.window_max":      "The greatest length of the window, from when the first client came.",
+	"recovery.window_hard":     "Recovery ends after this time in any case. Clients that are not through are\nevicted: what was not durable is lost to them.",
+	"recovery.ping_interval":   "A frontend shows each target at least this often that it is alive.",
+	"recovery.ping_timeout":    "A frontend that was silent this long is evicted. At least two intervals.",
+	"recovery.commit_on_share": "What builds on another frontend's change waits until that is durable. So no\nfrontend depends on another one in recovery.",
+	"recovery.retain_soft":     "Bytes of writes that a frontend keeps for each OST until they are durable\nthere. Above, it asks the OST to make them durable.",
+	"recovery.retain_hard":     "Above, writes wait.",
+	"recovery.heartbeat":       "How often a target proves that its store is still its own. Another node\ntakes a store over when nothing was seen for several intervals.",
+	"recovery.jukebox_after":   "An NFS call that waits this long for a target, and has had no effect, is\nanswered NFS3ERR_JUKEBOX: the client asks again after some seconds.",
 
 	"control.socket": "Path, at most 107 bytes; made with mode 0600. Empty: DATA_DIR/control.sock.",
 
@@ -101,6 +130,10 @@ var arrayExamples = map[string]string{
 	"export.clients": `["192.0.2.0/24"]`,
 	"export.options": `"rw,root_squash"`,
 	"ost.dir":        `"/srv/disk1/ost0"`,
+	"ost.nodes":      `["n1", "n2"]`,
+
+	"cluster.nodes.name":    `"n1"`,
+	"cluster.nodes.address": `"192.0.2.1:7988"`,
 }
 
 // Keys lists all keys in the order of the default file.
@@ -164,7 +197,9 @@ func splitKey(k string) (section, name string) {
 	return k[:max(0, i)], k[i+1:]
 }
 
-func isArray(section string) bool { return section == "export" || section == "ost" }
+func isArray(section string) bool {
+	return section == "export" || section == "ost" || section == "cluster.nodes"
+}
 
 // PrintDefault returns a commented configuration file that says what the
 // defaults say.

@@ -33,6 +33,8 @@ func (c *Config) Validate() error {
 	v.locks()
 	v.exports()
 	v.targets()
+	v.cluster()
+	v.recovery()
 	v.rest()
 	return errors.Join(v.errs...)
 }
@@ -40,7 +42,7 @@ func (c *Config) Validate() error {
 type validator struct {
 	c    *Config
 	errs []error
-	skip string // paths below it are not reported again
+	skip string // it and paths below it are not reported again
 }
 
 // bad records a refused value. Only plain values are given as value, so that
@@ -62,7 +64,7 @@ func (v *validator) bad(key string, value any, reason, remedy string) {
 }
 
 func (v *validator) abs(key, p, what string) bool {
-	if v.skip != "" && strings.HasPrefix(p, filepath.Clean(v.skip)+"/") {
+	if v.skip != "" && (p == v.skip || strings.HasPrefix(p, filepath.Clean(v.skip)+"/")) {
 		return false
 	}
 	if !filepath.IsAbs(p) || strings.ContainsRune(p, 0) {
@@ -101,7 +103,7 @@ func (v *validator) top() {
 
 func (v *validator) nfs() {
 	n := &v.c.NFS
-	if len(n.Addresses) == 0 {
+	if len(n.Addresses) == 0 && !v.c.Clustered() {
 		v.bad("nfs.addresses", nil, "no service address", "give at least one, for example [\"127.0.0.1\"]")
 	}
 	seen := map[netip.Addr]bool{}
@@ -120,6 +122,9 @@ func (v *validator) nfs() {
 			v.bad("nfs.addresses", s, "a link-local address needs its interface", "write it as "+s+"%eth0")
 		case seen[a]:
 			v.bad("nfs.addresses", s, "listed twice", "remove one")
+		case v.c.Clustered() && (a == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || a == netip.IPv6Loopback()):
+			v.bad("nfs.addresses", s, "every node has this address, but a service address is on one node at a time",
+				"list addresses of the service, or none: []")
 		}
 		seen[a] = true
 	}
@@ -220,7 +225,7 @@ func (v *validator) exports() {
 	c := v.c
 	if c.Exports.File != "" {
 		v.abs("exports.file", c.Exports.File, "the exports file, or \"\" for none")
-	} else if len(c.Export) == 0 {
+	} else if len(c.Export) == 0 && (len(c.NFS.Addresses) > 0 || !c.Clustered()) {
 		v.bad("exports.file", "", "nothing is exported", "name an exports file or add an [[export]]")
 	}
 	seen := map[string]bool{}
@@ -259,21 +264,24 @@ func (v *validator) exports() {
 
 func (v *validator) targets() {
 	c := v.c
-	dirs := []struct{ key, dir string }{{"mdt.dir", c.MDT.Dir}}
-	for i, o := range c.OST {
-		dirs = append(dirs, struct{ key, dir string }{fmt.Sprintf("ost[%d].dir", i), o.Dir})
-	}
 	if len(c.OST) > maxOSTs {
 		v.bad("ost", nil, fmt.Sprintf("%d targets are more than %d", len(c.OST), maxOSTs), "use fewer")
 	}
-	for i, d := range dirs {
-		if !v.abs(d.key, d.dir, "the target's directory") {
+	targets := c.Targets()
+	for i, t := range targets {
+		key := t.key + ".dir"
+		if t.Dir == "" {
+			v.bad(key, nil, "several nodes may run "+t.Name+", and no directory is named that all of them see", "name one on shared storage")
 			continue
 		}
-		for _, o := range dirs[:i] {
-			a, b := filepath.Clean(d.dir), filepath.Clean(o.dir)
-			if a == b || strings.HasPrefix(a, b+"/") || strings.HasPrefix(b, a+"/") {
-				v.bad(d.key, d.dir, "overlaps "+o.key+" = "+strconv.Quote(o.dir), "give every target a directory of its own")
+		if !v.abs(key, t.Dir, "the target's directory") {
+			continue
+		}
+		for _, o := range targets[:i] {
+			a, b := filepath.Clean(t.Dir), filepath.Clean(o.Dir)
+			// The registry is one file, so its directory may have the others in it.
+			if a == b || strings.HasPrefix(b, a+"/") || strings.HasPrefix(a, b+"/") && o.Name != MGSName {
+				v.bad(key, t.Dir, "overlaps "+o.key+".dir = "+strconv.Quote(o.Dir), "give every target a directory of its own")
 			}
 		}
 	}
@@ -290,9 +298,12 @@ func (v *validator) targets() {
 	if f.StripeSize < stripeUnit || f.StripeSize > GiB || f.StripeSize%stripeUnit != 0 {
 		v.bad("fs.stripe_size", f.StripeSize, "not a stripe size", "use a multiple of 64 KiB up to 1 GiB")
 	}
-	if f.Durability == "two-node" {
+	switch {
+	case f.Durability == "two-node" && c.Clustered():
+		v.bad("fs.durability", f.Durability, "is chosen export by export", "use \"disk\" here, and durability=two-node among the options of exports")
+	case f.Durability == "two-node":
 		v.bad("fs.durability", f.Durability, "needs several nodes, which this version does not have", "use \"disk\"")
-	} else {
+	default:
 		v.oneOf("fs.durability", f.Durability, DurabilityDisk)
 	}
 	v.oneOf("fs.atime", f.Atime, AtimeRelatime, AtimeOff)

@@ -78,7 +78,7 @@ func (n *Node) beginLocks(ctx context.Context, v *mgs.VIP, forget bool) (forgott
 	// The registry may be older than the lock table (restored from a backup).
 	if forget && !v.Crashed || v.Crashed && now.NSMState >= v.NSMState || now.NSMState > v.NSMState {
 		// Clients reclaim only when they hear of a state that is new to them.
-		bumped, err := n.reg.RaiseNSM(v.Index, now.NSMState)
+		bumped, err := n.reg.RaiseNSM(ctx, v.Index, v.Epoch, now.NSMState)
 		if err != nil {
 			return 0, err
 		}
@@ -109,20 +109,21 @@ func (n *Node) beginLocks(ctx context.Context, v *mgs.VIP, forget bool) (forgott
 // simuCrash acts for one address as after a crash (SM_SIMU_CRASH): new state,
 // locks unconfirmed, clients notified.
 func (n *Node) simuCrash(index uint32) {
-	v, err := n.reg.BumpNSM(index)
-	if err == nil {
-		v.Crashed = true
-		_, err = n.beginLocks(context.Background(), &v, false)
-	}
-	if err != nil {
-		n.log.Error("SM_SIMU_CRASH failed", "vip", index, "err", err)
-		return
-	}
 	for _, s := range n.serving() {
-		if s.locks != nil && s.vip.Index == index {
-			s.locks.nsm.SetState(v.NSMState)
-			s.locks.nsm.Kick()
+		if s.locks == nil || s.vip.Index != index {
+			continue
 		}
+		v, err := n.reg.RaiseNSM(context.Background(), index, s.vip.Epoch, 0)
+		if err == nil {
+			v.Crashed = true
+			_, err = n.beginLocks(context.Background(), &v, false)
+		}
+		if err != nil {
+			n.log.Error("SM_SIMU_CRASH failed", "vip", index, "err", err)
+			return
+		}
+		s.locks.nsm.SetState(v.NSMState)
+		s.locks.nsm.Kick()
 	}
 }
 

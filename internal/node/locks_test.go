@@ -15,7 +15,7 @@ import (
 
 func lock(t *testing.T, n *Node, f wire.FID, host byte, start, end uint64, reclaim bool) wire.Status {
 	t.Helper()
-	v := n.reg.VIPs()[0]
+	v := vips(t, n.reg)[0]
 	req := wire.Request{Header: wire.Header{Op: wire.OpLock, Flags: wire.FlagWaitCommit}, FID: f, Lock: &wire.LockArgs{
 		Owner:     wire.LockOwner{LockHost: wire.LockHost{Addr: netip.AddrFrom4([4]byte{127, 0, 0, host}), Name: "c" + string('0'+rune(host))}, Svid: 1},
 		Range:     wire.LockRange{Start: start, End: end},
@@ -104,7 +104,7 @@ func TestForgetLocks(t *testing.T) {
 	wantLock(t, lock(t, n, f, 3, 0, 0, false), wire.ErrLockDenied)
 
 	// SM_SIMU_CRASH forgets nothing.
-	n.simuCrash(n.reg.VIPs()[0].Index)
+	n.simuCrash(vips(t, n.reg)[0].Index)
 	if s := lockStatus(t, n); s.Grace || s.Unconfirmed != 3 || s.NSMState != before+4 {
 		t.Fatalf("after a simulated crash: %+v", s)
 	}

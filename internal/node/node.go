@@ -42,7 +42,7 @@ type Node struct {
 	boot    uint64
 
 	unlock  func()
-	reg     *mgs.Registry
+	reg     mgs.Registry
 	targets *targets
 	fs      *client.FS
 	nfs     *nfsd.Server
@@ -80,10 +80,21 @@ func New(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	if err := alone(cfg); err != nil {
+		return nil, err
+	}
 	if len(cfg.Addrs()) == 0 {
 		return nil, errors.New("no service address: set nfs.addresses")
 	}
 	return &Node{cfg: cfg, log: log}, nil
+}
+
+// alone refuses to run the whole store of a cluster in one process.
+func alone(cfg *config.Config) error {
+	if cfg.Clustered() {
+		return fmt.Errorf("node %s is part of a cluster, which this version cannot run: it has everything in one process", cfg.Cluster.Node)
+	}
+	return nil
 }
 
 // lockDir takes the lock that keeps a second process away from the node's data.
@@ -114,7 +125,7 @@ func (n *Node) Start(ctx context.Context) (err error) {
 			n.teardown(context.Background())
 		}
 	}()
-	if err = checkKey(n.cfg); err != nil {
+	if err = checkKey(ctx, n.cfg); err != nil {
 		return err
 	}
 	key, err := config.LoadClusterKey(n.cfg.ClusterKeyFile, rand.Reader)
@@ -162,17 +173,20 @@ func (n *Node) Start(ctx context.Context) (err error) {
 
 // addService enters a service and, if it serves NFS, gives it its verifier as it is
 // now: data may have been lost since the address was registered.
-func (n *Node) addService(s *service) {
+func (n *Node) addService(ctx context.Context, s *service) error {
 	n.svcMu.Lock()
 	defer n.svcMu.Unlock()
-	if s.nfs != nil {
-		for _, v := range n.reg.VIPs() {
-			if v.Index == s.vip.Index {
-				s.nfs.SetVerifier(v.VerifierBytes())
-			}
+	n.services = append(n.services, s)
+	if s.nfs == nil {
+		return nil
+	}
+	vips, err := n.reg.VIPs(ctx)
+	for _, v := range vips {
+		if v.Index == s.vip.Index {
+			s.nfs.SetVerifier(v.VerifierBytes())
 		}
 	}
-	n.services = append(n.services, s)
+	return err
 }
 
 // serving lists the services there are.
@@ -185,8 +199,8 @@ func (n *Node) serving() []*service {
 // lostData gives all write verifiers new values, because an OST has lost data
 // that were acknowledged as UNSTABLE. If the registry cannot store them the node
 // must not go on answering COMMIT, so it stops answering at all.
-func (n *Node) lostData(reg *mgs.Registry) {
-	vips, err := reg.NewVerifiers()
+func (n *Node) lostData(reg mgs.Registry) {
+	vips, err := reg.NewVerifiers(context.Background(), n.cfg.Cluster.Node)
 	if err != nil {
 		n.log.Error("new write verifiers could not be stored; this node stops", "err", err)
 		os.Exit(1)
@@ -207,7 +221,7 @@ func (n *Node) lostData(reg *mgs.Registry) {
 // listen opens the services of every address.
 func (n *Node) listen(ctx context.Context) error {
 	for _, addr := range n.cfg.Addrs() {
-		vip, err := n.reg.Serve(addr)
+		vip, err := n.reg.Serve(ctx, addr, n.cfg.Cluster.Node)
 		if err != nil {
 			return err
 		}
@@ -237,7 +251,9 @@ func (n *Node) listen(ctx context.Context) error {
 			Workers:                 n.cfg.NFS.Workers,
 			OnClose:                 n.nfs.ConnClosed,
 		})
-		n.addService(s)
+		if err := n.addService(ctx, s); err != nil {
+			return err
+		}
 		if err := n.openPorts(s); err != nil {
 			return err
 		}
@@ -338,7 +354,9 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 		if err == nil {
 			_, err = rs.ListenUDP(ap, sunrpc.ListenOptions{})
 		}
-		n.addService(v)
+		if err := n.addService(ctx, v); err != nil {
+			return err
+		}
 		if err != nil {
 			if n.cfg.Rpcbind.Mode == config.RpcbindAuto {
 				n.log.Warn("portmap is not available; clients must name the ports themselves (mount options port= and mountport=)", "err", listenError(ap, "tcp+udp", "rpcbind", err))
@@ -403,7 +421,7 @@ func (n *Node) teardown(ctx context.Context) error {
 	if n.orderly && errors.Join(errs...) == nil {
 		// Everything is durable: the next start need not ask clients for their locks.
 		for _, s := range n.serving() {
-			errs = append(errs, n.reg.Stopped(s.vip.Index))
+			errs = append(errs, n.reg.Stopped(ctx, s.vip.Index, s.vip.Epoch))
 		}
 	}
 	if n.unlock != nil {

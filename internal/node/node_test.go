@@ -191,8 +191,17 @@ func recovered(t *testing.T, n *Node) {
 	}
 }
 
-func verifiers(r *mgs.Registry) (l []string) {
-	for _, v := range r.VIPs() {
+func vips(t *testing.T, r mgs.Registry) []mgs.VIP {
+	t.Helper()
+	l, err := r.VIPs(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func verifiers(t *testing.T, r mgs.Registry) (l []string) {
+	for _, v := range vips(t, r) {
 		l = append(l, v.Verifier)
 	}
 	return l
@@ -215,7 +224,7 @@ func TestStartStopRestart(t *testing.T) {
 			t.Errorf("%+v", x)
 		}
 	}
-	ver, epoch := verifiers(n.reg), s.VIPs[0].Epoch
+	ver, epoch := verifiers(t, n.reg), s.VIPs[0].Epoch
 	stop(t, n)
 	if err := n.Probe(ctx); err == nil {
 		t.Error("the probe of a stopped node succeeds")
@@ -229,7 +238,7 @@ func TestStartStopRestart(t *testing.T) {
 	if s.Boot != 2 || s.VIPs[0].Epoch != epoch+1 {
 		t.Errorf("boot %d, VIP epoch %d", s.Boot, s.VIPs[0].Epoch)
 	}
-	if got := verifiers(n.reg); got[0] != ver[0] {
+	if got := verifiers(t, n.reg); got[0] != ver[0] {
 		t.Error("an orderly restart changed the write verifier")
 	}
 	for _, x := range s.Targets {
@@ -355,7 +364,7 @@ func TestKillWhileWriting(t *testing.T) {
 	if s := attr(t, m, empty.FID).Size; s != 0 {
 		t.Errorf("empty file has size %d", s)
 	}
-	if verifiers(m.reg)[0] != verifiers(n.reg)[0] {
+	if verifiers(t, m.reg)[0] != verifiers(t, n.reg)[0] {
 		t.Error("the verifier changed though nothing was lost")
 	}
 }
@@ -459,7 +468,7 @@ func TestLostDataOfAFailedStart(t *testing.T) {
 	c := conf(t, t.TempDir())
 	n := start(t, c)
 	write(t, n, create(t, n, "f"), 0, "data", wire.Unstable)
-	old := verifiers(n.reg)
+	old := verifiers(t, n.reg)
 	c = conf(t, copied(t, filepath.Dir(c.DataDir)))
 	// The store as another kernel left it when power failed.
 	o, err := ost.Open(ost.Options{Index: 1, Dir: c.OST[1].Dir, BootID: "another"})
@@ -481,7 +490,7 @@ func TestLostDataOfAFailedStart(t *testing.T) {
 	}
 	c2.MDT.Dir = good
 	m = start(t, c2)
-	if now := verifiers(m.reg); now[0] == old[0] {
+	if now := verifiers(t, m.reg); now[0] == old[0] {
 		t.Error("the write verifier is the old one though power was lost")
 	}
 }
@@ -491,24 +500,26 @@ func TestLostDataOfAFailedStart(t *testing.T) {
 func TestNewVerifiers(t *testing.T) {
 	c := conf(t, t.TempDir())
 	n := start(t, c)
-	n.addService(&service{vip: n.services[0].vip, rpc: sunrpc.NewServer(sunrpc.Config{})})
+	if err := n.addService(ctx, &service{vip: n.services[0].vip, rpc: sunrpc.NewServer(sunrpc.Config{})}); err != nil {
+		t.Fatal(err)
+	}
 	fh := mount(t, n, "/data")
 	before := commitVerf(t, n, fh)
-	if before != [8]byte(decodeVerf(n.reg)) {
-		t.Errorf("served %x, registered %x", before, decodeVerf(n.reg))
+	if before != [8]byte(decodeVerf(t, n.reg)) {
+		t.Errorf("served %x, registered %x", before, decodeVerf(t, n.reg))
 	}
 	n.lostData(n.reg)
 	after := commitVerf(t, n, fh)
-	if after == before || after != [8]byte(decodeVerf(n.reg)) {
-		t.Errorf("%x after %x, registered %x", after, before, decodeVerf(n.reg))
+	if after == before || after != [8]byte(decodeVerf(t, n.reg)) {
+		t.Errorf("%x after %x, registered %x", after, before, decodeVerf(t, n.reg))
 	}
 	if s := n.Status(); len(s.VIPs) != 1 || s.VIPs[0].VerifierChanges != 1 {
 		t.Errorf("%+v", s.VIPs)
 	}
 }
 
-func decodeVerf(r *mgs.Registry) []byte {
-	v := r.VIPs()[0].VerifierBytes()
+func decodeVerf(t *testing.T, r mgs.Registry) []byte {
+	v := vips(t, r)[0].VerifierBytes()
 	return v[:]
 }
 

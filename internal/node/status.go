@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -141,6 +142,12 @@ func (n *Node) serviceStatus(s *status.Status) {
 		}
 		return c
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
+	defer cancel()
+	vips, err := n.reg.VIPs(ctx)
+	if err != nil {
+		n.log.Warn("status: the write verifiers shown may be old", "err", err)
+	}
 	procs := map[[2]uint32]uint64{}
 	seen := map[uint32]bool{}
 	for _, sv := range n.serving() {
@@ -167,7 +174,7 @@ func (n *Node) serviceStatus(s *status.Status) {
 		if sv.nfs != nil && !seen[sv.vip.Index] {
 			seen[sv.vip.Index] = true
 			ver := sv.vip.Verifier
-			for _, v := range n.reg.VIPs() {
+			for _, v := range vips {
 				if v.Index == sv.vip.Index {
 					ver = v.Verifier
 				}

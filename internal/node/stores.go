@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,13 +19,16 @@ import (
 // missing directory is a disk that is not mounted much more often than a new
 // target: an empty OST would give zeros for data, an empty MDT would give the
 // numbers of old objects to new files.
-func checkStores(cfg *config.Config, reg *mgs.Registry) error {
+func checkStores(ctx context.Context, cfg *config.Config, reg *mgs.File) error {
 	type part struct{ name, dir string }
 	parts := []part{{mdtName, cfg.MDT.Dir}}
 	for i, o := range cfg.OST {
 		parts = append(parts, part{ostName(i), o.Dir})
 	}
-	made := reg.OSTs()
+	made, err := reg.OSTs(ctx)
+	if err != nil {
+		return err
+	}
 	if len(cfg.OST) < made {
 		return fmt.Errorf("the configuration has %d OSTs, the store was made with %d: add the missing [[ost]] tables", len(cfg.OST), made)
 	}
@@ -35,7 +39,7 @@ func checkStores(cfg *config.Config, reg *mgs.Registry) error {
 			return fmt.Errorf("%s: %w", p.name, err)
 		case reg.Fresh() && used:
 			return fmt.Errorf("%s in %s is not empty, but %s is missing: restore it from a backup, or give empty directories for a new store",
-				p.name, p.dir, filepath.Join(cfg.DataDir, "registry.json"))
+				p.name, p.dir, filepath.Join(cfg.MGS.Dir, mgs.FileName))
 		case !used && made > 0 && i <= made: // the MDT, and that many OSTs after it
 			return fmt.Errorf("%s: %s is empty or missing, but belongs to the store: mount its disk or restore it from a backup", p.name, p.dir)
 		}
@@ -62,15 +66,19 @@ func inUse(dir string) (bool, error) {
 
 // checkKey refuses to make a new cluster key for addresses that were served
 // under another one: all handles that clients hold would become stale.
-func checkKey(cfg *config.Config) error {
+func checkKey(ctx context.Context, cfg *config.Config) error {
 	if _, err := os.Stat(cfg.ClusterKeyFile); !errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	reg, err := mgs.Open(cfg.DataDir)
+	reg, err := mgs.Open(cfg.MGS.Dir, mgs.FileOptions{})
 	if err != nil {
 		return err
 	}
-	if len(reg.VIPs()) > 0 {
+	vips, err := reg.VIPs(ctx)
+	if err != nil {
+		return err
+	}
+	if len(vips) > 0 {
 		return fmt.Errorf("cluster key %s is missing: restore it from a copy (a new key makes all file handles stale; to accept that, make one: head -c %d /dev/urandom > %s; chmod 600 %s)",
 			cfg.ClusterKeyFile, config.ClusterKeySize, cfg.ClusterKeyFile, cfg.ClusterKeyFile)
 	}

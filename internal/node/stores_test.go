@@ -30,7 +30,7 @@ func TestCheckStores(t *testing.T) {
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			dir := t.TempDir()
-			cfg := &config.Config{DataDir: dir}
+			cfg := &config.Config{DataDir: dir, MGS: config.MGS{Dir: dir}}
 			cfg.MDT.Dir = filepath.Join(dir, "mdt")
 			for i := range x.osts {
 				cfg.OST = append(cfg.OST, config.OST{Dir: filepath.Join(dir, "ost"+string(rune('0'+i)))})
@@ -45,22 +45,22 @@ func TestCheckStores(t *testing.T) {
 				t.Fatal(err)
 			}
 			if x.made >= 0 {
-				reg, err := mgs.Open(dir)
+				reg, err := mgs.Open(dir, mgs.FileOptions{})
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, _, err := reg.StartClient(); err != nil {
+				if _, _, err := reg.StartClient(ctx, ""); err != nil {
 					t.Fatal(err)
 				}
-				if err := reg.SetOSTs(x.made); err != nil {
+				if err := reg.SetOSTs(ctx, x.made); err != nil {
 					t.Fatal(err)
 				}
 			}
-			reg, err := mgs.Open(dir)
+			reg, err := mgs.Open(dir, mgs.FileOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
-			err = checkStores(cfg, reg)
+			err = checkStores(ctx, cfg, reg)
 			switch {
 			case x.want == "" && err != nil:
 				t.Error(err)
@@ -68,5 +68,17 @@ func TestCheckStores(t *testing.T) {
 				t.Errorf("%v, want an error about %q", err, x.want)
 			}
 		})
+	}
+}
+
+// A node of a cluster is not run as if it had everything.
+func TestClusterIsRefused(t *testing.T) {
+	c := conf(t, t.TempDir())
+	c.Cluster.Node = "n1"
+	if _, err := New(c, nil); err == nil || !strings.Contains(err.Error(), "node n1 is part of a cluster") {
+		t.Error(err)
+	}
+	if _, _, err := OpenFS(ctx, c, nil); err == nil || !strings.Contains(err.Error(), "node n1 is part of a cluster") {
+		t.Error(err)
 	}
 }

@@ -27,7 +27,7 @@ type targets struct {
 	engine store.Engine
 	mdt    *mdt.MDT
 	mdtDir string
-	reg    *mgs.Registry
+	reg    mgs.Registry
 	osts   []*ost.Target
 	dirs   []string
 	fs     *client.FS
@@ -69,10 +69,10 @@ func (f *failures) get(name string) string {
 	return f.why[name]
 }
 
-func ostName(i int) string { return fmt.Sprintf("OST%04x", i) }
+func ostName(i int) string { return config.OSTName(i) }
 
 // mdtName is the metadata target's name in messages.
-const mdtName = "MDT0000"
+const mdtName = config.MDTName
 
 // OpenFS opens the file system in the node's directories without serving it,
 // for commands that work while no server runs. The returned function closes it.
@@ -80,12 +80,15 @@ func OpenFS(ctx context.Context, cfg *config.Config, log *slog.Logger) (*client.
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	if err := alone(cfg); err != nil {
+		return nil, nil, err
+	}
 	unlock, err := lockDir(cfg.DataDir)
 	if err != nil {
 		return nil, nil, err
 	}
 	var clk clock.Strict
-	fs, _, t, _, err := openFS(ctx, cfg, log, &clk, func(reg *mgs.Registry) { _, _ = reg.NewVerifiers() })
+	fs, _, t, _, err := openFS(ctx, cfg, log, &clk, func(reg mgs.Registry) { _, _ = reg.NewVerifiers(context.WithoutCancel(ctx), cfg.Cluster.Node) })
 	if err != nil {
 		unlock()
 		return nil, nil, err
@@ -99,12 +102,12 @@ func OpenFS(ctx context.Context, cfg *config.Config, log *slog.Logger) (*client.
 
 // openFS opens registry and targets and connects a client to them, finishing
 // what a crash left undone before it returns.
-func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *clock.Strict, lost func(*mgs.Registry)) (_ *client.FS, _ *mgs.Registry, _ *targets, boot uint64, err error) {
-	reg, err := mgs.Open(cfg.DataDir)
+func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *clock.Strict, lost func(mgs.Registry)) (_ *client.FS, _ mgs.Registry, _ *targets, boot uint64, err error) {
+	reg, err := mgs.Open(cfg.MGS.Dir, mgs.FileOptions{})
 	if err != nil {
 		return nil, nil, nil, 0, err
 	}
-	if err = checkStores(cfg, reg); err != nil {
+	if err = checkStores(ctx, cfg, reg); err != nil {
 		return nil, nil, nil, 0, err
 	}
 	t := &targets{log: log, mdtDir: cfg.MDT.Dir, reg: reg}
@@ -113,7 +116,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 			err = errors.Join(err, t.close())
 		}
 	}()
-	if t.id, t.gen, err = reg.StartClient(); err != nil {
+	if t.id, t.gen, err = reg.StartClient(ctx, cfg.Cluster.Node); err != nil {
 		return nil, nil, nil, 0, err
 	}
 	if err = t.openOSTs(cfg, clk, lost); err != nil {
@@ -122,7 +125,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if err = t.openMDT(cfg, clk); err != nil {
 		return nil, nil, nil, 0, err
 	}
-	if err = reg.SetOSTs(len(cfg.OST)); err != nil {
+	if err = reg.SetOSTs(ctx, len(cfg.OST)); err != nil {
 		return nil, nil, nil, 0, err
 	}
 	conns := make([]wire.Conn, len(t.osts))
@@ -150,7 +153,7 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	return fs, reg, t, t.gen, nil
 }
 
-func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict, lost func(*mgs.Registry)) error {
+func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict, lost func(mgs.Registry)) error {
 	for i, oc := range cfg.OST {
 		if err := os.MkdirAll(oc.Dir, 0o700); err != nil {
 			return fmt.Errorf("%s: %w", ostName(i), err)
@@ -160,7 +163,7 @@ func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict, lost func(*mgs
 			OnFail: func(err error) { t.fails.note(ostName(i), err) },
 			OnLost: func() error {
 				t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
-				_, err := t.reg.NewVerifiers()
+				_, err := t.reg.NewVerifiers(context.Background(), cfg.Cluster.Node)
 				return err
 			},
 			OnFlushError: func() { lost(t.reg) },

@@ -37,6 +37,8 @@
 //     root is 0, a UUID is folded to 64 bits. The default is the first 8 bytes of
 //     the SHA-256 of the path with the highest bit set. It is part of every file
 //     handle: changing it makes clients' handles stale.
+//   - durability=disk, durability=two-node [disk]: when a changing operation is
+//     acknowledged: when it is durable, or when it is in the memory of two nodes.
 //   - dir=PATH: the directory of baton's name space that is exported; the default
 //     is the export's path.
 //
@@ -74,6 +76,29 @@ type Options struct {
 	NoWDelay     bool // accepted, without effect
 	NoHide       bool // accepted, without effect
 	CrossMnt     bool // accepted, without effect
+	Durability   Durability
+}
+
+// Durability says when a changing operation is acknowledged.
+type Durability uint8
+
+// Durabilities.
+const (
+	// DurabilityDisk: when it is durable.
+	DurabilityDisk Durability = iota
+	// DurabilityTwoNode: when frontend and target, on two nodes, both have it in
+	// memory. With both on one node it is DurabilityDisk.
+	DurabilityTwoNode
+)
+
+var durabilities = [...]string{"disk", "two-node"}
+
+// String is the value of the option durability=.
+func (d Durability) String() string {
+	if int(d) < len(durabilities) {
+		return durabilities[d]
+	}
+	return fmt.Sprintf("durability-%d", uint8(d))
 }
 
 // DefaultOptions returns what exports(5) assumes when no options are given.
@@ -132,6 +157,8 @@ type Decision struct {
 	Secure   bool
 	AnonUID  uint32
 	AnonGID  uint32
+
+	Durability Durability
 
 	rootSquash, allSquash bool
 }
@@ -266,7 +293,7 @@ func newTable(exps []Export, names Names, warnings []*Error) *Table {
 			e.decisions[j] = Decision{
 				Path: exp.Path, Dir: exp.Dir, FSID: exp.FSID,
 				ReadOnly: o.ReadOnly, Secure: o.Secure, AnonUID: o.AnonUID, AnonGID: o.AnonGID,
-				rootSquash: o.RootSquash, allSquash: o.AllSquash,
+				Durability: o.Durability, rootSquash: o.RootSquash, allSquash: o.AllSquash,
 			}
 			if c.Kind == KindAddr {
 				e.addrs[c.Addr] = j

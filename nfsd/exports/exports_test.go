@@ -65,6 +65,7 @@ func TestParseGood(t *testing.T) {
 		{"root", "/ h(rw)", "/ h(rw" + tail},
 		{"all options", "/a h(rw,async,no_wdelay,nohide,crossmnt,subtree_check,insecure,no_root_squash,all_squash,anonuid=1,anongid=2,sec=sys,fsid=7,dir=/x\\054y)",
 			`/a h(rw,async,no_wdelay,nohide,crossmnt,subtree_check,insecure,no_root_squash,all_squash,anonuid=1,anongid=2,fsid=7,dir=/x\054y)`},
+		{"durability", "/a h(rw,durability=two-node) g(durability=two-node,durability=disk)", "/a g(ro" + tail + " h(rw" + tail[:len(tail)-1] + ",durability=two-node)"},
 		{"empty options", "/a h(,rw,,) g()", "/a g(ro" + tail + " h(rw" + tail},
 		{"fsid root", "/a h(rw,fsid=root)", "/a h(rw" + tail[:len(tail)-1] + ",fsid=0)"},
 		{"fsid uuid", "/a h(rw,fsid=00000000-0000-0001-0000-000000000003)", "/a h(rw" + tail[:len(tail)-1] + ",fsid=2)"},
@@ -92,6 +93,8 @@ func TestParseBad(t *testing.T) {
 		{"unknown option", "/a h(rw,speed)", "f:1: unknown option speed"},
 		{"option case", "/a h(RW)", "f:1: unknown option RW"},
 		{"value for flag", "/a h(rw=1)", "f:1: option rw takes no value"},
+		{"durability", "/a h(durability=one-node)", "f:1: option durability=one-node: want durability=disk or durability=two-node"},
+		{"durability of nothing", "/a h(durability)", "f:1: option durability: want durability=disk or durability=two-node"},
 		{"anonuid", "/a h(anonuid=-2)", "f:1: option anonuid=-2: want a number from 0 to 4294967294"},
 		{"anongid", "/a h(anongid=4294967295)", "f:1: option anongid=4294967295: want a number from 0 to 4294967294"},
 		{"anonuid without value", "/a h(anonuid)", "f:1: option anonuid: want a number from 0 to 4294967294"},
@@ -255,6 +258,16 @@ func TestMatch(t *testing.T) {
 	}
 }
 
+func TestDurabilityIsDecidedPerClient(t *testing.T) {
+	tab := mustParse(t, "/a 192.0.2.0/24(rw,durability=two-node) *(rw,insecure)\n", nil)
+	for addr, want := range map[string]Durability{"192.0.2.7": DurabilityTwoNode, "203.0.113.7": DurabilityDisk} {
+		d, v := tab.MatchPath("/a", netip.MustParseAddr(addr), 700)
+		if v != Allowed || d.Durability != want {
+			t.Errorf("%s: %v, %+v", addr, v, d)
+		}
+	}
+}
+
 func TestMatchDoesNotAllocate(t *testing.T) {
 	tab := mustParse(t, "/a 10.0.0.1 10.0.0.0/8 *.x.org *(rw)", fixedNamesNoAlloc{})
 	addr := netip.MustParseAddr("::ffff:192.0.2.1")
@@ -412,7 +425,7 @@ func TestPrintedTableParsesBack(t *testing.T) {
 				return pick("ro", "rw") + "," + pick("sync", "async") + "," + pick("secure", "insecure") + "," +
 					pick("root_squash", "no_root_squash") + "," + pick("all_squash", "no_all_squash") + "," +
 					pick("wdelay", "no_wdelay") + "," + pick("hide", "nohide", "crossmnt") + "," +
-					pick("subtree_check", "no_subtree_check") + fmt.Sprintf(",anonuid=%d,anongid=%d", rng.Uint32N(9), rng.Uint32N(9))
+					pick("subtree_check", "no_subtree_check") + pick("", ",durability=disk", ",durability=two-node") + fmt.Sprintf(",anonuid=%d,anongid=%d", rng.Uint32N(9), rng.Uint32N(9))
 			}
 			extra := pick("", fmt.Sprintf(",fsid=%d", e), `,dir=/q\040\054r`, ",dir=/")
 			for _, c := range []string{"*", "h.x", "*.x", "10.0.0.0/8", "10.0.0.1", "2001:db8::/32", "::1"} {

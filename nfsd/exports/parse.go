@@ -435,6 +435,12 @@ func (s *settings) set(raw string) string {
 			return fmt.Sprintf("option %s: want root, a number below 2^64, or a UUID", show(opt))
 		}
 		s.fsid, s.hasFSID = id, true
+	case "durability":
+		i := slices.Index(durabilities[:], val)
+		if i < 0 {
+			return fmt.Sprintf("option %s: want durability=disk or durability=two-node", show(opt))
+		}
+		s.Durability = Durability(i)
 	case "dir":
 		dir, reason := checkPath(val)
 		if reason != "" {

@@ -38,7 +38,8 @@ func (e *Export) String() string {
 	return b.String()
 }
 
-// String prints all options in exports(5) syntax, without parentheses.
+// String prints the options in exports(5) syntax, without parentheses: all that
+// exports(5) has, and others that are not the default.
 func (o Options) String() string {
 	pick := func(v bool, yes, no string) string {
 		if v {
@@ -63,6 +64,9 @@ func (o Options) String() string {
 		fmt.Sprintf("anonuid=%d", o.AnonUID),
 		fmt.Sprintf("anongid=%d", o.AnonGID),
 	)
+	if o.Durability != DurabilityDisk {
+		l = append(l, "durability="+o.Durability.String())
+	}
 	return strings.Join(l, ",")
 }
 

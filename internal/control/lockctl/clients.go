@@ -26,7 +26,10 @@ func (a *Admin) Free(ctx context.Context, args FreeArgs) (*FreeResult, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := a.names()
+	m, err := a.names(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var vips, addrs []string
 	for _, h := range hosts {
 		vips = append(vips, m.addr(h.VIP))
@@ -128,7 +131,11 @@ func (a *Admin) Hosts(ctx context.Context, args HostsArgs) (*HostsResult, error)
 		}
 		l = l[i:]
 	}
-	m, now := a.names(), a.now()
+	m, err := a.names(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := a.now()
 	res := &HostsResult{Hosts: []status.LockHost{}}
 	for i := range l {
 		h := &l[i]

@@ -37,7 +37,7 @@ type FS interface {
 // Admin carries out the commands. Its methods are safe for concurrent use.
 type Admin struct {
 	fs   FS
-	vips func() []mgs.VIP
+	vips func(context.Context) ([]mgs.VIP, error)
 	now  func() time.Time
 
 	mu    sync.Mutex // guards paths; held while they are searched
@@ -46,7 +46,7 @@ type Admin struct {
 
 // New returns an Admin; now is usually time.Now. vips lists all service addresses that there ever were,
 // as mgs.Registry.VIPs does, with their current epochs and NSM states.
-func New(fs FS, vips func() []mgs.VIP, now func() time.Time) *Admin {
+func New(fs FS, vips func(context.Context) ([]mgs.VIP, error), now func() time.Time) *Admin {
 	return &Admin{fs: fs, vips: vips, now: now}
 }
 
@@ -90,12 +90,16 @@ func (a *Admin) call(ctx context.Context, v mgs.VIP, req *wire.Request) (*wire.R
 // names gives the service addresses by index.
 type names map[uint32]mgs.VIP
 
-func (a *Admin) names() names {
+func (a *Admin) names(ctx context.Context) (names, error) {
+	l, err := a.vips(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list service addresses: %w", err)
+	}
 	m := names{}
-	for _, v := range a.vips() {
+	for _, v := range l {
 		m[v.Index] = v
 	}
-	return m
+	return m, nil
 }
 
 func (m names) addr(vip uint32) string {
@@ -202,7 +206,11 @@ func (a *Admin) List(ctx context.Context, args ListArgs) (*ListResult, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, w, now := a.names(), newWho(args.Client), a.now()
+	m, err := a.names(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w, now := newWho(args.Client), a.now()
 	res := &ListResult{Locks: []status.Lock{}, Next: args.After}
 	var fids []wire.FID
 	for range scanPages {
@@ -249,7 +257,11 @@ func (a *Admin) Release(ctx context.Context, args ReleaseArgs) (*ReleaseResult, 
 	if len(args.IDs) > MaxRelease {
 		return nil, fmt.Errorf("release: %d locks are more than %d", len(args.IDs), MaxRelease)
 	}
-	m, now := a.names(), a.now()
+	m, err := a.names(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := a.now()
 	res := &ReleaseResult{Released: []status.Lock{}, Missing: []uint64{}}
 	var fids []wire.FID
 	for _, id := range args.IDs {

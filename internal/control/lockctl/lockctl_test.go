@@ -19,7 +19,7 @@ import (
 var ctx = context.Background()
 
 func newAdmin(t *lockctltest.Table) *Admin {
-	return New(t, lockctltest.VIPs, func() time.Time { return lockctltest.Now })
+	return New(t, lockctltest.ListVIPs, func() time.Time { return lockctltest.Now })
 }
 
 // ids lists all pages.

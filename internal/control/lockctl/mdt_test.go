@@ -1,6 +1,7 @@
 package lockctl
 
 import (
+	"context"
 	"io"
 	"log/slog"
 	"net/netip"
@@ -78,7 +79,7 @@ func TestRealTarget(t *testing.T) {
 	lock(vips[1], "192.0.2.77", 200, false, wire.OK)
 	lock(vips[1], "192.0.2.78", 0, true, wire.ErrLockBlocked)
 
-	a := New(fs, func() []mgs.VIP { return vips }, time.Now)
+	a := New(fs, func(context.Context) ([]mgs.VIP, error) { return vips, nil }, time.Now)
 	l, err := a.List(ctx, ListArgs{File: "/d/f"})
 	if err != nil || len(l.Locks) != 4 || !l.EOF || l.Locks[3].State != "waiting" || l.Locks[3].Addr != "192.0.2.11" || l.Locks[0].Path != "/d/f" {
 		t.Fatalf("%+v, %v", l, err)

@@ -144,6 +144,9 @@ func VIPs() []mgs.VIP {
 	}
 }
 
+// ListVIPs is VIPs as a registry gives them.
+func ListVIPs(context.Context) ([]mgs.VIP, error) { return VIPs(), nil }
+
 // Sample returns a table with a few entries of each kind.
 func Sample() *Table {
 	at := Now.Add(-time.Hour).UnixNano()

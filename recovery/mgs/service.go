@@ -1,0 +1,112 @@
+package mgs
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// TargetName is the registry's name as a target.
+const TargetName = "MGS"
+
+// Service is the registry as a target of other nodes. It answers OpRegistry and
+// OpPing; OpConnect and OpDisconnect are accepted and mean nothing, since no
+// state belongs to a connection.
+type Service struct {
+	reg *Stored
+	log *slog.Logger
+	ctx context.Context
+	end context.CancelFunc
+}
+
+// NewService returns the target of a registry. log may be nil.
+func NewService(reg *Stored, log *slog.Logger) *Service {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	s := &Service{reg: reg, log: log}
+	s.ctx, s.end = context.WithCancel(context.Background())
+	return s
+}
+
+var _ wire.Acceptor = (*Service)(nil)
+
+// Close makes the service refuse all requests, so that callers look for the
+// registry elsewhere. Requests under way may still be executed.
+func (s *Service) Close() { s.end() }
+
+// Accept implements wire.Acceptor: what comes from an authenticated node may only
+// name that node as its caller.
+func (s *Service) Accept(p wire.Peer) wire.Target { return &connection{s, p.Node} }
+
+// TryHandle implements wire.Target.
+func (s *Service) TryHandle(*wire.Request, *wire.Reply) bool { return false }
+
+// Handle implements wire.Target, for callers in this process.
+func (s *Service) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	s.handle("", req, rep, done)
+}
+
+// connection is the service for what comes from one node.
+type connection struct {
+	s    *Service
+	node string
+}
+
+func (c *connection) TryHandle(*wire.Request, *wire.Reply) bool { return false }
+
+func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	c.s.handle(c.node, req, rep, done)
+}
+
+// handle executes a request before it returns, so it may wait for the disk.
+// There are few requests, and the storage takes one change at a time anyway.
+func (s *Service) handle(from string, req *wire.Request, rep *wire.Reply, done func()) {
+	rep.Reset()
+	rep.XID = req.XID
+	switch {
+	case s.ctx.Err() != nil:
+		rep.Status = wire.ErrTargetDown
+	case req.Op == wire.OpRegistry:
+		rep.Data, rep.Status = s.registry(from, req, rep.Data)
+	case req.Op == wire.OpConnect:
+		rep.Instance, rep.Known = 1, true
+	case req.Op != wire.OpPing && req.Op != wire.OpDisconnect:
+		rep.Status = wire.ErrNotSupp
+	}
+	done()
+}
+
+// registry appends the answer to a call to b.
+func (s *Service) registry(from string, req *wire.Request, b []byte) ([]byte, wire.Status) {
+	c, err := decodeCall(req)
+	if err == nil && from != "" && c.Node != from {
+		err = invalid("node %s calls as node %s", from, c.Node)
+	}
+	if err != nil {
+		s.log.Debug("registry: bad request", "node", from, "err", err)
+		return b, wire.ErrProto
+	}
+	reply, err := s.reg.execute(s.ctx, c)
+	var refused *Error
+	switch {
+	case err == nil:
+	case errors.Is(err, ErrFenced) || s.ctx.Err() != nil:
+		s.log.Debug("registry: not served here any more", "err", err)
+		return b, wire.ErrTargetDown
+	case !errors.As(err, &refused):
+		s.log.Error("registry", "method", string(req.Name), "node", c.Node, "err", err)
+		refused = &Error{Code: CodeStorage, Text: "the node of the registry: " + err.Error()}
+	}
+	if refused != nil {
+		if reply, err = encodeReply(nil, refused); err != nil {
+			return b, wire.ErrServerFault
+		}
+	}
+	if len(reply) > wire.MaxData {
+		return b, wire.ErrServerFault
+	}
+	return append(b, reply...), wire.OK
+}
