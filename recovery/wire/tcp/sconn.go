@@ -403,12 +403,18 @@ func (c *sconn) unuse(x *call) {
 
 // finish is the target's done.
 func (x *call) finish() {
-	c := x.c
-	// Replies of the reader's own making leave when it has to wait for input;
-	// large ones at once, while it goes on.
-	kick := c.handling.Load() != x.tag || x.rep.Count >= copyBulk
-	if !c.snd.put(x, kick) {
+	c, tag := x.c, x.tag
+	// Large replies leave at once.
+	large := x.rep.Count >= copyBulk
+	if !c.snd.put(x, large) {
 		c.end(x)
+		return
+	}
+	// x may be gone by now. While the reader is still at this request it will
+	// find the reply in the queue before it waits for input; asked before put,
+	// that would not be certain.
+	if !large && c.handling.Load() != tag {
+		c.snd.kickQueued()
 	}
 }
 
