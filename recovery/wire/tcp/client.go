@@ -236,6 +236,7 @@ func (c *Conn) submit(p *pending, async bool) {
 	c.mu.Unlock()
 	c.queue(p, async)
 	if !async {
+		gather()
 		c.snd.flush(4)
 	}
 }
@@ -481,6 +482,7 @@ func (c *Conn) writer() {
 		case <-c.stop:
 			return
 		case <-c.snd.wake:
+			gather()
 			c.snd.flush(0)
 		case <-t.C:
 			quiet, dead := dog.look(&c.w, every)

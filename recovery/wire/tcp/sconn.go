@@ -566,6 +566,7 @@ func (c *sconn) writer() {
 		case <-c.stop:
 			return
 		case <-c.snd.wake:
+			gather()
 			c.snd.flush(0)
 		case <-t.C:
 			_, dead := dog.look(&c.w, every)
