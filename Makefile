@@ -11,7 +11,7 @@ STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.7.0
 BENCHFLAGS  ?= -scale 1000000 -json bench.json -markdown bench.md
 
 # Packages whose concurrency matters most; the race detector runs on them in check.
-RACE = ./internal/sunrpc/... ./internal/xdr/... ./recovery/target/... ./recovery/client/... ./recovery/locks/... ./recovery/mdt/... \
+RACE = ./internal/sunrpc/... ./internal/workers/... ./internal/xdr/... ./recovery/target/... ./recovery/client/... ./recovery/locks/... ./recovery/mdt/... \
 	./recovery/wire/... ./recovery/mgs/... ./nfsd/... ./lockd/... ./statd/...
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)

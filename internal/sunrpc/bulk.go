@@ -116,7 +116,7 @@ func (s *Server) bulkFreed() {
 	}
 	g.mu.Unlock()
 	for _, c := range start {
-		s.pool.submit(c)
+		s.pool.Submit(c)
 	}
 }
 

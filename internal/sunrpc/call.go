@@ -94,7 +94,7 @@ func (c *Call) GrowOut(n int) {
 // when the connection is closed meanwhile. ServeRPC must return right after Go.
 func (c *Call) Go(f func(*Call)) {
 	c.fn = f
-	c.srv.pool.submit(c)
+	c.srv.pool.Submit(c)
 }
 
 func (c *Call) run() {

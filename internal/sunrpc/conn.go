@@ -500,7 +500,7 @@ func (c *Conn) fail(err error, reset bool) {
 	default:
 	}
 	for _, call := range held {
-		c.srv.pool.submit(call)
+		c.srv.pool.Submit(call)
 	}
 }
 

@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/baton-nfs/baton/internal/workers"
 )
 
 // Handler answers the calls of a Program. ServeRPC runs on the connection's reader goroutine: it must
@@ -93,7 +95,7 @@ var (
 type Server struct {
 	cfg    Config
 	progs  []*program
-	pool   workers
+	pool   *workers.Pool[*Call]
 	mem    gauge
 	bulk   bulkGate
 	clock  atomic.Int64 // coarse, UnixNano
@@ -191,7 +193,7 @@ func NewServer(cfg Config) *Server {
 		perClient: make(map[netip.Addr]int), endpoints: make(map[endpointKey]*endpoint),
 		connsGone: make(chan struct{}),
 	}
-	s.pool.max = cfg.Workers
+	s.pool = workers.New(cfg.Workers, (*Call).run)
 	s.mem.freed = s.memFreed
 	s.log.next = make(map[string]logState)
 	s.clock.Store(cfg.Now().UnixNano())
@@ -448,7 +450,7 @@ func (s *Server) Close() error {
 	}
 	s.closeBulk()
 	s.wg.Wait()
-	s.pool.close()
+	s.pool.Close()
 	return nil
 }
 

@@ -352,7 +352,7 @@ func (c *Conn) full() bool {
 // resubmit gives held calls another try. The caller holds c.mu.
 func (c *Conn) resubmit() {
 	for i, call := range c.held {
-		c.srv.pool.submit(call)
+		c.srv.pool.Submit(call)
 		c.held[i] = nil
 	}
 	c.held = c.held[:0]

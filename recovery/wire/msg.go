@@ -461,15 +461,16 @@ type Peer struct {
 	Node string
 	// Session is chosen by the client and rises with each of its attempts to
 	// connect: connections of one session are one path, and what comes by an
-	// older one is late.
+	// older one is late. 0 is no session: nothing is told of other connections.
 	Session uint64
 	// Local: the client is in this process and dies with the target.
 	Local bool
 }
 
-// Acceptor is a Target that treats connections apart. Transports call Accept
-// for every connection and give its requests to the Target returned; when that
-// implements io.Closer, Close is called once, after the last request was given.
+// Acceptor is a Target that treats connections apart. Transports call Accept,
+// which must not block, for every connection and give its requests to the Target
+// returned; when that implements io.Closer, Close is called once, after Handle has
+// returned from the last request. Some may not have been answered then.
 type Acceptor interface {
 	Accept(Peer) Target
 }

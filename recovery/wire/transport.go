@@ -1,6 +1,37 @@
 package wire
 
-import "errors"
+import (
+	"errors"
+	"sync/atomic"
+	"time"
+)
+
+// ErrClosed: the connection was closed by its owner.
+var ErrClosed = errors.New("connection closed")
+
+var lastSession atomic.Uint64
+
+// NextSession is a new Peer.Session, higher than those of this process before and,
+// unless the clock goes back, of earlier processes: who compares sessions compares
+// their clients' generations first.
+func NextSession() uint64 {
+	for {
+		last := lastSession.Load()
+		next := max(last+1, uint64(time.Now().UnixNano()))
+		if lastSession.CompareAndSwap(last, next) {
+			return next
+		}
+	}
+}
+
+// Blocker is a Target whose Handle blocks on some operations, on the disk for
+// instance. Transports call it for these where it keeps nothing else from being
+// read, and so in no particular order. A Target that Accept returned is asked
+// itself if it is a Blocker, else the one it is of.
+type Blocker interface {
+	// MayBlock tells whether Handle may block on op.
+	MayBlock(op Op) bool
+}
 
 // LostError is the error of a request to which the transport got no answer.
 type LostError struct {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -33,10 +34,12 @@ type Conn struct {
 	wg      sync.WaitGroup
 	gone    chan struct{}
 	open    sync.WaitGroup // requests accepted and not reported
+	sibling atomic.Pointer[Conn]
 
 	mu      sync.Mutex
 	err     error
 	away    bool // no new requests
+	retired bool // ends when what was sent is answered
 	window  int  // granted by the server
 	credits int  // used of it
 	lastTag uint64
@@ -233,6 +236,7 @@ func (c *Conn) submit(p *pending, async bool) {
 	c.mu.Unlock()
 	c.queue(p, async)
 	if !async {
+		gather()
 		c.snd.flush(4)
 	}
 }
@@ -424,6 +428,8 @@ func (c *Conn) fail(err error) {
 	c.mu.Unlock()
 	close(c.stop)
 	_ = rawConn(c.nc).Close()
+	// Before anybody is told: then nothing more goes by the other connection.
+	c.follow(err)
 	c.snd.close(err)
 	for _, p := range never {
 		p.report(notSent(err))
@@ -476,6 +482,7 @@ func (c *Conn) writer() {
 		case <-c.stop:
 			return
 		case <-c.snd.wake:
+			gather()
 			c.snd.flush(0)
 		case <-t.C:
 			quiet, dead := dog.look(&c.w, every)
@@ -609,6 +616,7 @@ func (c *Conn) reply(pre *prefix, msg []byte) error {
 			p.finished, report = true, true
 		}
 	}
+	retired := c.retired
 	c.mu.Unlock()
 	if report {
 		if err != nil {
@@ -618,6 +626,9 @@ func (c *Conn) reply(pre *prefix, msg []byte) error {
 		}
 	}
 	c.admit()
+	if retired {
+		c.endIfIdle()
+	}
 	return err
 }
 
@@ -674,8 +685,13 @@ func (c *Conn) goAway(last uint64) {
 			p.dropped = true
 		}
 	}
+	retired := c.retired
 	c.mu.Unlock()
+	c.follow(ErrGoAway)
 	for _, p := range never {
 		p.report(notSent(ErrGoAway))
+	}
+	if retired {
+		c.endIfIdle()
 	}
 }

@@ -32,6 +32,8 @@ type DialOptions struct {
 	Node string
 	// Kind defaults to Control.
 	Kind Kind
+	// Session is the path that the connection belongs to (wire.Peer), 0 for none.
+	Session uint64
 	// TLS holds this node's certificate and the cluster's CA.
 	TLS *tls.Config
 	// Insecure allows a connection without TLS when TLS is nil.
@@ -46,17 +48,25 @@ type DialOptions struct {
 // Dial connects to the first endpoint that serves the target. The error joins
 // those of all endpoints.
 func Dial(ctx context.Context, o DialOptions) (*Conn, error) {
+	if err := o.prepare(); err != nil {
+		return nil, err
+	}
+	return firstOf(ctx, &o, func(e Endpoint) (*Conn, error) { return dial(ctx, o, e) })
+}
+
+// prepare checks the options and completes them.
+func (o *DialOptions) prepare() error {
 	o.Timeouts.defaults()
 	if o.Kind == 0 {
 		o.Kind = Control
 	}
 	switch {
 	case len(o.Addrs) == 0 || o.Target == "" || o.Node == "":
-		return nil, errors.New("dial target: address, target and node name are needed")
+		return errors.New("dial target: address, target and node name are needed")
 	case len(o.Target) > maxName || len(o.Node) > maxName:
-		return nil, errors.New("dial target: name too long")
+		return errors.New("dial target: name too long")
 	case o.TLS == nil && !o.Insecure:
-		return nil, errors.New("dial target: no TLS configuration, and going without was not asked for")
+		return errors.New("dial target: no TLS configuration, and going without was not asked for")
 	}
 	if o.DialContext == nil {
 		d := &net.Dialer{}
@@ -65,9 +75,14 @@ func Dial(ctx context.Context, o DialOptions) (*Conn, error) {
 		}
 		o.DialContext = d.DialContext
 	}
+	return nil
+}
+
+// firstOf tries the endpoints in turn.
+func firstOf[T any](ctx context.Context, o *DialOptions, try func(Endpoint) (T, error)) (T, error) {
 	var errs []error
 	for _, e := range o.Addrs {
-		c, err := dial(ctx, o, e)
+		c, err := try(e)
 		if err == nil {
 			return c, nil
 		}
@@ -76,7 +91,8 @@ func Dial(ctx context.Context, o DialOptions) (*Conn, error) {
 			break
 		}
 	}
-	return nil, errors.Join(errs...)
+	var none T
+	return none, errors.Join(errs...)
 }
 
 func dial(ctx context.Context, o DialOptions, e Endpoint) (*Conn, error) {
@@ -116,7 +132,7 @@ func handshake(ctx context.Context, o DialOptions, e Endpoint, nc net.Conn) (*Co
 		}
 		nc = t
 	}
-	h := hello{min: MinVersion, max: MaxVersion, kind: o.Kind, node: o.Node, target: o.Target}
+	h := hello{min: MinVersion, max: MaxVersion, kind: o.Kind, session: o.Session, node: o.Node, target: o.Target}
 	if _, err := nc.Write(h.encode()); err != nil {
 		return nil, err
 	}

@@ -1,8 +1,8 @@
 // Package tcp carries the messages of package wire between nodes: framed TCP,
 // with mutual TLS unless it is switched off explicitly.
 //
-// A connection belongs to one target and one kind of traffic, which its
-// handshake names. The client sends request frames, the server reply frames,
+// A connection belongs to one target, one kind of traffic and one session of the
+// client, which its handshake names. The client sends request frames, the server reply frames,
 // in any order; each frame is a prefix, a message of package wire's encoding
 // and bulk bytes. The server grants how many requests may be unanswered; a
 // connection that breaks fails what is unanswered and nothing is sent again
@@ -71,7 +71,7 @@ var (
 // Errors of a connection.
 var (
 	// ErrClosed: the connection was closed by its owner.
-	ErrClosed = errors.New("connection closed")
+	ErrClosed = wire.ErrClosed
 	// ErrPeer: the other side broke the protocol.
 	ErrPeer = errors.New("protocol violation")
 	// ErrTimeout: the other side is silent or does not take data.
@@ -105,6 +105,7 @@ const (
 type hello struct {
 	min, max uint16
 	kind     Kind
+	session  uint64
 	node     string
 	target   string
 }
@@ -137,6 +138,7 @@ func (h *hello) encode() []byte {
 	b := be.AppendUint16(nil, h.min)
 	b = be.AppendUint16(b, h.max)
 	b = append(b, byte(h.kind))
+	b = be.AppendUint64(b, h.session)
 	return seal(appendName(appendName(b, h.node), h.target))
 }
 
@@ -181,11 +183,11 @@ func takeName(b []byte) (string, []byte, error) {
 // Both decoders accept more bytes than they know: later versions may add some.
 
 func decodeHello(b []byte) (h hello, err error) {
-	if len(b) < 5 {
+	if len(b) < 13 {
 		return h, errShort
 	}
-	h.min, h.max, h.kind = be.Uint16(b), be.Uint16(b[2:]), Kind(b[4])
-	if h.node, b, err = takeName(b[5:]); err != nil {
+	h.min, h.max, h.kind, h.session = be.Uint16(b), be.Uint16(b[2:]), Kind(b[4]), be.Uint64(b[5:])
+	if h.node, b, err = takeName(b[13:]); err != nil {
 		return h, err
 	}
 	h.target, _, err = takeName(b)

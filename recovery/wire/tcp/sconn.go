@@ -29,6 +29,11 @@ type sconn struct {
 	pong   pongFrame
 	mem    budget
 
+	t       wire.Target // the target's, for this connection
+	blocker wire.Blocker
+	closer  io.Closer
+	given   sync.WaitGroup // requests at workers until Handle has returned
+
 	stop     chan struct{} // closed by close
 	draining chan struct{} // closed by drain
 	halt     chan struct{} // closed by either
@@ -68,6 +73,19 @@ func newSconn(s *Server, nc net.Conn) *sconn {
 	c.mem.free = s.o.ConnMemory
 	c.snd.init(nc, s.o.Timeouts.Write, c.close)
 	return c
+}
+
+// accept lets the target know the connection.
+func (c *sconn) accept(session uint64) {
+	c.t = c.target.t
+	if a, ok := c.t.(wire.Acceptor); ok {
+		c.t = a.Accept(wire.Peer{Node: c.node, Session: session})
+		c.closer, _ = c.t.(io.Closer)
+	}
+	var ok bool
+	if c.blocker, ok = c.t.(wire.Blocker); !ok {
+		c.blocker, _ = c.target.t.(wire.Blocker)
+	}
 }
 
 // close ends the connection at once.
@@ -302,15 +320,32 @@ func (c *sconn) request(pre *prefix) error {
 func (c *sconn) execute(x *call) error {
 	c.w.set(working)
 	c.handling.Store(x.tag)
-	if !x.poll && c.target.t.TryHandle(&x.req, &x.rep) {
+	switch {
+	case !x.poll && c.t.TryHandle(&x.req, &x.rep):
 		x.finish()
-	} else {
+	case c.blocker != nil && c.blocker.MayBlock(x.op):
+		c.handling.Store(0)
+		c.given.Add(1)
+		c.target.pool.Submit(x)
+	default:
 		// It may take long: what is finished does not wait for it.
 		c.snd.kickQueued()
-		c.target.t.Handle(&x.req, &x.rep, x.done)
+		c.t.Handle(&x.req, &x.rep, x.done)
 	}
 	c.handling.Store(0)
 	return nil
+}
+
+// work runs in a worker.
+func (x *call) work() {
+	c := x.c
+	defer c.given.Done()
+	select {
+	case <-c.stop: // to the client it is lost like one that was on the wire
+		c.end(x)
+	default:
+		c.t.Handle(&x.req, &x.rep, x.done)
+	}
 }
 
 // refuse answers a request that the target does not get.
@@ -403,12 +438,18 @@ func (c *sconn) unuse(x *call) {
 
 // finish is the target's done.
 func (x *call) finish() {
-	c := x.c
-	// Replies of the reader's own making leave when it has to wait for input;
-	// large ones at once, while it goes on.
-	kick := c.handling.Load() != x.tag || x.rep.Count >= copyBulk
-	if !c.snd.put(x, kick) {
+	c, tag := x.c, x.tag
+	// Large replies leave at once.
+	large := x.rep.Count >= copyBulk
+	if !c.snd.put(x, large) {
 		c.end(x)
+		return
+	}
+	// x may be gone by now. While the reader is still at this request it will
+	// find the reply in the queue before it waits for input; asked before put,
+	// that would not be certain.
+	if !large && c.handling.Load() != tag {
+		c.snd.kickQueued()
 	}
 }
 
@@ -525,6 +566,7 @@ func (c *sconn) writer() {
 		case <-c.stop:
 			return
 		case <-c.snd.wake:
+			gather()
 			c.snd.flush(0)
 		case <-t.C:
 			_, dead := dog.look(&c.w, every)

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/baton-nfs/baton/internal/workers"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -42,6 +45,9 @@ type ServerOptions struct {
 	// MaxPolls bounds the OpLockPoll requests of a connection that wait. They
 	// take no credits. Default 1024.
 	MaxPolls int
+	// Workers bounds, for each target, the goroutines that run requests which
+	// block (wire.Blocker). Default 64.
+	Workers int
 	// Allow, if set, decides about a connection whose node is authenticated; its
 	// error is told to the client.
 	Allow  func(node, target string, kind Kind) error
@@ -66,9 +72,13 @@ type Server struct {
 	o   ServerOptions
 	log *slog.Logger
 	mem budget
+	// grace is how long Close waits for goroutines after the connections have
+	// been closed.
+	grace time.Duration
 
 	mu        sync.Mutex
 	targets   map[string]*served
+	stopped   []*served // targets whose workers may still run
 	conns     map[*sconn]struct{}
 	shaking   map[net.Conn]struct{}
 	listeners map[net.Listener]struct{}
@@ -80,9 +90,16 @@ type Server struct {
 	accepted, refused, requests, bad, violations, timeouts atomic.Uint64
 }
 
+// served is a target. Its workers are its own, so that one whose disk hangs does
+// not stop the others.
 type served struct {
 	t    wire.Target
 	name string
+	pool *workers.Pool[*call]
+}
+
+func newServed(name string, t wire.Target, n int) *served {
+	return &served{t: t, name: name, pool: workers.New(n, (*call).work)}
 }
 
 // NewServer returns a server of the given targets by name.
@@ -113,6 +130,7 @@ func NewServer(targets map[string]wire.Target, o ServerOptions) (*Server, error)
 	defInt(&o.MaxConns, 1024)
 	defInt(&o.MaxHandshakes, 128)
 	defInt(&o.MaxPolls, 1024)
+	defInt(&o.Workers, 64)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -129,7 +147,7 @@ func NewServer(targets map[string]wire.Target, o ServerOptions) (*Server, error)
 		o.TLS.DynamicRecordSizingDisabled = true
 	}
 	s := &Server{
-		o: o, log: o.Logger, targets: map[string]*served{}, conns: map[*sconn]struct{}{},
+		o: o, log: o.Logger, grace: closeGrace, targets: map[string]*served{}, conns: map[*sconn]struct{}{},
 		shaking: map[net.Conn]struct{}{}, listeners: map[net.Listener]struct{}{},
 	}
 	s.mem.free = o.TotalMemory
@@ -139,7 +157,7 @@ func NewServer(targets map[string]wire.Target, o ServerOptions) (*Server, error)
 		return c
 	}
 	for name, t := range targets {
-		s.targets[name] = &served{t, name}
+		s.targets[name] = newServed(name, t, o.Workers)
 	}
 	return s, nil
 }
@@ -149,31 +167,49 @@ func NewServer(targets map[string]wire.Target, o ServerOptions) (*Server, error)
 func (s *Server) SetTarget(name string, t wire.Target) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if name == "" || len(name) > maxName {
+	switch {
+	case name == "" || len(name) > maxName:
 		return fmt.Errorf("serve target %q: bad name", name)
-	}
-	if s.targets[name] != nil {
+	case s.targets[name] != nil:
 		return fmt.Errorf("serve target %q: there is one of that name", name)
+	case s.closing:
+		return fmt.Errorf("serve target %q: %w", name, ErrClosed)
 	}
-	s.targets[name] = &served{t, name}
+	s.targets[name] = newServed(name, t, s.o.Workers)
 	return nil
 }
 
 // StopTarget no longer serves a target: its connections are drained as by
-// Close. An unknown name is no error.
+// Close. When it returns nil nothing of the server calls the target any more. After
+// an error that holds once a target's Handle has returned; calling again waits for
+// it. An unknown name is no error.
 func (s *Server) StopTarget(ctx context.Context, name string) error {
 	s.mu.Lock()
-	t := s.targets[name]
-	delete(s.targets, name)
+	if t := s.targets[name]; t != nil {
+		s.stopped = append(s.stopped, t)
+		delete(s.targets, name)
+	}
 	var conns []*sconn
 	for c := range s.conns {
-		if c.target == t {
+		if c.target.name == name {
 			conns = append(conns, c)
 		}
 	}
 	s.mu.Unlock()
 	if err := drain(ctx, conns); err != nil {
 		return fmt.Errorf("stop serving target %q: %w", name, err)
+	}
+	s.mu.Lock()
+	var idle []*served
+	s.stopped = slices.DeleteFunc(s.stopped, func(t *served) bool {
+		if t.name == name {
+			idle = append(idle, t)
+		}
+		return t.name == name
+	})
+	s.mu.Unlock()
+	for _, t := range idle {
+		t.pool.Close()
 	}
 	return nil
 }
@@ -236,24 +272,40 @@ func (s *Server) Serve(l net.Listener) error {
 func (s *Server) serve(nc net.Conn) {
 	defer s.wg.Done()
 	c, err := s.handshake(nc)
-	s.mu.Lock()
-	delete(s.shaking, nc)
-	if err == nil && (s.closing || s.targets[c.target.name] != c.target) {
-		err = ErrClosed
-	}
-	if err == nil {
-		s.conns[c] = struct{}{}
-		s.wg.Add(1)
-	}
-	s.mu.Unlock()
 	if err != nil {
 		s.refused.Add(1)
 		s.log.Warn("connection refused", "peer", nc.RemoteAddr(), "err", err)
 		_ = nc.Close()
-		return
+		s.mu.Lock()
+		delete(s.shaking, nc)
+		s.mu.Unlock()
+	} else {
+		s.wg.Add(1)
+		go c.writer()
+		c.run()
 	}
-	go c.writer()
-	c.run()
+	if c != nil {
+		s.leave(c)
+	}
+}
+
+// enter makes a connection one of its target's, from when on it is drained with
+// it. Called with mu held.
+func (s *Server) enter(c *sconn, t *served) {
+	c.target = t
+	s.conns[c] = struct{}{}
+	delete(s.shaking, rawConn(c.nc))
+}
+
+// leave ends a connection that was entered and is not read any more.
+func (s *Server) leave(c *sconn) {
+	c.close(ErrClosed)
+	c.given.Wait()
+	if c.closer != nil {
+		if err := c.closer.Close(); err != nil {
+			s.log.Warn("closing a connection at its target failed", "node", c.node, "target", c.target.name, "err", err)
+		}
+	}
 	s.mu.Lock()
 	delete(s.conns, c)
 	s.mu.Unlock()
@@ -272,7 +324,9 @@ func (s *Server) window(k Kind) uint16 {
 	return 0
 }
 
-// handshake authenticates a connection and finds its target.
+// handshake authenticates a connection, finds its target and has it accepted
+// there before the client hears that it is connected. A connection returned with
+// an error has been entered all the same.
 func (s *Server) handshake(nc net.Conn) (*sconn, error) {
 	if err := nc.SetDeadline(time.Now().Add(s.o.Timeouts.Handshake)); err != nil {
 		return nil, err
@@ -295,10 +349,11 @@ func (s *Server) handshake(nc net.Conn) (*sconn, error) {
 		return nil, err
 	}
 	code, text := s.admit(c, &h)
-	w := welcome{code: code, version: min(MaxVersion, h.max), window: c.window, maxBulk: uint32(s.o.MaxBulk), node: s.o.Node, text: text}
-	if _, err := nc.Write(w.encode()); err != nil {
-		return nil, err
+	if code == codeOK {
+		c.accept(h.session)
 	}
+	w := welcome{code: code, version: min(MaxVersion, h.max), window: c.window, maxBulk: uint32(s.o.MaxBulk), node: s.o.Node, text: text}
+	_, err = nc.Write(w.encode())
 	if code != codeOK {
 		// Else the RST of the close may overtake the answer.
 		if t, ok := raw.(*net.TCPConn); ok {
@@ -306,6 +361,9 @@ func (s *Server) handshake(nc net.Conn) (*sconn, error) {
 			discard(raw, time.Second)
 		}
 		return nil, fmt.Errorf("%w: %s (node %q, target %q, versions %d to %d)", codeErrors[code], text, h.node, h.target, h.min, h.max)
+	}
+	if err != nil {
+		return c, err
 	}
 	return c, raw.SetDeadline(time.Time{})
 }
@@ -331,20 +389,22 @@ func (s *Server) admit(c *sconn, h *hello) (uint16, string) {
 	}
 	c.kind, c.node = h.kind, h.node
 	s.mu.Lock()
-	c.target = s.targets[h.target]
-	closing := s.closing
+	t := s.targets[h.target]
 	s.mu.Unlock()
-	switch {
-	case closing:
-		return codeBusy, "the node is stopping"
-	case c.target == nil:
-		return codeNoTarget, fmt.Sprintf("there is no target %q on node %q", h.target, s.o.Node)
-	}
-	if s.o.Allow != nil {
+	if t != nil && s.o.Allow != nil {
 		if err := s.o.Allow(h.node, h.target, h.kind); err != nil {
 			return codeRefused, err.Error()
 		}
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closing:
+		return codeBusy, "the node is stopping"
+	case t == nil || s.targets[h.target] != t:
+		return codeNoTarget, fmt.Sprintf("there is no target %q on node %q", h.target, s.o.Node)
+	}
+	s.enter(c, t)
 	return codeOK, ""
 }
 
@@ -385,13 +445,22 @@ func (s *Server) Close(ctx context.Context) error {
 	err := drain(ctx, conns)
 	// Only a target whose Handle does not return can hold a reader now.
 	done := make(chan struct{})
-	go func() { s.wg.Wait(); close(done) }()
-	t := time.NewTimer(closeGrace)
+	go func() {
+		s.wg.Wait()
+		s.mu.Lock()
+		idle := slices.AppendSeq(slices.Clone(s.stopped), maps.Values(s.targets))
+		s.mu.Unlock()
+		for _, t := range idle {
+			t.pool.Close()
+		}
+		close(done)
+	}()
+	t := time.NewTimer(s.grace)
 	defer t.Stop()
 	select {
 	case <-done:
 	case <-t.C:
-		err = errors.Join(err, errors.New("a target does not return from a request"))
+		err = errors.Join(err, errHangs)
 	}
 	if err != nil {
 		return fmt.Errorf("close the target server: %w", err)
@@ -399,9 +468,9 @@ func (s *Server) Close(ctx context.Context) error {
 	return nil
 }
 
-// closeGrace is how long Close waits for goroutines after the connections have
-// been closed.
 const closeGrace = 10 * time.Second
+
+var errHangs = errors.New("a target does not return from a request")
 
 // drain ends connections in order until ctx ends, and then the rest at once.
 func drain(ctx context.Context, conns []*sconn) error {
