@@ -43,7 +43,7 @@ func (o *op) write(bool) bool {
 	var verf [8]byte
 	o.a.putVerifier(&verf)
 	if st == wire.OK {
-		pre, st = o.a.srv.fs.Write(o.ctx, o.a.owner(), &o.attr, a.Offset, a.Data, a.Stable)
+		pre, st = o.a.srv.fs.Write(o.ctx, o.owner(), &o.attr, a.Offset, a.Data, a.Stable)
 	}
 	if st != wire.OK {
 		if o.dropped(st) {
@@ -75,7 +75,7 @@ func (o *op) dropPrivileges() wire.Status {
 	q.Flags = wire.FlagWaitCommit
 	q.FID = o.h.FID
 	q.SetAttr = wire.SetAttr{Mask: wire.SetMode, Mode: o.attr.Mode &^ drop}
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	fs.Call(o.ctx, owner, q, &o.rep)
 	if o.rep.Status != wire.OK {
 		return o.rep.Status
@@ -103,7 +103,7 @@ func (o *op) commit(bool) bool {
 		st = wire.ErrAcces
 	default:
 		if st = a.Check(); st == wire.OK {
-			st = o.a.srv.fs.Commit(o.ctx, o.a.owner(), &o.attr)
+			st = o.a.srv.fs.Commit(o.ctx, o.owner(), &o.attr)
 		}
 	}
 	if st != wire.OK {
@@ -151,7 +151,7 @@ func (o *op) setattr(bool) bool {
 		return o.submit((*op).setattrDone)
 	}
 	o.req.Flags |= wire.FlagOwnerOverride
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	fs.Setattr(o.ctx, owner, &o.req, &o.rep)
 	if o.resolvePort() {
 		fs.Setattr(o.ctx, owner, &o.req, &o.rep)
@@ -168,7 +168,7 @@ func (o *op) setattr(bool) bool {
 // know. The MDT decides all the same, since a retransmission has to find its
 // record first; a ctime that nothing has makes it refuse.
 func (o *op) guard(ctime int64) int64 {
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	q := o.newReq(wire.OpGetattr)
 	q.FID = o.h.FID
 	fs.Call(o.ctx, owner, q, &o.rep)
@@ -201,7 +201,7 @@ func (o *op) withObject(f func(*op)) {
 		return
 	}
 	o.rep.Pre = wire.PreAttr{}
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	if st, ok := fs.Complete(o.ctx, owner, &o.rep.Attr, false); ok {
 		o.rep.HasAttr = st == wire.OK
 		f(o)
@@ -265,7 +265,7 @@ func (o *op) createDone() {
 		}
 		if o.rep.Truncate.LogID != 0 {
 			o.c.Go(func(*sunrpc.Call) {
-				if st := o.a.srv.fs.Truncated(o.ctx, o.a.owner(), &o.rep.Attr, o.rep.Truncate); st != wire.OK {
+				if st := o.a.srv.fs.Truncated(o.ctx, o.owner(), &o.rep.Attr, o.rep.Truncate); st != wire.OK {
 					o.rep.Status = st
 				}
 				o.withObject((*op).madeDone)

@@ -11,6 +11,7 @@ import (
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/exports"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -156,7 +157,7 @@ func (o *op) openAttr(fh []byte, block bool) (st wire.Status, ok bool) {
 	if st, ok = o.open(fh, &o.h, block); !ok || st != wire.OK {
 		return st, ok
 	}
-	st, ok = o.a.srv.fs.Attr(o.ctx, o.a.owner(), o.h.FID, &o.attr, block)
+	st, ok = o.a.srv.fs.Attr(o.ctx, o.owner(), o.h.FID, &o.attr, block)
 	if ok && st == wire.OK && o.attr.Generation != o.h.Generation {
 		st = wire.ErrStale
 	}
@@ -170,7 +171,7 @@ func (o *op) openAttr(fh []byte, block bool) (st wire.Status, ok bool) {
 func (o *op) current(h *nfs3.Handle) wire.Status {
 	q := o.newReq(wire.OpGetattr)
 	q.FID = h.FID
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	if !fs.Try(owner, q, &o.rep) {
 		fs.Call(o.ctx, owner, q, &o.rep)
 	}
@@ -228,6 +229,14 @@ func (o *op) release() {
 	}
 }
 
+// owner is who the call's requests are made for: the service address, and how
+// durable the export wants to have them.
+func (o *op) owner() client.Owner {
+	w := o.a.owner()
+	w.TwoNode = o.dec != nil && o.dec.Durability == exports.DurabilityTwoNode
+	return w
+}
+
 // newReq clears the request and sets what every request carries.
 func (o *op) newReq(code wire.Op) *wire.Request {
 	o.req.Reset()
@@ -278,12 +287,12 @@ func (o *op) checksum() uint64 {
 // not block.
 func (o *op) submit(after func(*op)) bool {
 	o.after = after
-	o.a.srv.fs.Submit(o.a.owner(), &o.req, &o.rep, o.done)
+	o.a.srv.fs.Submit(o.owner(), &o.req, &o.rep, o.done)
 	return true
 }
 
 func (o *op) completed() {
-	if o.resolvePort() {
+	if o.resolvePort() || o.evicted() {
 		after := o.after
 		o.c.Go(func(*sunrpc.Call) { o.submit(after) })
 		return
@@ -312,6 +321,17 @@ func (o *op) resolvePort() bool {
 		o.req.Flags |= wire.FlagForceNew
 	} else {
 		o.req.Flags |= wire.FlagAnyPort
+	}
+	o.rep.Reset()
+	return true
+}
+
+// evicted tells that the MDT has evicted this node while it had the request, and
+// prepares the request to be given again: if it was executed, its reply record
+// has the answer.
+func (o *op) evicted() bool {
+	if o.rep.Status != wire.ErrUnknownClient {
+		return false
 	}
 	o.rep.Reset()
 	return true

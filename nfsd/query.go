@@ -95,7 +95,7 @@ func (o *op) lookup(block bool) bool {
 		// An export ends at its root.
 		q.Name = dot
 	}
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	if !fs.Try(owner, q, &o.rep) {
 		if !block {
 			return false
@@ -136,7 +136,7 @@ func (o *op) readlink(block bool) bool {
 	}
 	q := o.newReq(wire.OpReadlink)
 	q.FID = o.h.FID
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	if !fs.Try(owner, q, &o.rep) {
 		if !block {
 			return false
@@ -199,7 +199,7 @@ func (o *op) read(block bool) bool {
 	if a.Offset < o.attr.Size && count > 0 {
 		buf = o.c.Bulk(int(count))
 	}
-	n, eof, st, ok := o.a.srv.fs.Read(o.ctx, o.a.owner(), &o.attr, a.Offset, buf, block)
+	n, eof, st, ok := o.a.srv.fs.Read(o.ctx, o.owner(), &o.attr, a.Offset, buf, block)
 	if !ok {
 		return false
 	}
@@ -255,7 +255,7 @@ func (o *op) list(fh []byte, cookie uint64, verf [8]byte, dirCount, maxCount uin
 	if plus {
 		per = nfs3.EntryPlusSize(1, nfs3.HandleSize)
 	}
-	fs, owner := o.a.srv.fs, o.a.owner()
+	fs, owner := o.a.srv.fs, o.owner()
 	q := o.newReq(wire.OpReaddir)
 	q.FID, q.Cookie, q.Plus = o.h.FID, cookie, plus
 	q.Count = uint32(max(left, 512))
@@ -309,7 +309,7 @@ func (o *op) fsstat(bool) bool {
 	if st != wire.OK {
 		return o.fail(st)
 	}
-	s, st := o.a.srv.fs.Statfs(o.ctx, o.a.owner())
+	s, st := o.a.srv.fs.Statfs(o.ctx, o.owner())
 	if st != wire.OK {
 		return o.failAttr(st, &o.attr)
 	}

@@ -134,6 +134,9 @@ func (f *FS) writePiece(ctx context.Context, o Owner, e *epoch, a *wire.Attr, p 
 		m.req.Offset = p.obj + uint64(done)
 		m.req.Bulk = data[p.start+done : p.start+p.n]
 		m.req.Stable = stable
+		if o.TwoNode && c.im != nil && stable != wire.Unstable {
+			m.req.Stable, m.req.Flags = wire.Unstable, wire.FlagTwoNode
+		}
 		m.req.Time = now
 		f.header(o, &m.req)
 		f.call(ctx, c, m)
@@ -181,7 +184,8 @@ func (f *FS) writePieces(ctx context.Context, o Owner, e *epoch, a *wire.Attr, p
 	return st
 }
 
-// Commit makes everything written to the file durable. a is brought up to date.
+// Commit makes everything written to the file durable, or with o.TwoNode leaves
+// it to the two nodes that have it. a is brought up to date.
 func (f *FS) Commit(ctx context.Context, o Owner, a *wire.Attr) wire.Status {
 	if a.Type != wire.TypeReg {
 		return wire.ErrInval
@@ -202,6 +206,9 @@ func (f *FS) syncObjects(ctx context.Context, o Owner, a *wire.Attr, mg *merger)
 		c, st := f.ost(a, s)
 		if st != wire.OK {
 			return st
+		}
+		if c.twoNode(o) {
+			continue
 		}
 		m.req.Reset()
 		m.rep.Reset()
@@ -230,11 +237,12 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 		return
 	}
 	req.Flags |= wire.FlagWaitCommit
+	o.TwoNode = false
 	e := f.epochs.ref(f, req.FID)
 	e.trunc.Lock()
 	f.Call(ctx, o, req, rep)
 	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
-		e.markOpen()
+		f.epochs.markOpen(f, e, req.Tenure)
 		if st := f.punch(ctx, o, e, &rep.Attr, rep.Truncate); st != wire.OK {
 			rep.Status = st
 		}
@@ -344,7 +352,7 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		// An object that does not exist cannot remember that it was cut: a
 		// recovery would do it again, on data that were written since. So the
 		// record must be gone before the next write.
-		if st := f.syncObjects(ctx, o, a, nil); st != wire.OK {
+		if st := f.syncObjects(ctx, Owner{VIP: o.VIP, Epoch: o.Epoch}, a, nil); st != wire.OK {
 			return st
 		}
 		e.logs = append(e.logs, t)

@@ -45,15 +45,14 @@ type epoch struct {
 	relost atomic.Bool
 }
 
-func (e *epoch) markOpen() { e.open.Store(true) }
-
 const epochShards = 64
 
 type epochTable struct {
 	shards [epochShards]struct {
 		mu sync.Mutex
 		m  map[wire.FID]*epoch
-		// closed is the transno of the newest OpCloseEpoch for files of this shard.
+		// closed is the transno of the newest OpCloseEpoch for files of this shard, or
+		// the highest one before an eviction.
 		closed uint64
 	}
 	n atomic.Int64
@@ -116,9 +115,18 @@ func (t *epochTable) acquire(ctx context.Context, f *FS, o Owner, a *wire.Attr) 
 func (t *epochTable) open(ctx context.Context, f *FS, o Owner, e *epoch) wire.Status {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.open.Load() {
-		return wire.OK
+	for range maxRenewals {
+		if e.open.Load() {
+			return wire.OK
+		}
+		if st := t.openOnce(ctx, f, o, e); st != wire.OK {
+			return st
+		}
 	}
+	return wire.ErrTargetDown
+}
+
+func (t *epochTable) openOnce(ctx context.Context, f *FS, o Owner, e *epoch) wire.Status {
 	m := f.get()
 	defer f.put(m)
 	m.req.Op = wire.OpOpenEpoch
@@ -126,9 +134,20 @@ func (t *epochTable) open(ctx context.Context, f *FS, o Owner, e *epoch) wire.St
 	m.req.FID = e.fid
 	f.Call(ctx, o, &m.req, &m.rep)
 	if m.rep.Status == wire.OK {
-		e.open.Store(true)
+		t.markOpen(f, e, m.req.Tenure)
 	}
 	return m.rep.Status
+}
+
+// markOpen notes that the MDT has opened the epoch, unless it has evicted this
+// client since the request got its tenure: then the next use asks again.
+func (t *epochTable) markOpen(f *FS, e *epoch, tenure uint64) {
+	s := &t.shards[t.shard(e.fid)]
+	s.mu.Lock()
+	if tenure == f.tenure.Load() {
+		e.open.Store(true)
+	}
+	s.mu.Unlock()
 }
 
 // maxRenewals bounds how often one request opens its epoch anew: each time the
@@ -178,11 +197,14 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 	}
 }
 
-// lostAll marks all epochs as not open: the MDT has forgotten them.
-func (t *epochTable) lostAll() {
+// lostAll marks all epochs as not open, also those opened up to transno by
+// creates whose answers are still on their way: the MDT has forgotten them. The
+// tenure has been taken back before.
+func (t *epochTable) lostAll(transno uint64) {
 	for i := range t.shards {
 		s := &t.shards[i]
 		s.mu.Lock()
+		s.closed = max(s.closed, transno)
 		for _, e := range s.m {
 			e.open.Store(false)
 			e.untouched = false
@@ -199,6 +221,18 @@ func (t *epochTable) lostPunch(fid wire.FID) {
 		e.relost.Store(true)
 	}
 	s.mu.Unlock()
+}
+
+// lostPunches is lostPunch for all files.
+func (t *epochTable) lostPunches() {
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.Lock()
+		for _, e := range s.m {
+			e.relost.Store(true)
+		}
+		s.mu.Unlock()
+	}
 }
 
 // untouched tells that this client opened the file's epoch by creating it and has

@@ -63,6 +63,9 @@ type Options struct {
 type Owner struct {
 	VIP   uint32
 	Epoch uint64
+	// TwoNode: what is asked to be durable need not be when it is answered, as
+	// long as this process keeps it and the target is on another node.
+	TwoNode bool
 }
 
 // FS is a file system client. Its methods are safe for concurrent use.
@@ -238,26 +241,54 @@ func (f *FS) header(o Owner, req *wire.Request) {
 	req.Tenure = f.tenure.Load()
 }
 
+// mdtHeader is header for a request to the MDT.
+func (f *FS) mdtHeader(o Owner, req *wire.Request) {
+	f.header(o, req)
+	if o.TwoNode && f.mdtImp != nil && req.Flags&wire.FlagWaitCommit != 0 {
+		req.Flags = req.Flags&^wire.FlagWaitCommit | wire.FlagTwoNode
+	}
+}
+
 // Try asks the MDT for an answer that needs no waiting; false means none.
 func (f *FS) Try(o Owner, req *wire.Request, rep *wire.Reply) bool {
-	f.header(o, req)
+	f.mdtHeader(o, req)
 	return f.mdt.TryHandle(req, rep)
 }
 
 // Submit gives req to the MDT; done is called once, perhaps from another
 // goroutine, and must not block. req and rep belong to the FS until then.
+// ErrUnknownClient means that the MDT has evicted this client meanwhile and the
+// request's fate is not known: one with a reply key, or without an effect, is to
+// be submitted again.
 func (f *FS) Submit(o Owner, req *wire.Request, rep *wire.Reply, done func()) {
-	f.header(o, req)
+	f.mdtHeader(o, req)
 	f.mdt.Handle(req, rep, done)
 }
 
 // Call gives req to the MDT and waits. A transport failure appears as
-// ErrTargetDown in rep.
+// ErrTargetDown in rep, ErrUnknownClient means the same as for Submit; Call itself
+// repeats what may be repeated.
 func (f *FS) Call(ctx context.Context, o Owner, req *wire.Request, rep *wire.Reply) {
-	f.header(o, req)
-	if err := f.mdt.Call(ctx, req, rep); err != nil {
-		rep.Status = wire.ErrTargetDown
+	for range maxRenewals {
+		f.mdtHeader(o, req)
+		if err := f.mdt.Call(ctx, req, rep); err != nil {
+			rep.Status = wire.ErrTargetDown
+		}
+		if rep.Status != wire.ErrUnknownClient || req.Op.Modifies() && req.Key.IsZero() && !repeatable(req.Op) {
+			return
+		}
+		rep.Reset()
 	}
+	rep.Status = wire.ErrTargetDown
+}
+
+// repeatable tells that executing the operation twice is the same as once.
+func repeatable(op wire.Op) bool {
+	switch op {
+	case wire.OpOpenEpoch, wire.OpTruncateDone, wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
+		return true
+	}
+	return false
 }
 
 // Attr reads an object's attributes, with size and times from the OSTs while an

@@ -62,7 +62,7 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 		c := &ostConn{}
 		c.im, err = open(&r.OSTs[i], func(io *imp.Options) {
 			io.OnConnect = func(rep *wire.Reply) { f.flushSeen[i].CompareAndSwap(0, rep.FlushErrors) }
-			io.OnEvicted = func(lost []*wire.Request, _ []wire.FID) { f.ostEvicted(i, lost) }
+			io.OnEvicted = func(l imp.Loss) { f.ostEvicted(i, l) }
 		})
 		c.Conn = c.im
 		f.osts = append(f.osts, c)
@@ -122,18 +122,31 @@ func (f *FS) call(ctx context.Context, c *ostConn, m *msg) {
 		ctx, cancel = context.WithTimeout(ctx, f.o.Patience)
 		defer cancel()
 	}
-	if err := c.Call(ctx, &m.req, &m.rep); err != nil {
-		m.rep.Status = wire.ErrTargetDown
+	for range maxRenewals {
+		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
+			m.rep.Status = wire.ErrTargetDown
+		}
+		if m.rep.Status != wire.ErrUnknownClient {
+			return
+		}
+		// Whether it was executed or not, data at a place may be written again.
+		m.rep.Reset()
 	}
+	m.rep.Status = wire.ErrTargetDown
 }
+
+// twoNode tells whether the OST's data survive either node while this client
+// keeps them, too.
+func (c *ostConn) twoNode(o Owner) bool { return o.TwoNode && c.im != nil && !c.im.Here() }
 
 // mdtEvicted is called when the MDT has forgotten this client, before it is
 // connected again. What the client has written stays where it is: the MDT has it
 // flushed before it closes the epochs.
-func (f *FS) mdtEvicted(lost []*wire.Request, epochs []wire.FID) {
-	f.epochs.lostAll()
+func (f *FS) mdtEvicted(loss imp.Loss) {
+	f.tenure.Store(0)
+	f.epochs.lostAll(loss.Transno)
 	n := 0
-	for _, r := range lost {
+	for _, r := range loss.Requests {
 		switch r.Op {
 		case wire.OpOpenEpoch, wire.OpCloseEpoch, wire.OpTruncateDone:
 			// Of no value any more.
@@ -142,7 +155,7 @@ func (f *FS) mdtEvicted(lost []*wire.Request, epochs []wire.FID) {
 			f.log.Error("an operation that was answered is lost", "op", uint16(r.Op), "dir", r.FID, "name", slog.StringValue(string(r.Name)))
 		}
 	}
-	f.log.Warn("the MDT has evicted this client; files are opened for writing anew", "epochs", len(epochs), "lost", n)
+	f.log.Warn("the MDT has evicted this client; files are opened for writing anew", "epochs", len(loss.Epochs), "lost", n)
 	if f.o.OnEvicted != nil {
 		f.o.OnEvicted(n)
 	}
@@ -150,9 +163,13 @@ func (f *FS) mdtEvicted(lost []*wire.Request, epochs []wire.FID) {
 
 // ostEvicted is called when an OST has forgotten this client, before it is
 // connected again.
-func (f *FS) ostEvicted(ost int, lost []*wire.Request) {
+func (f *FS) ostEvicted(ost int, loss imp.Loss) {
 	n := 0
-	for _, r := range lost {
+	if loss.Unkept {
+		n++
+		f.epochs.lostPunches()
+	}
+	for _, r := range loss.Requests {
 		switch r.Op {
 		case wire.OpWrite:
 			n++

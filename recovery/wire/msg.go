@@ -228,6 +228,10 @@ const (
 	// FlagNoWait: a client's import fails the request with ErrTargetDown when it
 	// knows the target to be away. Targets ignore it.
 	FlagNoWait
+	// FlagTwoNode: the client keeps the request until it is durable and so need
+	// not wait for that; but a client in the target's process does not survive it,
+	// and its import makes the flag FlagWaitCommit. Targets ignore it.
+	FlagTwoNode
 )
 
 // ClientID is the UUID of a frontend's file system client.

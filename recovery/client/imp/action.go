@@ -126,6 +126,10 @@ type Event struct {
 	Status, Was wire.Status
 	Instance    uint64
 	N, Epochs   int
+	// Unkept (EvEvicted): requests that were answered and not kept may be lost.
+	Unkept bool
+	// Transno (EvEvicted) is the highest that the target had told.
+	Transno uint64
 }
 
 // String describes the event in one line.

@@ -56,13 +56,25 @@ type Options struct {
 	// OnConnect is called with the answer to a connect that succeeded, before any
 	// request is sent over that connection. It must not call the import.
 	OnConnect func(rep *wire.Reply)
-	// OnEvicted is called when the target has forgotten the client: answered
-	// requests that are lost, and IO epochs that were open. No request is
-	// answered before it returns; its arguments are valid until then. It must
+	// OnEvicted is called when the target has forgotten the client. No request is
+	// answered before it returns; what it is given is valid until then. It must
 	// not call the import's Close or Call.
-	OnEvicted func(lost []*wire.Request, epochs []wire.FID)
+	OnEvicted func(Loss)
 	// OnState is called with each new state. The same holds for it.
 	OnState func(State)
+}
+
+// Loss is what an eviction has cost.
+type Loss struct {
+	// Requests were answered, and are lost.
+	Requests []*wire.Request
+	// Unkept: more may be lost that were not kept, because the target was in
+	// this process.
+	Unkept bool
+	// Epochs are the IO epochs that were open.
+	Epochs []wire.FID
+	// Transno is the highest that the target had told.
+	Transno uint64
 }
 
 // starter is a Conn that tells what became of requests it could not get an answer to.
@@ -92,6 +104,7 @@ type Import struct {
 	addrs  []string
 	conn   wire.Conn
 	start  starter
+	local  bool     // conn is to a target in this process
 	queue  []Action // for the loop, in order
 	busy   bool     // the loop executes actions
 	tick   bool
@@ -104,6 +117,7 @@ type Import struct {
 	stopTimer func() bool
 	lockReqs  []wire.Request
 	evicting  bool
+	loss      Loss
 	lost      []*wire.Request
 	epochs    []wire.FID
 	release   []*op
@@ -119,9 +133,10 @@ type op struct {
 	rep   *wire.Reply
 	done  func()
 	flags wire.Flags // the caller's
-	local bool       // a ping instead of the caller's OpConnect
+	ping  bool       // a ping instead of the caller's OpConnect
 	answd bool       // answered by the target
 	again bool       // sent before
+	here  bool       // sent to a target in this process
 	refs  atomic.Int32
 
 	kept    wire.Request
@@ -213,7 +228,7 @@ func (im *Import) get(req *wire.Request, rep *wire.Reply, done func()) *op {
 	o.im, o.req, o.rep, o.done, o.flags = im, req, rep, done, req.Flags
 	o.refs.Store(2) // ActComplete, and ActRelease or that it is not kept
 	if req.Op == wire.OpConnect {
-		o.local = true
+		o.ping = true
 		o.kept.Op, o.kept.Client, o.kept.ClientGen = wire.OpPing, im.o.Client, im.o.Gen
 	} else {
 		describe(&o.r, req)
@@ -230,11 +245,11 @@ func (im *Import) submit(o *op) {
 	acts := im.m.Actions()
 	if len(acts) == 1 && len(im.queue) == 0 && !im.busy && acts[0].Req == &o.r {
 		// The usual case costs no other goroutine.
-		a, conn, st := acts[0], im.conn, im.start
+		a, conn, st, local := acts[0], im.conn, im.start, im.local
 		o.req.LastCommitted = im.m.committed
 		im.mu.Unlock()
 		if a.Kind == ActSend {
-			o.send(conn, st, a.Flags)
+			o.send(conn, st, local, a.Flags)
 		} else {
 			o.complete(&a)
 		}
@@ -248,12 +263,16 @@ func (im *Import) submit(o *op) {
 }
 
 // send gives a caller's request to the transport.
-func (o *op) send(conn wire.Conn, st starter, fl wire.Flags) {
+func (o *op) send(conn wire.Conn, st starter, local bool, fl wire.Flags) {
 	req := o.req
-	if o.local {
+	if o.ping {
 		req = &o.kept
 	}
 	req.Flags = o.flags | fl
+	o.here = local
+	if local && o.flags&wire.FlagTwoNode != 0 {
+		req.Flags |= wire.FlagWaitCommit
+	}
 	if o.r.slot != 0 {
 		req.Slot = o.r.slot - 1
 	}
@@ -310,7 +329,7 @@ func (o *op) returned() {
 		}
 		// Before the lock is taken and the caller has its buffers back. The
 		// machine may find that it is not needed.
-		if rep.Transno > rep.LastCommitted || !out.Epoch.IsZero() {
+		if !o.here && (rep.Transno > rep.LastCommitted || !out.Epoch.IsZero()) {
 			o.copied = true
 			o.keep(o.req, rep)
 		}
@@ -378,7 +397,7 @@ func (o *op) complete(a *Action) {
 	case !a.FromTarget:
 		o.rep.Reset()
 		o.rep.Status, o.rep.XID = a.Status, o.req.XID
-	case o.local && a.Status == wire.OK:
+	case o.ping && a.Status == wire.OK:
 		last := o.rep.LastCommitted
 		o.im.mu.Lock()
 		*o.rep = o.im.info
@@ -398,12 +417,12 @@ func (o *op) unref(n int32) {
 	if o.refs.Add(-n) > 0 {
 		return
 	}
-	if o.copied || o.local {
+	if o.copied || o.ping {
 		o.drop()
 	}
 	closes := o.r.Closes[:0]
 	o.r = Request{Handle: o, Closes: closes}
-	o.local, o.answd, o.again, o.copied, o.replay = false, false, false, false, false
+	o.ping, o.answd, o.again, o.here, o.copied, o.replay = false, false, false, false, false, false
 	o.im = nil
 	ops.Put(o)
 }
@@ -471,6 +490,13 @@ func (im *Import) Close() error {
 
 // Ready tells whether requests pass to the target now. It is cheap.
 func (im *Import) Ready() bool { return im.fast.Load() != nil }
+
+// Here tells whether the target is, or was last, in this process.
+func (im *Import) Here() bool {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	return im.local
+}
 
 // State returns the state.
 func (im *Import) State() State {

@@ -409,11 +409,11 @@ func TestEvicted(t *testing.T) {
 	o := testOptions(tgt)
 	var told atomic.Int32
 	lost := make(chan string, 16)
-	o.OnEvicted = func(reqs []*wire.Request, epochs []wire.FID) {
-		for _, r := range reqs {
+	o.OnEvicted = func(l Loss) {
+		for _, r := range l.Requests {
 			lost <- string(r.Data)
 		}
-		for range epochs {
+		for range l.Epochs {
 			lost <- "epoch"
 		}
 		told.Add(1)

@@ -131,7 +131,7 @@ func (im *Import) exec(a *Action, lastCommitted uint64) {
 func (im *Import) event(e Event) {
 	switch e.Kind {
 	case EvEvicted, EvStale:
-		im.evicting = true
+		im.evicting, im.loss = true, Loss{Unkept: e.Unkept, Transno: e.Transno}
 		im.log.Error(e.String())
 	case EvRestored:
 		im.log.Info(e.String())
@@ -147,7 +147,8 @@ func (im *Import) evicted() {
 	}
 	im.evicting = false
 	if im.o.OnEvicted != nil {
-		im.o.OnEvicted(im.lost, im.epochs)
+		im.loss.Requests, im.loss.Epochs = im.lost, im.epochs
+		im.o.OnEvicted(im.loss)
 	}
 	for _, o := range im.release {
 		o.unref(1)
@@ -162,10 +163,10 @@ func (im *Import) send(a *Action, lastCommitted uint64) {
 	conn, st := im.conn, im.start // only the loop and connects change them
 	o, _ := a.Req.Handle.(*op)
 	if a.Req.kind == Normal && a.Flags&wire.FlagReplay == 0 {
-		if !o.local {
+		if !o.ping {
 			o.req.LastCommitted = lastCommitted
 		}
-		o.send(conn, st, a.Flags)
+		o.send(conn, st, im.local, a.Flags)
 		return
 	}
 	if o == nil {
@@ -224,8 +225,9 @@ func (im *Import) dial(a *Action) {
 				Status: rep.Status, Instance: rep.Instance, Recovering: rep.Recovering, Known: rep.Known,
 				Transno: rep.Transno, LastCommitted: rep.LastCommitted,
 			}
+			_, res.Local = conn.(*wire.LocalConn)
 			if used = im.m.Connected(now, args.Attempt, res); used {
-				im.conn, im.info = conn, *rep
+				im.conn, im.info, im.local = conn, *rep, res.Local
 				im.start, _ = conn.(starter)
 				if e, ok := conn.(ender); ok {
 					im.ended = e.Done()

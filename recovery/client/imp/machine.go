@@ -102,6 +102,10 @@ type Machine struct {
 
 	// What the target has told.
 	instance, highest, committed uint64
+	// The target is in this process: nothing is kept for it, and unkept is the
+	// highest transno of what would have been.
+	local  bool
+	unkept uint64
 
 	out, short          int // requests at the transport; without the Long ones
 	pings, replaysOut   int
@@ -365,6 +369,10 @@ func (m *Machine) keep(r *Request, o *Outcome) bool {
 	}
 	m.highest = max(m.highest, o.Transno)
 	r.transno, r.inst, r.status, r.maybe = o.Transno, m.instance, o.Status, false
+	if m.local {
+		m.unkept = max(m.unkept, r.transno)
+		return false
+	}
 	if r.OpensEpoch && !o.Epoch.IsZero() && o.Status == wire.OK {
 		m.openEpoch(r, o.Epoch)
 	}
@@ -580,7 +588,7 @@ func (m *Machine) commitEarly() {
 		return
 	}
 	w := m.waitMod.head
-	if m.held > m.cfg.Soft || w != nil && w.retained() && !m.roomFor(w.Bytes) {
+	if m.held > m.cfg.Soft || m.local || w != nil && w.retained() && !m.roomFor(w.Bytes) {
 		m.syncOut = true
 		m.send(&Request{kind: Sync, transno: m.highest}, 0)
 	}

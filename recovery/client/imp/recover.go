@@ -237,6 +237,8 @@ type ConnectResult struct {
 	Instance               uint64
 	Recovering, Known      bool
 	Transno, LastCommitted uint64
+	// Local: the target is in this process and fails with it.
+	Local bool
 }
 
 // Connected is the input that the attempt was answered. It reports whether the
@@ -280,6 +282,7 @@ func (m *Machine) Connected(now int64, attempt uint64, c ConnectResult) bool {
 		return false
 	}
 	restarted := m.instance != 0 && c.Instance != m.instance
+	m.local = c.Local
 	m.instance = c.Instance
 	m.highest = max(m.highest, c.Transno)
 	m.committed = max(m.committed, c.LastCommitted)
@@ -436,9 +439,9 @@ func (m *Machine) evict(reason string) {
 		m.again(0)
 	}
 	m.setState(Evicted)
-	m.event(Event{Kind: EvEvicted, Reason: reason, Instance: m.instance, N: m.replay.n, Epochs: len(m.epochs)})
+	m.event(Event{Kind: EvEvicted, Reason: reason, Instance: m.instance, N: m.replay.n, Epochs: len(m.epochs), Unkept: m.unkept > m.committed, Transno: m.highest})
 	m.forget(true)
-	m.instance, m.highest, m.committed = 0, 0, 0
+	m.instance, m.highest, m.committed, m.unkept = 0, 0, 0, 0
 	for r := m.flight.head; r != nil; {
 		next := r.next
 		switch {
