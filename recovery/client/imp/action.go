@@ -140,7 +140,11 @@ func (e Event) String() string {
 	case EvRestored:
 		return fmt.Sprintf("connected again: instance %d, %d requests to replay", e.Instance, e.N)
 	case EvEvicted:
-		return fmt.Sprintf("evicted: %s: %d answered requests and %d IO epochs lost", e.Reason, e.N, e.Epochs)
+		s := fmt.Sprintf("evicted: %s: %d answered requests and %d IO epochs lost", e.Reason, e.N, e.Epochs)
+		if e.Unkept {
+			s += ", and what was answered here and not durable"
+		}
+		return s
 	case EvReplayDiffers:
 		return fmt.Sprintf("replay answered %v, first execution %v", e.Status, e.Was)
 	case EvStale:

@@ -210,7 +210,7 @@ func (b *bench) line(l string) {
 		b.committed = num("committed", b.committed)
 		used := b.m.Connected(b.now, b.attempt, ConnectResult{
 			Status: status(), Instance: num("instance", 1), Known: has("known"), Recovering: has("recovering"),
-			Transno: num("transno", 0), LastCommitted: b.committed,
+			Transno: num("transno", 0), LastCommitted: b.committed, Local: has("local"),
 		})
 		if !used {
 			b.b.WriteString("  (connection not used)\n")
