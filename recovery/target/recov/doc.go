@@ -58,7 +58,10 @@
 //
 // An answer waits for the disk (WaitCommit) when the operation builds on one
 // that is not durable and that nobody may be there to replay: on one whose own
-// answer waits, and with Config.CommitOnShare on any of another client.
+// answer waits, and with Config.CommitOnShare on any of another client. What is
+// above the committed number and was not executed through the machine is a local
+// client's, which bypasses it while the target serves, or the target's own work;
+// nobody would replay that, so what builds on it waits always.
 //
 // # What callers have to do
 //

@@ -342,6 +342,13 @@ func (w *world) line(line string) {
 		w.acts(acts)
 	case "stop":
 		w.acts(w.m.Stop(w.now))
+	case "attempt": // somebody asks who is answered by the caller
+		w.acts(w.m.Attempt(w.now))
+	case "bypass": // an operation that the machine does not know of
+		last, _ := w.s.lastTransno()
+		op := strings.Join(f[1:], " ")
+		res := w.s.execute(&Action{}, op, fmt.Sprintf("bypass %d: %s", last+1, op), max(last+1, w.m.NextTransno()))
+		w.p("%s t=%d", res.Status, res.Transno)
 	case "status":
 		s := w.m.Status()
 		w.p("%s clients=%d connected=%d finished=%d evicted=%d registered=%d", s.State, s.Clients, s.Connected, s.Finished, s.Evicted, s.Registered)

@@ -41,6 +41,15 @@ func (m *Machine) arm(now time.Time) {
 	m.logf("recovery window of %s begins, %s at most", m.cfg.SoftMin, m.cfg.Hard)
 }
 
+// Attempt notes an attempt to connect that the caller answers later by itself,
+// as that of a client in the target's process, which has to wait for the end of
+// recovery. It starts the window.
+func (m *Machine) Attempt(now time.Time) []Action {
+	m.begin()
+	m.arm(now)
+	return m.acts
+}
+
 // sizeWindow makes the window long enough for two of a client's waiting times.
 func (m *Machine) sizeWindow(estimate time.Duration) {
 	if m.state == StateRecovering {
@@ -137,7 +146,7 @@ func (m *Machine) replay(c *client, r Request, now time.Time) {
 	}
 	if q := m.byNo[r.Transno]; q != nil {
 		if q.c != c || q.req.XID != r.XID {
-			m.logf("client %s replays transno %d, which is another request's", short(r.Client), r.Transno)
+			m.warnf(r.Client, "replays transno %d, which is another request's", r.Transno)
 			m.reply(r.Handle, wire.ErrProto)
 			return
 		}
@@ -334,7 +343,7 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 				// client would take this one for durable, too.
 				c.rec.FailedAt = r.Transno
 				m.act(Action{Kind: ActPutClient, Client: c.rec.Client, Gen: c.rec.Gen, Entry: c.rec})
-				m.logf("client %s: transno %d meets other versions than before, it will be evicted", short(r.Client), r.Transno)
+				m.warnf(r.Client, "replays transno %d, which meets other versions than before: it will be evicted", r.Transno)
 			}
 		} else {
 			res.Transno = r.Transno
@@ -352,7 +361,7 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 	}
 	m.act(a)
 	if run.dup.on {
-		a.Handle, a.Reconstructed = run.dup.h, true
+		a.Handle, a.Reconstructed = run.dup.h, !res.NotDone && !c.gone
 		m.act(a)
 	}
 	if !res.NotDone {

@@ -95,8 +95,9 @@ const (
 	// With Replay a modifying operation gets the number Req.Transno; with
 	// CheckVersions Req.PreVersions must be met.
 	ActExecute Kind = 1 + iota
-	// ActReply: answer Handle with Status and Transno. With Reconstructed, Data
-	// is the slot's result (nil when that is gone) and nothing is executed.
+	// ActReply: answer Handle with Status and Transno. With Reconstructed the
+	// operation was executed before and Data is the slot's result, nil when that is
+	// gone.
 	// WaitCommit: not before Transno is durable.
 	ActReply
 	// ActConnected: answer the connect Handle with Status OK, Instance,
@@ -120,7 +121,8 @@ const (
 	ActRecoveryEnd
 	// ActCommit: make everything executed so far durable soon.
 	ActCommit
-	// ActLog: tell the administrator Text.
+	// ActLog: tell the administrator Text, which is about Client if that is not
+	// zero. Warn: it is trouble. Reason: that of Client's eviction.
 	ActLog
 )
 
@@ -147,7 +149,8 @@ type Action struct {
 	Entry         ClientRecord
 	Target        TargetRecord
 	Deadline      time.Time
-	Text          string
+	Text, Reason  string
+	Warn          bool
 }
 
 // Config has a Machine's limits. Zero fields get the defaults.
@@ -168,6 +171,7 @@ type Config struct {
 	// CommitOnShare: an answer waits for the disk when the operation builds on
 	// another client's that is not durable. Without it a client may fail in
 	// recovery because another one, or only an answer to another one, is lost.
+	// What builds on a local client's operation waits in any case.
 	CommitOnShare bool
 }
 
