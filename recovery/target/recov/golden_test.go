@@ -393,7 +393,7 @@ func (w *world) clientLine(f []string, opt map[string]string, num func(string, u
 		*p = peer{id: p.id, gen: p.gen + 1, xid: p.xid + 1000, slots: map[uint64]uint16{}}
 	case "disconnect":
 		p.xid++
-		w.acts(w.m.Disconnect(p.id, p.gen, &msg{who: name, xid: p.xid}, w.now))
+		w.acts(w.m.Disconnect(p.id, p.gen, num("conn", p.conn), &msg{who: name, xid: p.xid}, w.now))
 	case "ping", "read":
 		p.xid++
 		w.send(p, name, Request{XID: p.xid, Class: map[string]Class{"ping": ClassPing, "read": ClassRead}[f[1]]}, f[1])

@@ -362,8 +362,9 @@ func (m *Machine) ConnLost(id wire.ClientID, conn uint64, now time.Time) []Actio
 	return m.acts
 }
 
-// Disconnect takes a client out of the table at its own wish.
-func (m *Machine) Disconnect(id wire.ClientID, gen uint64, h any, now time.Time) []Action {
+// Disconnect takes a client out of the table at its own wish, which came by
+// connection conn (0: not known).
+func (m *Machine) Disconnect(id wire.ClientID, gen, conn uint64, h any, now time.Time) []Action {
 	m.begin()
 	c := m.clients[id]
 	switch {
@@ -373,6 +374,8 @@ func (m *Machine) Disconnect(id wire.ClientID, gen uint64, h any, now time.Time)
 		m.reply(h, wire.OK)
 	case gen < c.rec.Gen:
 		m.reply(h, wire.ErrStaleClient)
+	case conn != 0 && conn != c.conn:
+		m.drop(h)
 	default:
 		m.remove(c, "")
 		m.reply(h, wire.OK)
@@ -544,6 +547,9 @@ func (m *Machine) NextTick() (time.Time, bool) {
 	}
 	return time.Time{}, false
 }
+
+// Config returns the limits, with the defaults filled in.
+func (m *Machine) Config() Config { return m.cfg }
 
 // State returns what the target does with requests.
 func (m *Machine) State() State { return m.state }
