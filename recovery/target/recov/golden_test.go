@@ -64,6 +64,8 @@ type world struct {
 	hold     bool // executions wait for finish
 	held     []Action
 	failPut  bool
+	holdPut  bool
+	puts     []Action // wait for finish-put
 	loseRep  bool
 	loseReq  bool
 	tempFail bool
@@ -124,6 +126,10 @@ func (w *world) acts(list []Action) {
 				w.p("client %s gen %d is marked failed", a.Client[:1], a.Gen)
 				continue
 			}
+			if w.holdPut {
+				w.puts = append(w.puts, a)
+				continue
+			}
 			ok := !w.failPut
 			w.failPut = false
 			if ok {
@@ -131,7 +137,7 @@ func (w *world) acts(list []Action) {
 				w.s.committed = len(w.s.log)
 			}
 			w.p("put client %s gen %d: %t", a.Client[:1], a.Gen, ok)
-			w.acts(w.m.Stored(a.Client, a.Gen, ok, w.now))
+			w.acts(w.m.Stored(a.Client, a.Ticket, ok, w.now))
 		case ActDelClient:
 			w.s.append(entry{del: &a.Client})
 			w.s.committed = len(w.s.log)
@@ -330,6 +336,14 @@ func (w *world) line(line string) {
 		}
 	case "fail-put":
 		w.failPut = true
+	case "hold-put":
+		w.holdPut = true
+	case "finish-put": // the oldest
+		a := w.puts[0]
+		w.puts = w.puts[1:]
+		w.holdPut = false
+		w.acts([]Action{a})
+		w.holdPut = true
 	case "in-progress":
 		w.tempFail = true
 	case "evict":

@@ -22,7 +22,8 @@ const (
 
 type client struct {
 	rec       ClientRecord
-	stored    bool // the entry is in the table
+	stored    bool   // the entry is in the table
+	put       uint64 // Ticket of the ActPutClient that writes it
 	gone      bool // evicted or disconnected
 	connected bool
 	seen      bool // has connected to this instance
@@ -300,13 +301,14 @@ func (m *Machine) connectNew(r Connect, now time.Time) {
 		m.reply(r.Handle, wire.ErrTargetDown)
 		return
 	}
+	m.tickets++
 	c := &client{
-		rec:  ClientRecord{Client: r.Client, Gen: r.Gen, Instance: m.instance, Local: r.Local},
-		conn: r.Conn, pending: held{r.Handle, true},
+		rec: ClientRecord{Client: r.Client, Gen: r.Gen, Instance: m.instance, Local: r.Local},
+		put: m.tickets, conn: r.Conn, pending: held{r.Handle, true},
 	}
 	m.insert(c)
 	m.hear(c, now)
-	m.act(Action{Kind: ActPutClient, Client: r.Client, Gen: r.Gen, Entry: c.rec})
+	m.act(Action{Kind: ActPutClient, Ticket: c.put, Client: r.Client, Gen: r.Gen, Entry: c.rec})
 }
 
 // connected answers a connect.
@@ -317,13 +319,13 @@ func (m *Machine) connected(c *client, h any, known bool) {
 	})
 }
 
-// Stored reports that ActPutClient was carried out, or failed: then the connect
-// is answered with ErrIO and the client is not registered.
-func (m *Machine) Stored(id wire.ClientID, gen uint64, ok bool, now time.Time) []Action {
+// Stored reports that the ActPutClient with the ticket was carried out, or
+// failed: then the connect is answered with ErrIO and the client is not registered.
+func (m *Machine) Stored(id wire.ClientID, ticket uint64, ok bool, now time.Time) []Action {
 	m.begin()
 	c := m.clients[id]
-	if c == nil || c.rec.Gen != gen || c.stored {
-		return m.acts
+	if c == nil || c.put != ticket || c.stored {
+		return m.acts // the client has left, and perhaps come back, meanwhile
 	}
 	p := c.pending
 	c.pending = held{}

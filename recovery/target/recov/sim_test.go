@@ -160,7 +160,7 @@ func (s *sim) acts(list []Action) {
 				continue
 			}
 			s.commit(len(s.st.log))
-			s.acts(s.m.Stored(a.Client, a.Gen, true, s.now))
+			s.acts(s.m.Stored(a.Client, a.Ticket, true, s.now))
 		case ActDelClient:
 			s.st.append(entry{del: &a.Client})
 		case ActCommit:

@@ -105,7 +105,7 @@ const (
 	ActConnected
 	// ActDrop: forget Handle without an answer.
 	ActDrop
-	// ActPutClient: write Entry durably, then call Stored. With Entry.FailedAt the
+	// ActPutClient: write Entry durably, then call Stored with Ticket. With Entry.FailedAt the
 	// order of the log is enough, as for ActDelClient, and Stored is not called.
 	ActPutClient
 	// ActDelClient: remove the records of Client durably: the entry, the slots,
