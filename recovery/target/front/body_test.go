@@ -16,7 +16,8 @@ import (
 // failure loses what is not durable.
 type disk struct {
 	log     []entry
-	durable int // entries
+	durable int    // entries
+	begun   uint64 // numbers are given in blocks; of the newest one
 }
 
 // entry is a transaction of a fakeBody. Its zero fields are not of that kind.
@@ -62,8 +63,8 @@ type fakeBody struct {
 	puts      []put
 
 	// Hooks of tests; all may be nil.
-	later    func(run func())            // executes: at once if nil
-	onCall   func(what string)           // DelClient and so on, before it is done
+	later    func(who string, run func()) // executes: at once if nil
+	onCall   func(what string)            // DelClient and so on, before it is done
 	onReplay func(mismatch bool)
 	onCommit func()                      // CommitSoon
 	onRaise  func(done func(error)) bool // true: it calls done
@@ -309,7 +310,8 @@ func (l local) Done()                    { l.done() }
 func (b *fakeBody) Execute(req *wire.Request, rep *wire.Reply, x Exec, e Execution) {
 	run := func() { b.execute(req, rep, x, e) }
 	if b.later != nil {
-		b.later(run)
+		_, who := objects(req)
+		b.later(who, run)
 		return
 	}
 	run()
@@ -499,8 +501,11 @@ func (b *fakeBody) Begin(transno uint64) {
 	if transno < b.last {
 		b.t.Errorf("Begin above %d, the log ends at %d", transno, b.last)
 	}
-	b.begun, b.last = true, transno
+	b.d.begun = max(b.d.begun, transno/block) + 1
+	b.begun, b.last = true, b.d.begun*block
 }
+
+const block = 1000
 
 func (b *fakeBody) Tenure(id wire.ClientID) uint64 {
 	b.mu.Lock()

@@ -577,7 +577,7 @@ func TestEvict(t *testing.T) {
 	inRig(t, func(r *rig) {
 		a, b := r.client("a").join(), r.client("b").join()
 		var run func()
-		r.b.later = func(f func()) { run = f }
+		r.b.later = func(_ string, f func()) { run = f }
 		going := a.do("x")
 		copied := r.send(a.c, resend(going))
 		r.b.later = nil
@@ -638,7 +638,7 @@ func TestResend(t *testing.T) {
 	inRig(t, func(r *rig) {
 		a := r.client("a").join()
 		var run func()
-		r.b.later = func(f func()) { run = f }
+		r.b.later = func(_ string, f func()) { run = f }
 		first := a.do("x")
 		old := *a
 		a.join()
@@ -815,7 +815,7 @@ func TestStop(t *testing.T) {
 		r.want(a.do("w"), wire.OK)
 		a.slot = 1
 		var run []func()
-		r.b.later = func(f func()) { run = append(run, f) }
+		r.b.later = func(_ string, f func()) { run = append(run, f) }
 		remote, own := a.do("x"), l.do("y")
 		read := a.op(wire.OpStatfs)
 		poll := a.op(wire.OpLockPoll)
@@ -903,7 +903,7 @@ func TestStopGivesUp(t *testing.T) {
 	inRig(t, func(r *rig) {
 		a := r.client("a").join()
 		var run func()
-		r.b.later = func(f func()) { run = f }
+		r.b.later = func(_ string, f func()) { run = f }
 		going := a.do("x")
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
@@ -940,7 +940,7 @@ func TestFail(t *testing.T) {
 		synctest.Wait()
 		behind := b.do("z") // waits for the eviction
 		r.waits(behind)
-		r.b.later = func(f func()) { t.Error("executed after the failure") }
+		r.b.later = func(_ string, f func()) { t.Error("executed after the failure") }
 		release := r.b.die()
 		r.f.Fail(errors.New("disk is gone"))
 		r.f.Fail(errors.New("another"))

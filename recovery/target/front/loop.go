@@ -117,7 +117,8 @@ func (f *Front) scan(a *recov.Action) {
 
 // arm sets the timer. The lock is held.
 func (f *Front) arm() {
-	at, ok := f.m.NextTick()
+	now := f.o.Clock.Now()
+	at, ok := f.m.NextTick(now)
 	if f.remote > 0 && !f.stopping.Load() {
 		// What the body has answered, the machine has to hear of in time.
 		if t := f.swept.Add(f.m.Config().PingInterval); !ok || t.Before(at) {
@@ -129,7 +130,7 @@ func (f *Front) arm() {
 	}
 	f.disarm()
 	f.timerAt = at
-	f.unarm = f.o.Clock.AfterFunc(max(at.Sub(f.o.Clock.Now()), 0), func() {
+	f.unarm = f.o.Clock.AfterFunc(max(at.Sub(now), 0), func() {
 		f.mu.Lock()
 		f.due = true
 		f.mu.Unlock()

@@ -65,6 +65,7 @@ type world struct {
 	held     []Action
 	failPut  bool
 	holdPut  bool
+	lazyDel  bool     // a crash may lose ActDelClient
 	puts     []Action // wait for finish-put
 	loseRep  bool
 	loseReq  bool
@@ -140,7 +141,9 @@ func (w *world) acts(list []Action) {
 			w.acts(w.m.Stored(a.Client, a.Ticket, ok, w.now))
 		case ActDelClient:
 			w.s.append(entry{del: &a.Client})
-			w.s.committed = len(w.s.log)
+			if !w.lazyDel {
+				w.s.committed = len(w.s.log)
+			}
 			w.p("delete client %s gen %d evicted=%t", a.Client[:1], a.Gen, a.Evicted)
 		case ActCommit:
 			w.p("commit wanted")
@@ -318,7 +321,7 @@ func (w *world) line(line string) {
 		w.now = w.now.Add(dur(f[1]))
 		w.acts(w.m.Tick(w.now))
 	case "wake": // sleep until the target wants it
-		if at, ok := w.m.NextTick(); ok {
+		if at, ok := w.m.NextTick(w.now); ok {
 			w.now = at
 			w.p("at %s", at.Sub(epoch))
 			w.acts(w.m.Tick(w.now))
@@ -336,6 +339,8 @@ func (w *world) line(line string) {
 		}
 	case "fail-put":
 		w.failPut = true
+	case "lazy-del":
+		w.lazyDel = true
 	case "hold-put":
 		w.holdPut = true
 	case "finish-put": // the oldest

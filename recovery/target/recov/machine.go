@@ -527,9 +527,9 @@ func (m *Machine) evictSilent(now time.Time) {
 // the target's process is there as long as the target is.
 func (c *client) canBeSilent() bool { return c.stored && c.busy == 0 && !c.rec.Local }
 
-// NextTick returns when Tick has something to do at the earliest, and false
-// when that depends on other events.
-func (m *Machine) NextTick() (time.Time, bool) {
+// NextTick returns when Tick has something to do at the earliest, which may be
+// now, and false when that depends on other events.
+func (m *Machine) NextTick(now time.Time) (time.Time, bool) {
 	switch m.state {
 	case StateRecovering:
 		return m.soft, true
@@ -544,6 +544,9 @@ func (m *Machine) NextTick() (time.Time, bool) {
 			}
 		}
 		at := first.Add(m.cfg.PingTimeout + 1)
+		if at.Before(now) {
+			at = now
+		}
 		// Later than this nobody is evicted before somebody else is heard.
 		return at, !first.IsZero() && at.Sub(m.heardAny) <= m.cfg.PingInterval
 	}

@@ -436,10 +436,10 @@ func (m *Machine) end(now time.Time) {
 			m.st.Finished++
 		}
 	}
-	if n := m.NextTransno() - 1; n > m.last {
-		m.last = n
-		m.act(Action{Kind: ActPutTarget, Target: TargetRecord{Instance: m.instance, Transno: n}})
-	}
+	m.last = m.NextTransno() - 1
+	// Who goes on builds on what the evicted have not replayed: if the evictions were
+	// lost, they might do so after the next start.
+	m.act(Action{Kind: ActPutTarget, Target: TargetRecord{Instance: m.instance, Transno: m.last}})
 	m.logf("recovery ended after %s: %d of %d clients, %d requests and %d locks replayed, %d gaps",
 		now.Sub(m.st.Start), m.st.Finished, m.st.Clients, m.st.Replayed, m.st.LockReplays, m.st.Gaps)
 	m.act(Action{Kind: ActRecoveryEnd, Transno: m.last})

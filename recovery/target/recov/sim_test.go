@@ -315,7 +315,7 @@ func (s *sim) step() {
 }
 
 func (s *sim) target() {
-	if at, ok := s.m.NextTick(); ok && !s.now.Before(at) {
+	if at, ok := s.m.NextTick(s.now); ok && !s.now.Before(at) {
 		s.acts(s.m.Tick(s.now))
 	}
 	if len(s.running) > 0 && s.chance(0.3) {

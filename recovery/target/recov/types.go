@@ -111,8 +111,9 @@ const (
 	// ActDelClient: remove the records of Client durably: the entry, the slots,
 	// and with Evicted everything that the client holds. Close its connections.
 	ActDelClient
-	// ActPutTarget: write Target durably before anything else happens. With
-	// Target.Clean everything executed must be durable before.
+	// ActPutTarget: write Target durably, and what ActPutClient and ActDelClient
+	// wrote before it, before anything else happens. With Target.Clean everything
+	// executed must be durable, too.
 	ActPutTarget
 	// ActWindowStart, ActWindowExtend: the recovery window ends at Deadline.
 	ActWindowStart
