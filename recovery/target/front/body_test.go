@@ -64,7 +64,8 @@ type fakeBody struct {
 
 	// Hooks of tests; all may be nil.
 	later    func(who string, run func()) // executes: at once if nil
-	onCall   func(what string)            // DelClient and so on, before it is done
+	doneLate func(who string, done func())
+	onCall   func(what string) // DelClient and so on, before it is done
 	onReplay func(mismatch bool)
 	onCommit func()                      // CommitSoon
 	onRaise  func(done func(error)) bool // true: it calls done
@@ -331,6 +332,11 @@ func (b *fakeBody) execute(req *wire.Request, rep *wire.Reply, x Exec, e Executi
 		return
 	}
 	b.mu.Unlock()
+	if b.doneLate != nil {
+		_, who := objects(req)
+		b.doneLate(who, e.Done)
+		return
+	}
 	e.Done()
 }
 

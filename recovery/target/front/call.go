@@ -23,6 +23,9 @@ type call struct {
 	// body's.
 	refused bool
 	status  wire.Status
+	// The place of the answer in order, if order is not nil.
+	order *order
+	turn  uint64
 
 	passed func() // x.end: the body's Handle is done
 	final  func() // x.Done
@@ -162,11 +165,16 @@ func (x *call) Executed(res recov.Result) (wait bool) {
 		f.postOne(a)
 		others = true
 	}
+	wait = wait || !res.NotDone && waitsAlways(x.req.Op)
+	if l := x.c.s.link.Load(); l != nil && ordered(x.req, &res, wait) {
+		l.order.given++
+		x.order, x.turn = &l.order, l.order.given
+	}
 	f.mu.Unlock()
 	if others {
 		f.poke()
 	}
-	return wait || !res.NotDone && waitsAlways(x.req.Op)
+	return wait
 }
 
 // Done implements Execution.
@@ -184,6 +192,10 @@ func (x *call) Done() {
 		f.m.Committed(rep.LastCommitted)
 		rep.LastCommitted = f.m.CommittedFor(req.Client, req.ClientGen)
 		f.mu.Unlock()
+	}
+	if x.order != nil {
+		x.order.end(x)
+		return
 	}
 	x.end()
 }

@@ -25,6 +25,7 @@ type link struct {
 	id    wire.ClientID
 	gen   uint64
 	heard atomic.Bool // since the last tick
+	order order
 }
 
 // noSession is the machine's number of a connection by which the client is not

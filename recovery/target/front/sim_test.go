@@ -323,17 +323,8 @@ func (s *sim) pump(c *simConn) bool {
 func (s *sim) start() {
 	b := newBody(s.t, s.d)
 	b.slow = true
-	b.later = func(who string, run func()) {
-		h := fnv.New32()
-		fmt.Fprint(h, who, s.seed, s.boot)
-		if h.Sum32()%10 >= 3 {
-			run()
-			return
-		}
-		s.mu.Lock()
-		s.later = append(s.later, simRun{who, run})
-		s.mu.Unlock()
-	}
+	b.later = func(who string, run func()) { s.postpone(0.3, who, run) }
+	b.doneLate = func(who string, done func()) { s.postpone(0.1, who+" done", done) }
 	b.onReplay = func(mismatch bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -364,6 +355,20 @@ func (s *sim) start() {
 	if s.local != nil {
 		s.local.start()
 	}
+}
+
+// postpone does something now, or later when the driver wants. Its goroutine
+// may be any; so chance decides by what it is.
+func (s *sim) postpone(p float64, who string, run func()) {
+	h := fnv.New32()
+	fmt.Fprint(h, who, s.seed, s.boot)
+	if float64(h.Sum32()%1000) >= p*1000 {
+		run()
+		return
+	}
+	s.mu.Lock()
+	s.later = append(s.later, simRun{who, run})
+	s.mu.Unlock()
 }
 
 type simLog struct{ s *sim }
