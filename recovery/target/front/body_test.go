@@ -95,6 +95,7 @@ func newBody(t testing.TB, d *disk) *fakeBody {
 		b.apply(i)
 	}
 	d.durable = len(d.log)
+	b.last = max(b.last, d.begun*block)
 	b.committed = b.last
 	return b
 }

@@ -2,6 +2,7 @@ package front
 
 import (
 	"sync"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -16,6 +17,7 @@ type call struct {
 	rep  *wire.Reply
 	done func()
 	in   bool // counted in c.inside
+	at   time.Time
 
 	ticket uint64 // 0: for Body.Handle
 	exec   Exec
@@ -149,7 +151,11 @@ func (x *call) Executed(res recov.Result) (wait bool) {
 	res.Ticket = x.ticket
 	others := false
 	f.mu.Lock()
-	acts := f.m.Executed(res, f.o.Clock.Now())
+	now := x.at
+	if x.exec.Transno != 0 || now.Before(f.swept) {
+		now = f.o.Clock.Now() // the clock is not cheap, and most requests are short
+	}
+	acts := f.m.Executed(res, now)
 	for i := range acts {
 		a := &acts[i]
 		if a.Kind == recov.ActReply && a.Handle == any(x) {

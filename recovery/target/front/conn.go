@@ -215,6 +215,7 @@ func (f *Front) decide(x *call) {
 	req, s := x.req, x.c.s
 	serving := f.serving.Load()
 	now := f.o.Clock.Now()
+	x.at = now
 	var acts []recov.Action
 	switch {
 	case f.stopping.Load():

@@ -183,6 +183,7 @@ func (c *simConn) Handle(*wire.Request, *wire.Reply, func()) { panic("not used")
 func (c *simConn) TryHandle(*wire.Request, *wire.Reply) bool { return false }
 func (c *simConn) Done() <-chan struct{}                     { return c.given }
 func (c *simConn) Close() error                              { c.cut(); return nil }
+func (c *simConn) isBroken() bool                            { c.mu.Lock(); defer c.mu.Unlock(); return c.broken }
 func (c *simConn) cut()                                      { c.mu.Lock(); c.broken = true; c.mu.Unlock() }
 func (s *sim) dial(ctx context.Context, c *simClient) (wire.Conn, error) {
 	s.mu.Lock()
@@ -234,21 +235,26 @@ func (s *sim) reply(c *simConn, req *wire.Request, rep *wire.Reply, once *atomic
 	c.mu.Unlock()
 }
 
-// receive gives the client the next reply.
-func (s *sim) receive(c *simConn) {
+// receive gives the client the next reply, if there is one.
+func (s *sim) receive(c *simConn) bool {
 	c.mu.Lock()
+	if len(c.back) == 0 {
+		c.mu.Unlock()
+		return false
+	}
 	b := c.back[0]
 	c.back = c.back[1:]
 	p := c.open[b.xid]
 	delete(c.open, b.xid)
 	c.mu.Unlock()
 	if p == nil {
-		return // the caller had no patience
+		return true // the caller had no patience
 	}
 	if _, err := wire.DecodeReply(b.msg, b.op, p.rep); err != nil {
 		s.t.Fatalf("reply does not decode: %v", err)
 	}
 	p.done(nil)
+	return true
 }
 
 // giveBack returns what a broken connection holds to the client.
@@ -284,8 +290,7 @@ func (s *sim) shutServer(c *simConn) {
 
 func (s *sim) cut(c *simConn) {
 	s.logf("%s: connection breaks", c.c.name)
-	for len(c.back) > 0 && s.chance(0.5) {
-		s.receive(c)
+	for s.chance(0.5) && s.receive(c) {
 	}
 	c.cut()
 	c.mu.Lock()
@@ -656,7 +661,7 @@ func (s *sim) step() {
 	if n := len(s.conns); n > 0 {
 		for range 1 + s.rng.IntN(4*n) {
 			c := s.conns[s.rng.IntN(n)]
-			if time.Now().Before(c.c.away) && !c.broken {
+			if time.Now().Before(c.c.away) && !c.isBroken() {
 				continue
 			}
 			if s.pump(c) {
