@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/baton-nfs/baton/recovery/target/recov"
@@ -56,6 +57,7 @@ type fakeBody struct {
 	committed uint64
 	begun     bool
 	replayed  uint64
+	replaying atomic.Int32
 	gates     []gate
 	dead      bool
 	putFails  error // of the next PutClient or PutTarget
@@ -310,6 +312,12 @@ func (local) Executed(recov.Result) bool { return false }
 func (l local) Done()                    { l.done() }
 
 func (b *fakeBody) Execute(req *wire.Request, rep *wire.Reply, x Exec, e Execution) {
+	if x.Transno != 0 {
+		if b.replaying.Add(1) != 1 {
+			b.t.Error("two replays at a time")
+		}
+		defer b.replaying.Add(-1)
+	}
 	run := func() { b.execute(req, rep, x, e) }
 	if b.later != nil {
 		_, who := objects(req)

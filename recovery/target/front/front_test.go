@@ -322,6 +322,13 @@ func TestReconnectInRecovery(t *testing.T) {
 		b1, a1 := b.do("x"), a.do("y")
 		a.told, b.told = a1.rep.Transno, b1.rep.Transno
 		r.crash()
+		var slow atomic.Bool // Execute is slow to return
+		r.b.doneLate = func(_ string, done func()) {
+			done()
+			if slow.Load() {
+				time.Sleep(time.Millisecond)
+			}
+		}
 		a.join()
 		first := r.send(a.c, replay(a1))
 		r.waits(first)
@@ -331,7 +338,10 @@ func TestReconnectInRecovery(t *testing.T) {
 		r.want(first, wire.ErrTargetDown)
 		r.waits(second)
 		b.join()
+		slow.Store(true)
 		r.want(r.send(b.c, replay(b1)), wire.OK)
+		time.Sleep(time.Second)
+		slow.Store(false)
 		r.want(second, wire.OK)
 		l1 := a.last()
 		a.close()
@@ -341,8 +351,8 @@ func TestReconnectInRecovery(t *testing.T) {
 		l2 := a.last()
 		r.want(b.last(), wire.OK)
 		r.want(l2, wire.OK)
-		if n := r.b.ran(string(a1.req.Name[2:])); n != 1 {
-			t.Errorf("replayed %d times", n)
+		if n := r.b.ran(string(a1.req.Name[2:])); n != 1 || r.b.called("rebuild") != 0 {
+			t.Errorf("replayed %d times, rebuilt %d times", n, r.b.called("rebuild"))
 		}
 	})
 }
@@ -602,6 +612,56 @@ func TestEvict(t *testing.T) {
 		r.want(b.do("x"), wire.OK)
 		if s := r.f.Status(); s.Recovery.Evicted != 1 || len(s.Clients) != 1 {
 			t.Errorf("status %+v", s)
+		}
+
+		// The body executes what it has got before it hears of the eviction.
+		block := make(chan struct{})
+		r.b.onCall = func(what string) {
+			if strings.HasPrefix(what, "del") {
+				<-block
+			}
+		}
+		r.b.later = func(_ string, f func()) { run = f }
+		going = b.do("y")
+		r.f.Evict(b.id)
+		run()
+		synctest.Wait()
+		if rep := r.want(going, wire.ErrUnknownClient); rep.Transno != 0 || rep.LastCommitted != 0 {
+			t.Errorf("an evicted client is told of %d, %d durable", rep.Transno, rep.LastCommitted)
+		}
+		close(block)
+		synctest.Wait()
+	})
+}
+
+// TestAnswersInOrder: a client gets no answer to what may build on an own
+// operation that is not answered yet, unless it waits for the disk.
+func TestAnswersInOrder(t *testing.T) {
+	inRig(t, func(r *rig) {
+		a, b := r.client("a").join(), r.client("b").join()
+		var dones []func()
+		r.b.doneLate = func(_ string, done func()) { dones = append(dones, done) }
+		var open []*answer
+		for a.slot = 0; a.slot < 4; a.slot++ {
+			open = append(open, a.do("x"))
+		}
+		other := b.do("y")
+		dones[4]()
+		r.want(other, wire.OK)
+		q := a.change("z")
+		q.Flags = wire.FlagWaitCommit
+		durable := r.send(a.c, q)
+		r.b.commitAll()
+		r.want(durable, wire.OK)
+		dones[2]()
+		dones[3]()
+		dones[1]()
+		for _, o := range open {
+			r.waits(o)
+		}
+		dones[0]()
+		for _, o := range open {
+			r.want(o, wire.OK)
 		}
 	})
 }
