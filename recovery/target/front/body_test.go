@@ -283,7 +283,10 @@ func (b *fakeBody) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	case req.Op == wire.OpConnect || req.Op == wire.OpDisconnect:
 		b.t.Errorf("%v gets to the body", req.Op)
 	case req.Op.Modifies():
-		if !b.clients[req.Client].Local {
+		b.mu.Lock()
+		remote := !b.clients[req.Client].Local
+		b.mu.Unlock()
+		if remote {
 			b.t.Errorf("%v of a remote client bypasses recovery", req.Op)
 		}
 		b.Execute(req, rep, Exec{}, local{done})

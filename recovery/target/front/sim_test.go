@@ -25,7 +25,7 @@ import (
 var (
 	simSeed  = flag.Uint64("sim.seed", 0, "run one seed of the simulation, with its events")
 	simFirst = flag.Uint64("sim.first", 1, "first seed")
-	simRuns  = flag.Uint64("sim.runs", 2000, "number of seeds")
+	simRuns  = flag.Uint64("sim.runs", 1000, "number of seeds")
 )
 
 // The simulation: real imports, a real front, a fakeBody; time is virtual. All
@@ -51,7 +51,7 @@ type sim struct {
 	local    *simLocal
 	seed     uint64
 	boot     int
-	vip      uint64
+	vip      atomic.Uint64
 	commits  float64
 	seen     map[string]int
 	must     []*simOp // of ended lives
@@ -74,6 +74,7 @@ type simOp struct {
 	rep     wire.Reply
 	done    atomic.Bool
 	durable bool // its client was told so
+	wait    bool // FlagWaitCommit
 	lost    bool // by an eviction
 	closes  bool // the epoch is among those to be closed
 	c       *simClient
@@ -92,7 +93,6 @@ type simClient struct {
 	n       int
 	ops     []*simOp // of this life
 	open    []wire.FID
-	evicted atomic.Int32
 }
 
 func (s *sim) logf(format string, args ...any) {
@@ -106,238 +106,31 @@ var simStart = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func (s *sim) chance(p float64) bool { return s.rng.Float64() < p }
 
+func (s *sim) count(what string) {
+	s.mu.Lock()
+	s.seen[what]++
+	s.mu.Unlock()
+}
+
 func (s *sim) fault(format string, args ...any) {
 	s.mu.Lock()
 	s.bad = append(s.bad, fmt.Sprintf(format, args...))
 	s.mu.Unlock()
 }
 
-// simConn is a connection: messages are encoded, get through in order, and may
-// get through after the client has given it up.
-type simConn struct {
-	s    *sim
-	c    *simClient
-	srv  wire.Target
-	boot *fakeBody // the incarnation of the target that it leads to
-
-	mu     sync.Mutex
-	to     [][]byte
-	back   []simReply
-	open   map[uint64]*simPending // by XID
-	broken bool                   // for the client
-	shut   bool                   // at the target
-	given  chan struct{}          // everything has been given back
-	ended  bool
-}
-
-type simReply struct {
-	op  wire.Op
-	xid uint64
-	msg []byte
-}
-
-type simPending struct {
-	req  *wire.Request
-	rep  *wire.Reply
-	done func(error)
-}
-
-var errBroken = &wire.LostError{Sent: true, Err: io.ErrUnexpectedEOF}
-
-func (c *simConn) Start(req *wire.Request, rep *wire.Reply, done func(error)) {
-	c.mu.Lock()
-	if c.broken {
-		c.mu.Unlock()
-		done(&wire.LostError{Err: io.ErrClosedPipe})
-		return
-	}
-	if c.open[req.XID] != nil {
-		c.s.fault("%s sends %d twice over one connection", c.c.name, req.XID)
-	}
-	c.open[req.XID] = &simPending{req, rep, done}
-	c.to = append(c.to, wire.AppendRequest(nil, req))
-	c.mu.Unlock()
-}
-
-func (c *simConn) Call(ctx context.Context, req *wire.Request, rep *wire.Reply) error {
-	w := make(chan error, 1)
-	c.Start(req, rep, func(err error) { w <- err })
-	select {
-	case err := <-w:
-		return err
-	case <-ctx.Done():
-		c.mu.Lock()
-		p := c.open[req.XID]
-		if p != nil {
-			delete(c.open, req.XID)
-		}
-		c.mu.Unlock()
-		if p == nil {
-			return <-w
-		}
-		return ctx.Err()
-	}
-}
-
-func (c *simConn) Handle(*wire.Request, *wire.Reply, func()) { panic("not used") }
-func (c *simConn) TryHandle(*wire.Request, *wire.Reply) bool { return false }
-func (c *simConn) Done() <-chan struct{}                     { return c.given }
-func (c *simConn) Close() error                              { c.cut(); return nil }
-func (c *simConn) isBroken() bool                            { c.mu.Lock(); defer c.mu.Unlock(); return c.broken }
-func (c *simConn) cut()                                      { c.mu.Lock(); c.broken = true; c.mu.Unlock() }
-func (s *sim) dial(ctx context.Context, c *simClient) (wire.Conn, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.up || time.Now().Before(c.away) {
-		return nil, io.ErrUnexpectedEOF
-	}
-	c.session++
-	k := &simConn{s: s, c: c, boot: s.b, open: map[uint64]*simPending{}, given: make(chan struct{})}
-	k.srv = s.f.Accept(wire.Peer{Node: c.name, Session: c.session})
-	s.dials = append(s.dials, k)
-	return k, nil
-}
-
-// deliver gives the target the next request of a connection.
-func (s *sim) deliver(c *simConn) {
-	c.mu.Lock()
-	m := c.to[0]
-	c.to = c.to[1:]
-	c.mu.Unlock()
-	req, rep := &wire.Request{}, &wire.Reply{}
-	if err := wire.DecodeRequest(m, req); err != nil {
-		s.t.Fatalf("request does not decode: %v", err)
-	}
-	s.calls.Add(1)
-	var once atomic.Bool
-	if c.srv.TryHandle(req, rep) {
-		s.reply(c, req, rep, &once)
-		return
-	}
-	rep.Reset()
-	c.srv.Handle(req, rep, func() { s.reply(c, req, rep, &once) })
-}
-
-func (s *sim) reply(c *simConn, req *wire.Request, rep *wire.Reply, once *atomic.Bool) {
-	if once.Swap(true) {
-		s.fault("%v of %s is answered twice", req.Op, c.c.name)
-		return
-	}
-	s.calls.Add(-1)
-	if rep.XID != req.XID {
-		s.fault("%v of %s: XID %d in the answer to %d", req.Op, c.c.name, rep.XID, req.XID)
-	}
-	b := wire.AppendReply(nil, req.Op, rep)
-	c.mu.Lock()
-	if !c.shut {
-		c.back = append(c.back, simReply{req.Op, req.XID, b})
-	}
-	c.mu.Unlock()
-}
-
-// receive gives the client the next reply, if there is one.
-func (s *sim) receive(c *simConn) bool {
-	c.mu.Lock()
-	if len(c.back) == 0 {
-		c.mu.Unlock()
-		return false
-	}
-	b := c.back[0]
-	c.back = c.back[1:]
-	p := c.open[b.xid]
-	delete(c.open, b.xid)
-	c.mu.Unlock()
-	if p == nil {
-		return true // the caller had no patience
-	}
-	if _, err := wire.DecodeReply(b.msg, b.op, p.rep); err != nil {
-		s.t.Fatalf("reply does not decode: %v", err)
-	}
-	p.done(nil)
-	return true
-}
-
-// giveBack returns what a broken connection holds to the client.
-func (s *sim) giveBack(c *simConn) {
-	c.mu.Lock()
-	var list []*simPending
-	for x, p := range c.open {
-		list = append(list, p)
-		delete(c.open, x)
-	}
-	first := !c.ended
-	c.ended = true
-	c.mu.Unlock()
-	slices.SortFunc(list, func(a, b *simPending) int { return int(int64(a.req.XID) - int64(b.req.XID)) })
-	for _, p := range list {
-		p.done(errBroken)
-	}
-	if first {
-		close(c.given)
-	}
-}
-
-// shutServer ends a connection at the target.
-func (s *sim) shutServer(c *simConn) {
-	c.mu.Lock()
-	was := c.shut
-	c.shut, c.to = true, nil
-	c.mu.Unlock()
-	if !was {
-		c.srv.(io.Closer).Close()
-	}
-}
-
-func (s *sim) cut(c *simConn) {
-	s.logf("%s: connection breaks", c.c.name)
-	for s.chance(0.5) && s.receive(c) {
-	}
-	c.cut()
-	c.mu.Lock()
-	c.back = nil
-	c.mu.Unlock()
-}
-
-// pump moves something of a connection; false when there is nothing.
-func (s *sim) pump(c *simConn) bool {
-	c.mu.Lock()
-	to, back, broken, shut, ended := len(c.to), len(c.back), c.broken, c.shut, c.ended
-	c.mu.Unlock()
-	switch {
-	case broken && !ended && (s.calm || s.chance(0.7)):
-		s.giveBack(c)
-	case broken && !shut && to > 0 && s.chance(0.3): // was in the target's buffer
-		s.deliver(c)
-	case broken && !shut:
-		if s.calm || s.chance(0.5) {
-			s.shutServer(c)
-		}
-	case broken:
-		return false
-	case back > 0 && (to == 0 || s.chance(0.5)):
-		s.receive(c)
-	case to > 0 && !shut:
-		s.deliver(c)
-	default:
-		return false
-	}
-	return true
-}
-
 // start begins an incarnation of the target.
 func (s *sim) start() {
 	b := newBody(s.t, s.d)
+	last := b.last
 	b.slow = true
 	b.later = func(who string, run func()) { s.postpone(0.3, who, run) }
 	b.doneLate = func(who string, done func()) { s.postpone(0.1, who+" done", done) }
 	b.onReplay = func(mismatch bool) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.seen["replays"]++
+		s.count("replays")
 		if mismatch {
-			s.seen["mismatches"]++
+			s.count("mismatches")
 			if s.cfg.CommitOnShare {
-				s.bad = append(s.bad, "versions differ in spite of commit-on-share")
+				s.fault("versions differ in spite of commit-on-share")
 			}
 		}
 	}
@@ -350,13 +143,13 @@ func (s *sim) start() {
 		s.t.Fatal(err)
 	}
 	if f.State() == recov.StateWaiting {
-		s.seen["recoveries"]++
+		s.count("recoveries")
 	}
 	s.boot++
 	s.mu.Lock()
 	s.b, s.f, s.up = b, f, true
 	s.mu.Unlock()
-	s.logf("target starts: %v, the log ends at %d", f.State(), b.last)
+	s.logf("target starts: %v, the log ends at %d", f.State(), last)
 	if s.local != nil {
 		s.local.start()
 	}
@@ -386,7 +179,7 @@ func (l simLog) Write(p []byte) (int, error) {
 // crash ends the target's process.
 func (s *sim) crash() {
 	s.logf("target dies, %d of %d durable", s.d.durable, len(s.d.log))
-	s.seen["crashes"]++
+	s.count("crashes")
 	s.mu.Lock()
 	s.up = false
 	later := s.later
@@ -447,7 +240,6 @@ func (s *sim) all() []*simConn {
 
 func (c *simClient) open1() {
 	c.gen++
-	c.evicted.Store(0)
 	rng := rand.New(rand.NewPCG(c.gen, uint64(c.id[0])))
 	o := imp.Options{
 		Addrs: []string{"x"}, Client: c.id, Gen: c.gen,
@@ -459,10 +251,9 @@ func (c *simClient) open1() {
 		},
 		Slot: func(h *wire.Header, slot uint16) { h.Slot = slot },
 		OnEvicted: func(lost []*wire.Request, epochs []wire.FID) {
-			c.evicted.Add(1)
+			c.s.count("evictions")
 			c.s.mu.Lock()
 			defer c.s.mu.Unlock()
-			c.s.seen["evictions"]++
 			for _, r := range lost {
 				_, who := objects(r)
 				for _, o := range c.ops {
@@ -486,7 +277,7 @@ func (c *simClient) open1() {
 // endLife ends the client's process; what it was told to be durable has to stay.
 func (c *simClient) endLife(again bool) {
 	c.s.logf("%s dies, again %t", c.name, again)
-	c.s.seen["client deaths"]++
+	c.s.count("client deaths")
 	im := c.im
 	c.closing = make(chan struct{})
 	go func() { im.Close(); close(c.closing) }()
@@ -495,23 +286,23 @@ func (c *simClient) endLife(again bool) {
 	c.ops, c.open = nil, nil
 }
 
-func (c *simClient) submit() {
-	s := c.s
+// newOp makes a request that was never made before.
+func (c *simClient) newOp(rng *rand.Rand) *simOp {
 	c.n++
 	o := &simOp{c: c}
 	q := &o.req
 	q.Op = wire.OpMkdir
-	names := fmt.Sprintf("o%d", s.rng.IntN(6))
-	if s.chance(0.4) {
-		names += fmt.Sprintf(" o%d", 6+s.rng.IntN(4))
+	names := fmt.Sprintf("o%d", rng.IntN(6))
+	if rng.IntN(10) < 4 {
+		names += fmt.Sprintf(" o%d", 6+rng.IntN(4))
 	}
-	switch p := s.rng.IntN(100); {
+	switch p := rng.IntN(100); {
 	case p < 3:
 		names = "refused"
 	case p < 10:
 		q.Op, q.FID = wire.OpOpenEpoch, wire.FID{Seq: uint64(c.id[0])<<16 | c.gen, OID: uint32(c.n)}
 	case p < 17 && len(c.open) > 0:
-		i := s.rng.IntN(len(c.open))
+		i := rng.IntN(len(c.open))
 		q.Op, q.Epochs = wire.OpCloseEpoch, []wire.EpochClose{{FID: c.open[i]}}
 		c.open = slices.Delete(c.open, i, i+1)
 	case p < 30:
@@ -519,26 +310,33 @@ func (c *simClient) submit() {
 	}
 	if q.Op == wire.OpMkdir {
 		q.Name = fmt.Appendf(nil, "%s#%s/%d/%d", names, c.name, c.gen, c.n)
-		if s.chance(0.5) {
+		if rng.IntN(2) == 0 {
 			q.Key = wire.ReplyKey{Proc: 1, Port: uint16(c.id[0]), XID: uint32(c.gen), Sum: uint64(c.n)}
 		}
 	}
-	if s.chance(0.15) && q.Op.Modifies() {
-		q.Flags = wire.FlagWaitCommit
+	if rng.IntN(7) == 0 && q.Op.Modifies() {
+		q.Flags, o.wait = wire.FlagWaitCommit, true
 	}
 	q.Client, q.ClientGen = c.id, c.gen
-	if s.chance(0.3) {
-		q.VIP, q.VIPEpoch = 1, s.vip
+	if rng.IntN(3) == 0 {
+		q.VIP, q.VIPEpoch = 1, c.s.vip.Load()
 	}
 	_, o.who = objects(q)
 	c.ops = append(c.ops, o)
-	s.seen["operations"]++
-	wait, im := q.Flags&wire.FlagWaitCommit != 0, c.im
-	im.Handle(q, &o.rep, func() {
-		// Who has been evicted meanwhile is not told what is durable.
-		o.durable = wait || o.rep.Transno <= o.rep.LastCommitted
-		o.done.Store(true)
-	})
+	return o
+}
+
+// answered notes the answer to an operation.
+func (o *simOp) answered() {
+	// Who has been evicted meanwhile is not told what is durable.
+	o.durable = o.wait || o.rep.Transno <= o.rep.LastCommitted
+	o.done.Store(true)
+}
+
+func (c *simClient) submit() {
+	o := c.newOp(c.s.rng)
+	c.s.count("operations")
+	c.im.Handle(&o.req, &o.rep, o.answered)
 }
 
 func (c *simClient) step() {
@@ -583,20 +381,19 @@ func (c *simClient) step() {
 		c.endLife(false)
 	case s.chance(0.0004):
 		c.away = time.Now().Add(time.Duration(s.rng.IntN(7000)) * time.Millisecond)
-		s.seen["partitions"]++
+		s.count("partitions")
 	}
 }
 
 // simLocal is a client in the target's process. Its answers wait for the disk.
 type simLocal struct {
-	s       *sim
-	id      wire.ClientID
-	gen     uint64
-	c       wire.Target
-	ready   atomic.Bool
-	n       int
-	ops     []*simOp // of this life
-	flights int
+	s     *sim
+	id    wire.ClientID
+	gen   uint64
+	c     wire.Target
+	ready atomic.Bool
+	n     int
+	ops   []*simOp // of this life
 }
 
 func (l *simLocal) start() {
@@ -632,7 +429,7 @@ func (l *simLocal) step() {
 	q.Name = fmt.Appendf(nil, "o%d o%d#local/%d", s.rng.IntN(6), 6+s.rng.IntN(4), l.n)
 	_, o.who = objects(q)
 	l.ops = append(l.ops, o)
-	s.seen["local operations"]++
+	s.count("local operations")
 	s.calls.Add(1)
 	l.c.Handle(q, &o.rep, func() {
 		s.calls.Add(-1)
@@ -670,7 +467,7 @@ func (s *sim) step() {
 		}
 		if !s.calm && s.chance(0.01) {
 			s.cut(s.conns[s.rng.IntN(n)])
-			s.seen["broken connections"]++
+			s.count("broken connections")
 		}
 	}
 	s.target()
@@ -731,7 +528,7 @@ func (s *sim) target() {
 	case s.stopping.Load():
 	case s.chance(0.0003):
 		s.logf("target is told to stop")
-		s.seen["stops"]++
+		s.count("stops")
 		s.stopping.Store(true)
 		f, t := s.f, s.t
 		go func() {
@@ -746,7 +543,7 @@ func (s *sim) target() {
 		s.f.Evict(s.clients[s.rng.IntN(len(s.clients))].id)
 	}
 	if s.chance(0.002) {
-		s.vip++
+		s.vip.Add(1)
 	}
 }
 
@@ -755,7 +552,7 @@ func (s *sim) run() {
 	for _, c := range s.clients {
 		c.open1()
 	}
-	for range 3000 {
+	for range 2000 {
 		s.step()
 	}
 	// Then nothing fails any more and everybody comes to rest.
@@ -832,7 +629,7 @@ func (s *sim) check() {
 		case o.lost && s.gentle:
 			s.t.Errorf("%s is lost", o.who)
 		default:
-			s.seen["checked"]++
+			s.count("checked")
 		}
 	}
 	for _, o := range s.must {
@@ -853,12 +650,13 @@ func (s *sim) check() {
 func runSim(t *testing.T, seed uint64, trace bool) map[string]int {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	s := &sim{
-		t: t, rng: rng, seed: seed, trace: trace, d: &disk{}, seen: map[string]int{}, vip: 1,
+		t: t, rng: rng, seed: seed, trace: trace, d: &disk{}, seen: map[string]int{},
 		cfg: recov.Config{
 			SoftMin: time.Second, SoftMax: 3 * time.Second, Hard: 8 * time.Second, Step: time.Second / 2,
 			PingInterval: time.Second, PingTimeout: 4 * time.Second, MaxSlots: 3,
 		},
 	}
+	s.vip.Store(1)
 	s.gentle = seed%4 == 0
 	s.cfg.CommitOnShare = seed%4 < 2
 	if s.gentle {
@@ -891,7 +689,7 @@ func TestSimulation(t *testing.T) {
 	}
 	runs := *simRuns
 	if testing.Short() {
-		runs = min(runs, 150)
+		runs = min(runs, 200)
 	}
 	total := map[string]int{}
 	for seed := *simFirst; seed < *simFirst+runs && !t.Failed(); seed++ {
