@@ -268,6 +268,7 @@ func (b *fakeBody) TryHandle(req *wire.Request, rep *wire.Reply) bool {
 }
 
 func (b *fakeBody) read(req *wire.Request, rep *wire.Reply) {
+	rep.XID = req.XID
 	if b.dead {
 		rep.Status = wire.ErrTargetDown
 		return
@@ -275,7 +276,7 @@ func (b *fakeBody) read(req *wire.Request, rep *wire.Reply) {
 	if !b.begun {
 		b.t.Errorf("%v before Begin", req.Op)
 	}
-	rep.XID, rep.Status, rep.LastCommitted = req.XID, b.admit(req), b.committed
+	rep.Status, rep.LastCommitted = b.admit(req), b.committed
 }
 
 func (b *fakeBody) Handle(req *wire.Request, rep *wire.Reply, done func()) {
@@ -284,7 +285,8 @@ func (b *fakeBody) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 		b.t.Errorf("%v gets to the body", req.Op)
 	case req.Op.Modifies():
 		b.mu.Lock()
-		remote := !b.clients[req.Client].Local
+		c, ok := b.clients[req.Client]
+		remote := ok && !c.Local
 		b.mu.Unlock()
 		if remote {
 			b.t.Errorf("%v of a remote client bypasses recovery", req.Op)

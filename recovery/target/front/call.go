@@ -59,6 +59,7 @@ func (x *call) enter() {
 // end answers the request.
 func (x *call) end() {
 	c, done, in := x.c, x.done, x.in
+	x.rep.XID = x.req.XID // a failed body's answer may be bare
 	x.recycle()
 	done()
 	if in {
@@ -210,7 +211,7 @@ func (x *call) Done() {
 func (x *call) answer(st wire.Status) {
 	lc := x.rep.LastCommitted
 	x.rep.Reset()
-	x.rep.XID, x.rep.Status, x.rep.LastCommitted = x.req.XID, st, lc
+	x.rep.Status, x.rep.LastCommitted = st, lc
 }
 
 // reply gives an answer of the machine's.

@@ -156,7 +156,8 @@ func (c *conn) passes(req *wire.Request) bool {
 		return false
 	case req.Op == wire.OpOSTFetch:
 		return true
-	case req.Op.Modifies() && (!c.s.local || req.Op == wire.OpConnect || req.Op == wire.OpDisconnect):
+	case req.Op.Modifies() && (!c.s.local || req.Flags&wire.FlagResend != 0 || req.Op == wire.OpConnect || req.Op == wire.OpDisconnect):
+		// A resend may be of a time when the target was elsewhere.
 		return false
 	}
 	l := c.s.link.Load()
@@ -193,7 +194,6 @@ func (c *conn) MayBlock(op wire.Op) bool { return c.f.mayBlock != nil && c.f.may
 // Handle implements wire.Target.
 func (c *conn) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	f := c.f
-	rep.XID = req.XID
 	x := newCall(c, req, rep, done)
 	if f.stopping.Load() {
 		x.refuse(wire.ErrTargetDown)
@@ -226,15 +226,11 @@ func (f *Front) decide(x *call) {
 		f.mu.Unlock()
 		f.execute(x)
 		return
-	case !serving && (s.local || req.Op == wire.OpOSTFetch):
-		if len(f.held) >= maxHeld {
+	case !serving && (req.Op == wire.OpOSTFetch || s.local && req.Op != wire.OpConnect && f.links[req.Client] != s):
+		if !f.hold(x) {
 			f.mu.Unlock()
 			x.refuse(wire.ErrRecovering)
 			return
-		}
-		f.held = append(f.held, x)
-		if req.Op == wire.OpConnect {
-			acts = f.m.Attempt(now)
 		}
 	case req.Op == wire.OpConnect:
 		if req.Client == (wire.ClientID{}) || s.num == noSession || s.num == 0 && !s.local ||
@@ -248,6 +244,9 @@ func (f *Front) decide(x *call) {
 			Client: req.Client, Gen: req.ClientGen, Conn: s.num, Instance: req.Cookie, Transno: req.Transno,
 			LastCommitted: req.LastCommitted, Estimate: time.Duration(req.Time), Local: s.local, Handle: x,
 		}, now)
+		if n := len(acts) - 1; s.local && !serving && n >= 0 && acts[n].Status == wire.ErrUnknownClient && f.hold(x) {
+			acts = acts[:n] // it is let in after recovery
+		}
 	default:
 		num := s.num
 		if f.links[req.Client] != s {
@@ -276,6 +275,15 @@ func (f *Front) decide(x *call) {
 	a := acts[0] // the list is the machine's
 	f.mu.Unlock()
 	f.carryOut(&a)
+}
+
+// hold keeps a request until the target serves. The lock is held.
+func (f *Front) hold(x *call) bool {
+	if len(f.held) >= maxHeld {
+		return false
+	}
+	f.held = append(f.held, x)
+	return true
 }
 
 // here tells whether the caller's goroutine may carry out the only action that

@@ -16,7 +16,9 @@
 // but replays, which come one after the other.
 //
 // Until the target serves, requests of clients in its process and of OSTs that
-// start wait here, maxHeld at most; the rest of them is told ErrRecovering.
+// start wait here, maxHeld at most; the rest of them is told ErrRecovering. But a
+// client that lived elsewhere when the target died, and into whose process the
+// target has come, takes part in recovery like any other.
 //
 // # Every request is answered
 //

@@ -220,7 +220,7 @@ func (f *Front) carryOut(a *recov.Action) {
 func (f *Front) record(a *recov.Action) {
 	switch a.Kind {
 	case recov.ActPutClient:
-		if a.Entry.FailedAt != 0 {
+		if a.Ticket == 0 {
 			f.body.PutClient(a.Entry, nil)
 			return
 		}

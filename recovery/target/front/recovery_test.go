@@ -260,6 +260,58 @@ func TestLocalClientWaits(t *testing.T) {
 	})
 }
 
+// TestTargetComesToItsClient: the target restarts in the process of a client
+// that was elsewhere before. The client takes part in recovery; then it is local,
+// who builds on its work waits, and the next start does not wait for it (own 15).
+func TestTargetComesToItsClient(t *testing.T) {
+	inRig(t, func(r *rig) {
+		a, b := r.client("a").join(), r.client("b").join()
+		a1 := a.do("x")
+		a.slot = 1
+		a2 := a.do("y")
+		r.b.commit(len(r.d.log) - 1)
+		a.told = a2.rep.Transno
+		r.crash()
+		a.peer.Local = true
+		if rep := r.want(a.connect(), wire.OK); !rep.Known || !rep.Recovering {
+			t.Errorf("connected: %+v", rep)
+		}
+		r.want(a.do("z"), wire.ErrRecovering)
+		r.want(r.send(a.c, replay(a2)), wire.OK)
+		la := a.last()
+		r.waits(la)
+		b.join()
+		r.want(b.last(), wire.OK)
+		r.want(la, wire.OK)
+		if c := r.f.Status().Clients; !c[0].Local || c[1].Local {
+			t.Errorf("clients %+v", c)
+		}
+		// The answer to a1 was lost; its slot is still known.
+		if rep := r.want(r.send(a.c, resend(a1)), wire.OK); !rep.Reconstructed || rep.Transno != a1.rep.Transno {
+			t.Errorf("reply to the copy: %+v", rep)
+		}
+		on := b.do("y")
+		r.want(on, wire.OK) // the end of recovery was durable
+		r.want(a.do("z"), wire.OK)
+		on = b.do("z")
+		r.waits(on)
+		r.b.commitAll()
+		r.want(on, wire.OK)
+		r.crash()
+		if len(r.f.Status().Clients) != 1 {
+			t.Errorf("clients %+v", r.f.Status().Clients)
+		}
+
+		// Its next life asks in recovery: the old one is not waited for.
+		b.join()
+		a.gen, a.instance, a.told = 2, 0, 0
+		own := a.connect()
+		r.waits(own)
+		r.want(b.last(), wire.OK)
+		r.want(own, wire.OK)
+	})
+}
+
 // TestLocalWorkIsShared: an answer that builds on a local client's operation
 // waits for the disk, without commit on share; others do not.
 func TestLocalWorkIsShared(t *testing.T) {

@@ -25,6 +25,7 @@ type simConn struct {
 	open   map[uint64]*simPending // by XID
 	broken bool                   // for the client
 	shut   bool                   // at the target
+	local  bool                   // in one process: nothing is lost on the way
 	given  chan struct{}          // everything has been given back
 	ended  bool
 	wake   chan struct{} // of serve; nil in the simulation
@@ -112,8 +113,8 @@ func (s *sim) dial(ctx context.Context, c *simClient) (wire.Conn, error) {
 		return nil, io.ErrUnexpectedEOF
 	}
 	c.session++
-	k := &simConn{s: s, c: c, boot: s.b, open: map[uint64]*simPending{}, given: make(chan struct{})}
-	k.srv = s.f.Accept(wire.Peer{Node: c.name, Session: c.session})
+	k := &simConn{s: s, c: c, boot: s.b, local: c.inside == s.b, open: map[uint64]*simPending{}, given: make(chan struct{})}
+	k.srv = s.f.Accept(wire.Peer{Node: c.name, Session: c.session, Local: k.local})
 	s.dials = append(s.dials, k)
 	return k, nil
 }
@@ -149,7 +150,7 @@ func (s *sim) reply(c *simConn, req *wire.Request, rep *wire.Reply, once *atomic
 	}
 	b := wire.AppendReply(nil, req.Op, rep)
 	c.mu.Lock()
-	if !c.shut {
+	if !c.shut || c.local {
 		c.back = append(c.back, simReply{req.Op, req.XID, b})
 	}
 	c.mu.Unlock()
@@ -202,7 +203,10 @@ func (s *sim) giveBack(c *simConn) {
 func (s *sim) shutServer(c *simConn) {
 	c.mu.Lock()
 	was := c.shut
-	c.shut, c.to = true, nil
+	c.shut = true
+	if !c.local {
+		c.to = nil
+	}
 	c.mu.Unlock()
 	if !was {
 		c.srv.(io.Closer).Close()
@@ -219,11 +223,34 @@ func (s *sim) cut(c *simConn) {
 	c.mu.Unlock()
 }
 
+// hangUp brings a closed connection in the target's process to its end: what was
+// sent is executed, and every answer is given.
+func (s *sim) hangUp(c *simConn, to, back int, ended bool) bool {
+	c.mu.Lock()
+	open := len(c.open)
+	c.mu.Unlock()
+	switch {
+	case to > 0:
+		s.deliver(c)
+	case back > 0:
+		s.receive(c)
+	case open == 0 && !ended:
+		s.giveBack(c)
+	default:
+		s.shutServer(c)
+		return false
+	}
+	return true
+}
+
 // pump moves something of a connection; false when there is nothing.
 func (s *sim) pump(c *simConn) bool {
 	c.mu.Lock()
 	to, back, broken, shut, ended := len(c.to), len(c.back), c.broken, c.shut, c.ended
 	c.mu.Unlock()
+	if c.local && broken && s.up && c.boot == s.b {
+		return s.hangUp(c, to, back, ended)
+	}
 	switch {
 	case broken && !ended && (s.calm || s.chance(0.7)):
 		s.giveBack(c)

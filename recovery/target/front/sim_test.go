@@ -48,6 +48,7 @@ type sim struct {
 	upAt     time.Time
 	conns    []*simConn
 	clients  []*simClient
+	guest    *simClient // into whose process the target comes
 	local    *simLocal
 	seed     uint64
 	boot     int
@@ -89,6 +90,7 @@ type simClient struct {
 	closing chan struct{}
 	away    time.Time // cut off until then
 	dead    bool
+	inside  *fakeBody // the target has come into its process
 	session uint64
 	n       int
 	ops     []*simOp // of this life
@@ -148,6 +150,9 @@ func (s *sim) start() {
 	s.boot++
 	s.mu.Lock()
 	s.b, s.f, s.up = b, f, true
+	if s.guest != nil {
+		s.guest.inside = b
+	}
 	s.mu.Unlock()
 	s.logf("target starts: %v, the log ends at %d", f.State(), last)
 	if s.local != nil {
@@ -217,6 +222,11 @@ func (s *sim) crash() {
 	}
 	if n := s.calls.Load(); n != 0 {
 		s.t.Fatalf("%d requests are not answered", n)
+	}
+	for _, c := range s.clients {
+		if c.inside == s.b && c.closing == nil && !c.dead {
+			c.endLife(true)
+		}
 	}
 	s.upAt = time.Now().Add(time.Duration(s.rng.IntN(800)) * time.Millisecond)
 }
@@ -440,6 +450,12 @@ func (l *simLocal) step() {
 
 func (s *sim) step() {
 	if !s.up && !time.Now().Before(s.upAt) {
+		s.guest = nil
+		if c := s.clients[s.rng.IntN(len(s.clients))]; !s.gentle && s.chance(0.3) && !c.dead {
+			s.logf("the target comes to %s", c.name)
+			s.count("came to a client")
+			s.guest = c
+		}
 		s.start()
 	}
 	conns := s.all()
@@ -458,7 +474,7 @@ func (s *sim) step() {
 	if n := len(s.conns); n > 0 {
 		for range 1 + s.rng.IntN(4*n) {
 			c := s.conns[s.rng.IntN(n)]
-			if time.Now().Before(c.c.away) && !c.isBroken() {
+			if time.Now().Before(c.c.away) && !c.isBroken() && !c.local {
 				continue
 			}
 			if s.pump(c) {
@@ -466,8 +482,10 @@ func (s *sim) step() {
 			}
 		}
 		if !s.calm && s.chance(0.01) {
-			s.cut(s.conns[s.rng.IntN(n)])
-			s.count("broken connections")
+			if c := s.conns[s.rng.IntN(n)]; !c.local {
+				s.cut(c)
+				s.count("broken connections")
+			}
 		}
 	}
 	s.target()

@@ -122,9 +122,13 @@ func (w *world) acts(list []Action) {
 				w.p("marked clean")
 			}
 		case ActPutClient:
-			if a.Entry.FailedAt != 0 {
+			if a.Ticket == 0 {
 				w.s.append(entry{put: &a.Entry})
-				w.p("client %s gen %d is marked failed", a.Client[:1], a.Gen)
+				what := fmt.Sprintf("local=%t", a.Entry.Local)
+				if a.Entry.FailedAt != 0 {
+					what = "failed"
+				}
+				w.p("client %s gen %d is marked %s", a.Client[:1], a.Gen, what)
 				continue
 			}
 			if w.holdPut {
@@ -361,8 +365,6 @@ func (w *world) line(line string) {
 		w.acts(acts)
 	case "stop":
 		w.acts(w.m.Stop(w.now))
-	case "attempt": // somebody asks who is answered by the caller
-		w.acts(w.m.Attempt(w.now))
 	case "bypass": // an operation that the machine does not know of
 		last, _ := w.s.lastTransno()
 		op := strings.Join(f[1:], " ")

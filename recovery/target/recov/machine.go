@@ -24,6 +24,7 @@ type client struct {
 	rec       ClientRecord
 	stored    bool   // the entry is in the table
 	put       uint64 // Ticket of the ActPutClient that writes it
+	local     bool   // its newest connection is in the target's process
 	gone      bool // evicted or disconnected
 	connected bool
 	seen      bool // has connected to this instance
@@ -276,9 +277,11 @@ func (m *Machine) Connect(r Connect, now time.Time) []Action {
 			r.LastCommitted, m.committed)
 	}
 	first := !c.seen
-	c.connected, c.seen, c.conn = true, true, r.Conn
+	c.connected, c.seen, c.conn, c.local = true, true, r.Conn, r.Local
 	if m.inRecovery() && c.waited {
 		m.reconnected(c, r, first, now)
+	} else {
+		m.settle(c)
 	}
 	m.connected(c, r.Handle, true)
 	m.advance(now)
@@ -304,11 +307,35 @@ func (m *Machine) connectNew(r Connect, now time.Time) {
 	m.tickets++
 	c := &client{
 		rec: ClientRecord{Client: r.Client, Gen: r.Gen, Instance: m.instance, Local: r.Local},
-		put: m.tickets, conn: r.Conn, pending: held{r.Handle, true},
+		put: m.tickets, conn: r.Conn, local: r.Local, pending: held{r.Handle, true},
 	}
 	m.insert(c)
 	m.hear(c, now)
-	m.act(Action{Kind: ActPutClient, Ticket: c.put, Client: r.Client, Gen: r.Gen, Entry: c.rec})
+	m.put(c)
+	m.acts[len(m.acts)-1].Ticket = c.put
+}
+
+// put has a client's entry written.
+func (m *Machine) put(c *client) {
+	m.act(Action{Kind: ActPutClient, Client: c.rec.Client, Gen: c.rec.Gen, Entry: c.rec})
+}
+
+// settle notes that the target has come to a client's process, or has left it. In
+// recovery such a client replays like the others.
+func (m *Machine) settle(c *client) {
+	if c.rec.Local == c.local {
+		return
+	}
+	c.rec.Local = c.local
+	m.put(c)
+	if !c.local {
+		return
+	}
+	for i := range m.owners {
+		if o := &m.owners[i]; o.c == c {
+			o.held = true // if the target dies now, the client does
+		}
+	}
 }
 
 // connected answers a connect.

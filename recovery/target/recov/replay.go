@@ -41,15 +41,6 @@ func (m *Machine) arm(now time.Time) {
 	m.logf("recovery window of %s begins, %s at most", m.cfg.SoftMin, m.cfg.Hard)
 }
 
-// Attempt notes an attempt to connect that the caller answers later by itself,
-// as that of a client in the target's process, which has to wait for the end of
-// recovery. It starts the window.
-func (m *Machine) Attempt(now time.Time) []Action {
-	m.begin()
-	m.arm(now)
-	return m.acts
-}
-
 // sizeWindow makes the window long enough for two of a client's waiting times.
 func (m *Machine) sizeWindow(estimate time.Duration) {
 	if m.state == StateRecovering {
@@ -342,7 +333,7 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 				// Before anything with a higher number: once that is durable, the
 				// client would take this one for durable, too.
 				c.rec.FailedAt = r.Transno
-				m.act(Action{Kind: ActPutClient, Client: c.rec.Client, Gen: c.rec.Gen, Entry: c.rec})
+				m.put(c)
 				m.warnf(r.Client, "replays transno %d, which meets other versions than before: it will be evicted", r.Transno)
 			}
 		} else {
@@ -434,6 +425,7 @@ func (m *Machine) end(now time.Time) {
 		c.replayed, c.locks = nil, nil
 		if c.waited {
 			m.st.Finished++
+			m.settle(c)
 		}
 	}
 	m.last = m.NextTransno() - 1

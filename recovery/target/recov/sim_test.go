@@ -156,7 +156,7 @@ func (s *sim) acts(list []Action) {
 			s.stopped = s.m.State() == StateStopped
 		case ActPutClient:
 			s.st.append(entry{put: &a.Entry})
-			if a.Entry.FailedAt != 0 {
+			if a.Ticket == 0 {
 				continue
 			}
 			s.commit(len(s.st.log))

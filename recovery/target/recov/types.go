@@ -63,7 +63,8 @@ type Connect struct {
 	// Estimate is how long the client waits for an answer, including what it
 	// has waited already.
 	Estimate time.Duration
-	// Local: the client dies with the target; recovery never waits for it.
+	// Local: the client dies with the target; its next start does not wait for it.
+	// The client may have lived elsewhere when the target died the last time.
 	Local  bool
 	Handle any
 }
@@ -105,8 +106,8 @@ const (
 	ActConnected
 	// ActDrop: forget Handle without an answer.
 	ActDrop
-	// ActPutClient: write Entry durably, then call Stored with Ticket. With Entry.FailedAt the
-	// order of the log is enough, as for ActDelClient, and Stored is not called.
+	// ActPutClient: write Entry durably, then call Stored with Ticket. Without a
+	// Ticket the order of the log is enough, as for ActDelClient.
 	ActPutClient
 	// ActDelClient: remove the records of Client durably: the entry, the slots,
 	// and with Evicted everything that the client holds. Close its connections.
