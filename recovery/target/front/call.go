@@ -151,6 +151,7 @@ func (x *call) Executed(res recov.Result) (wait bool) {
 	f := x.c.f
 	res.Ticket = x.ticket
 	others := false
+	always := !res.NotDone && waitsAlways(x.req.Op)
 	f.mu.Lock()
 	now := x.at
 	if x.exec.Transno != 0 || now.Before(f.swept) {
@@ -159,23 +160,19 @@ func (x *call) Executed(res recov.Result) (wait bool) {
 	acts := f.m.Executed(res, now)
 	for i := range acts {
 		a := &acts[i]
-		if a.Kind == recov.ActReply && a.Handle == any(x) {
-			wait = a.WaitCommit
+		switch {
+		case a.Kind == recov.ActReply && a.Handle == any(x):
+			wait = a.WaitCommit || always
 			x.refused, x.status = a.Status != res.Status, a.Status
-		}
-	}
-	for i := range acts {
-		a := &acts[i]
-		if a.Kind == recov.ActReply && a.Handle == any(x) || a.Kind == recov.ActCommit && wait {
-			continue // the body makes durable what is waited for
+			x.enqueue(&res, wait)
+			continue
+		case a.Kind == recov.ActReply && a.Reconstructed: // to a copy of x
+			a.Handle.(*call).enqueue(&res, a.WaitCommit || always)
+		case a.Kind == recov.ActCommit:
+			continue // the answer waits, so the body does that anyway
 		}
 		f.postOne(a)
 		others = true
-	}
-	wait = wait || !res.NotDone && waitsAlways(x.req.Op)
-	if l := x.c.s.link.Load(); l != nil && ordered(x.req, &res, wait) {
-		l.order.given++
-		x.order, x.turn = &l.order, l.order.given
 	}
 	f.mu.Unlock()
 	if others {

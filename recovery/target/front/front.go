@@ -95,7 +95,8 @@ var _ wire.Acceptor = (*Front)(nil)
 
 // New starts a target's service: it reads the body's table, records the new
 // instance durably, and serves or begins recovery. Only the front may call the
-// body's methods of interface Body from now on.
+// body's methods of interface Body from now on. If the body fails before New has
+// returned, Fail is to be called then.
 func New(o Options) (*Front, error) {
 	if o.Body == nil {
 		return nil, errors.New("start target: no body")
@@ -143,8 +144,8 @@ func New(o Options) (*Front, error) {
 // Stop ends service in order: requests are refused, those being executed end,
 // and unless the target was in recovery it is recorded that the next start needs
 // none. The body stays open; OpLockPoll requests may be waiting in it. When ctx
-// ends first, or the target has failed, that is not recorded, and Stop returns
-// an error; requests may then still be in the body.
+// ends first, or the target has failed, Stop returns an error; requests may then
+// still be in the body, and the next start may have to recover.
 func (f *Front) Stop(ctx context.Context) error {
 	f.mu.Lock()
 	f.end(f.o.Clock.Now())

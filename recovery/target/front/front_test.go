@@ -391,6 +391,36 @@ func TestAnswersInOrder(t *testing.T) {
 	})
 }
 
+// TestAnswersToCopiesInOrder: the same when the earlier operation's answer goes to
+// a copy that came by a newer connection.
+func TestAnswersToCopiesInOrder(t *testing.T) {
+	inRig(t, func(r *rig) {
+		a, b := r.client("a").join(), r.client("b").join()
+		var run func()
+		r.b.later = func(_ string, f func()) { run = f }
+		first := a.do("x")
+		r.b.later = nil
+		a.join()
+		again := r.send(a.c, resend(first))
+		block := make(chan struct{})
+		r.b.onCommit = func() { <-block }
+		b.close() // keeps the front's goroutine busy
+		run()
+		r.want(first, wire.OK)
+		a.slot = 1
+		second := a.do("x")
+		if second.req.Name[0] != 'x' || r.b.ran(string(second.req.Name[2:])) != 1 {
+			t.Error("the second operation is not executed")
+		}
+		r.waits(again)
+		r.waits(second)
+		close(block)
+		synctest.Wait()
+		r.want(again, wire.OK)
+		r.want(second, wire.OK)
+	})
+}
+
 // TestResend: a request that comes again while its original is running, after it,
 // and after a newer one (RS 203, RS 55, SM 137).
 func TestResend(t *testing.T) {

@@ -15,6 +15,9 @@ func (f *Front) poke() {
 	}
 }
 
+// maxBatch bounds the memory for actions that is kept.
+const maxBatch = 1024
+
 // loop carries out what the machine wants and nobody has done on the spot, until
 // the target has been stopped and the last request has ended.
 func (f *Front) loop() {
@@ -51,6 +54,9 @@ func (f *Front) loop() {
 				}
 			}
 			clear(batch)
+			if cap(batch) > maxBatch {
+				batch = nil
+			}
 		}
 	}
 }

@@ -23,10 +23,16 @@ type order struct {
 	early []*call
 }
 
-// ordered tells whether others may build on what a request has done, and need
-// not wait for the disk then. Only an MDT has versions that tell.
-func ordered(req *wire.Request, res *recov.Result, wait bool) bool {
-	return res.Transno != 0 && !wait && req.Flags&wire.FlagWaitCommit == 0 && req.Op.IsMDT()
+// enqueue gives x the next turn, if others may build on what it has done and need
+// not wait for the disk then. Only an MDT has versions that tell. The front's
+// lock is held.
+func (x *call) enqueue(res *recov.Result, wait bool) {
+	l := x.c.s.link.Load()
+	if l == nil || res.Transno == 0 || wait || x.req.Flags&wire.FlagWaitCommit != 0 || !x.req.Op.IsMDT() {
+		return
+	}
+	l.order.given++
+	x.order, x.turn = &l.order, l.order.given
 }
 
 // end answers x when its turn has come, and those that were waiting for it.

@@ -358,7 +358,6 @@ func (m *Machine) Stored(id wire.ClientID, ticket uint64, ok bool, now time.Time
 	c.pending = held{}
 	if !ok {
 		m.unlink(c)
-		m.warnf(id, "cannot be registered")
 		if p.on {
 			m.reply(p.h, wire.ErrIO)
 		}
