@@ -403,7 +403,7 @@ func TestResendAfterCrash(t *testing.T) {
 	})
 }
 
-// TestHostile: whatever comes gets one answer, and the target goes on (RO 8e).
+// TestHostile: whatever comes gets one answer, and the target goes on.
 func TestHostile(t *testing.T) {
 	inRig(t, func(r *rig) {
 		a := r.client("a").join()

@@ -125,7 +125,7 @@ func TestStopGivesUp(t *testing.T) {
 }
 
 // TestFail: when the body has failed everybody is told so, and nothing more is
-// executed (SM 24a's other side: no answer that may not be true).
+// executed. Nobody gets an answer that may not be true.
 func TestFail(t *testing.T) {
 	inRig(t, func(r *rig) {
 		a, b, c, l := r.client("a").join(), r.client("b").join(), r.client("c").join(), r.local("l").join()

@@ -25,7 +25,7 @@ type client struct {
 	stored    bool   // the entry is in the table
 	put       uint64 // Ticket of the ActPutClient that writes it
 	local     bool   // its newest connection is in the target's process
-	gone      bool // evicted or disconnected
+	gone      bool   // evicted or disconnected
 	connected bool
 	seen      bool // has connected to this instance
 	conn      uint64
