@@ -49,8 +49,9 @@ type Body interface {
 	// soon. When it returns the client is not admitted any more.
 	DelClient(id wire.ClientID, gen uint64, evicted bool)
 
-	// PutTarget records the target's state durably, after everything that was
-	// executed when r.Clean is set.
+	// PutTarget records the target's state durably, after what PutClient and
+	// DelClient have written, and after everything that was executed when r.Clean is
+	// set.
 	PutTarget(r recov.TargetRecord) error
 
 	// Begin tells that recovery has ended: new operations get numbers above

@@ -58,7 +58,10 @@
 //
 // An answer waits for the disk (WaitCommit) when the operation builds on one
 // that is not durable and that nobody may be there to replay: on one whose own
-// answer waits, and with Config.CommitOnShare on any of another client.
+// answer waits, and with Config.CommitOnShare on any of another client. What is
+// above the committed number and was not executed through the machine is a local
+// client's, which bypasses it while the target serves, or the target's own work;
+// nobody would replay that, so what builds on it waits always.
 //
 // # What callers have to do
 //
@@ -73,8 +76,10 @@
 // ActPutClient is answered by Stored. ActDelClient is written in the order of
 // the log, so that nothing that came after an eviction survives a crash without
 // it, and is made durable soon: a client whose eviction is lost is waited for
-// again after the next start. Requests that came over a connection older than the
-// client's newest are recognised by Conn. A handle is ended by exactly one
-// ActReply or ActDrop; the memory of an executing request is the caller's until
-// then.
+// again after the next start. Evictions of recovery are durable before it ends
+// (ActPutTarget), since what comes after builds on what was not replayed.
+//
+// Requests that came over a connection older than the client's newest are
+// recognised by Conn. A handle is ended by exactly one ActReply or ActDrop; the
+// memory of an executing request is the caller's until then.
 package recov

@@ -64,6 +64,9 @@ type world struct {
 	hold     bool // executions wait for finish
 	held     []Action
 	failPut  bool
+	holdPut  bool
+	lazyDel  bool     // a crash may lose ActDelClient
+	puts     []Action // wait for finish-put
 	loseRep  bool
 	loseReq  bool
 	tempFail bool
@@ -119,9 +122,17 @@ func (w *world) acts(list []Action) {
 				w.p("marked clean")
 			}
 		case ActPutClient:
-			if a.Entry.FailedAt != 0 {
+			if a.Ticket == 0 {
 				w.s.append(entry{put: &a.Entry})
-				w.p("client %s gen %d is marked failed", a.Client[:1], a.Gen)
+				what := fmt.Sprintf("local=%t", a.Entry.Local)
+				if a.Entry.FailedAt != 0 {
+					what = "failed"
+				}
+				w.p("client %s gen %d is marked %s", a.Client[:1], a.Gen, what)
+				continue
+			}
+			if w.holdPut {
+				w.puts = append(w.puts, a)
 				continue
 			}
 			ok := !w.failPut
@@ -131,10 +142,12 @@ func (w *world) acts(list []Action) {
 				w.s.committed = len(w.s.log)
 			}
 			w.p("put client %s gen %d: %t", a.Client[:1], a.Gen, ok)
-			w.acts(w.m.Stored(a.Client, a.Gen, ok, w.now))
+			w.acts(w.m.Stored(a.Client, a.Ticket, ok, w.now))
 		case ActDelClient:
 			w.s.append(entry{del: &a.Client})
-			w.s.committed = len(w.s.log)
+			if !w.lazyDel {
+				w.s.committed = len(w.s.log)
+			}
 			w.p("delete client %s gen %d evicted=%t", a.Client[:1], a.Gen, a.Evicted)
 		case ActCommit:
 			w.p("commit wanted")
@@ -312,7 +325,7 @@ func (w *world) line(line string) {
 		w.now = w.now.Add(dur(f[1]))
 		w.acts(w.m.Tick(w.now))
 	case "wake": // sleep until the target wants it
-		if at, ok := w.m.NextTick(); ok {
+		if at, ok := w.m.NextTick(w.now); ok {
 			w.now = at
 			w.p("at %s", at.Sub(epoch))
 			w.acts(w.m.Tick(w.now))
@@ -330,6 +343,16 @@ func (w *world) line(line string) {
 		}
 	case "fail-put":
 		w.failPut = true
+	case "lazy-del":
+		w.lazyDel = true
+	case "hold-put":
+		w.holdPut = true
+	case "finish-put": // the oldest
+		a := w.puts[0]
+		w.puts = w.puts[1:]
+		w.holdPut = false
+		w.acts([]Action{a})
+		w.holdPut = true
 	case "in-progress":
 		w.tempFail = true
 	case "evict":
@@ -342,6 +365,11 @@ func (w *world) line(line string) {
 		w.acts(acts)
 	case "stop":
 		w.acts(w.m.Stop(w.now))
+	case "bypass": // an operation that the machine does not know of
+		last, _ := w.s.lastTransno()
+		op := strings.Join(f[1:], " ")
+		res := w.s.execute(&Action{}, op, fmt.Sprintf("bypass %d: %s", last+1, op), max(last+1, w.m.NextTransno()))
+		w.p("%s t=%d", res.Status, res.Transno)
 	case "status":
 		s := w.m.Status()
 		w.p("%s clients=%d connected=%d finished=%d evicted=%d registered=%d", s.State, s.Clients, s.Connected, s.Finished, s.Evicted, s.Registered)
@@ -386,7 +414,7 @@ func (w *world) clientLine(f []string, opt map[string]string, num func(string, u
 		*p = peer{id: p.id, gen: p.gen + 1, xid: p.xid + 1000, slots: map[uint64]uint16{}}
 	case "disconnect":
 		p.xid++
-		w.acts(w.m.Disconnect(p.id, p.gen, &msg{who: name, xid: p.xid}, w.now))
+		w.acts(w.m.Disconnect(p.id, p.gen, num("conn", p.conn), &msg{who: name, xid: p.xid}, w.now))
 	case "ping", "read":
 		p.xid++
 		w.send(p, name, Request{XID: p.xid, Class: map[string]Class{"ping": ClassPing, "read": ClassRead}[f[1]]}, f[1])

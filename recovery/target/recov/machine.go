@@ -22,13 +22,16 @@ const (
 
 type client struct {
 	rec       ClientRecord
-	stored    bool // the entry is in the table
-	gone      bool // evicted or disconnected
+	stored    bool   // the entry is in the table
+	put       uint64 // Ticket of the ActPutClient that writes it
+	local     bool   // its newest connection is in the target's process
+	gone      bool   // evicted or disconnected
 	connected bool
 	seen      bool // has connected to this instance
 	conn      uint64
 	heard     time.Time
-	busy      int // modifying requests under way
+	busy      int       // modifying requests under way
+	answered  time.Time // the last of them
 	slots     []slot
 
 	// Of recovery.
@@ -64,8 +67,9 @@ type running struct {
 // owner tells whose an operation is that is not durable. A client that was
 // evicted and came back is another one: it does not replay the earlier one's.
 type owner struct {
-	c    *client
-	held bool // its answer waits for the disk, so that nobody would replay it
+	transno uint64
+	c       *client
+	held    bool // its answer waits for the disk, so that nobody would replay it
 }
 
 // Machine is the recovery of one target. It is not safe for concurrent use.
@@ -78,6 +82,7 @@ type Machine struct {
 	order    []*client // by ID
 	tickets  uint64
 	runs     map[uint64]*running
+	spare    []*running // ended, for reuse
 	acts     []Action
 
 	committed uint64
@@ -99,8 +104,7 @@ type Machine struct {
 	// Life signs of all clients: the last, and since when silence counts.
 	heardAny, heardSince time.Time
 
-	owners     map[uint64]owner // of transnos that are not durable
-	ownersOrd  []uint64
+	owners     []owner // of what is not durable, by transno
 	stopping   bool
 	cleanWhole bool
 }
@@ -115,7 +119,6 @@ func New(cfg Config, instance uint64, prev TargetRecord, transno uint64, clients
 		cfg: cfg, instance: instance, state: StateFull, cleanWhole: prev.Clean,
 		clients: make(map[wire.ClientID]*client, len(clients)), runs: map[uint64]*running{}, byNo: map[uint64]*queued{},
 		committed: transno, base: transno, last: transno, next: transno + 1, told: prev.Transno,
-		owners: map[uint64]owner{},
 	}
 	for _, r := range clients {
 		if _, dup := m.clients[r.Client]; !dup {
@@ -153,6 +156,11 @@ func (m *Machine) act(a Action) { m.acts = append(m.acts, a) }
 
 func (m *Machine) logf(format string, args ...any) {
 	m.act(Action{Kind: ActLog, Text: fmt.Sprintf(format, args...)})
+}
+
+// warnf tells of trouble with a client.
+func (m *Machine) warnf(id wire.ClientID, format string, args ...any) {
+	m.act(Action{Kind: ActLog, Client: id, Warn: true, Text: fmt.Sprintf("client %s "+format, append([]any{short(id)}, args...)...)})
 }
 
 func (m *Machine) drop(h any) { m.act(Action{Kind: ActDrop, Handle: h}) }
@@ -265,13 +273,15 @@ func (m *Machine) Connect(r Connect, now time.Time) []Action {
 	m.hear(c, now)
 	m.told = max(m.told, r.Transno)
 	if r.LastCommitted > m.committed {
-		m.logf("client %s was told that %d is durable, the store ends at %d: data were lost or this is another store",
-			short(r.Client), r.LastCommitted, m.committed)
+		m.warnf(r.Client, "was told that %d is durable, the store ends at %d: data were lost or this is another store",
+			r.LastCommitted, m.committed)
 	}
 	first := !c.seen
-	c.connected, c.seen, c.conn = true, true, r.Conn
+	c.connected, c.seen, c.conn, c.local = true, true, r.Conn, r.Local
 	if m.inRecovery() && c.waited {
 		m.reconnected(c, r, first, now)
+	} else {
+		m.settle(c)
 	}
 	m.connected(c, r.Handle, true)
 	m.advance(now)
@@ -286,21 +296,46 @@ func (m *Machine) connectNew(r Connect, now time.Time) {
 	case r.Instance != 0:
 		// No entry before the client has seen that it was evicted: if this
 		// answer got lost, the next attempt would look like a reconnect.
-		m.logf("client %s asks for what it had before its eviction", short(r.Client))
+		m.warnf(r.Client, "asks for what it had before its eviction")
 		m.reply(r.Handle, wire.ErrUnknownClient)
 		return
 	case len(m.order) >= m.cfg.MaxClients:
-		m.logf("client %s refused: %d clients are registered", short(r.Client), len(m.order))
+		m.warnf(r.Client, "refused: %d clients are registered", len(m.order))
 		m.reply(r.Handle, wire.ErrTargetDown)
 		return
 	}
+	m.tickets++
 	c := &client{
-		rec:  ClientRecord{Client: r.Client, Gen: r.Gen, Instance: m.instance, Local: r.Local},
-		conn: r.Conn, pending: held{r.Handle, true},
+		rec: ClientRecord{Client: r.Client, Gen: r.Gen, Instance: m.instance, Local: r.Local},
+		put: m.tickets, conn: r.Conn, local: r.Local, pending: held{r.Handle, true},
 	}
 	m.insert(c)
 	m.hear(c, now)
-	m.act(Action{Kind: ActPutClient, Client: r.Client, Gen: r.Gen, Entry: c.rec})
+	m.put(c)
+	m.acts[len(m.acts)-1].Ticket = c.put
+}
+
+// put has a client's entry written.
+func (m *Machine) put(c *client) {
+	m.act(Action{Kind: ActPutClient, Client: c.rec.Client, Gen: c.rec.Gen, Entry: c.rec})
+}
+
+// settle notes that the target has come to a client's process, or has left it. In
+// recovery such a client replays like the others.
+func (m *Machine) settle(c *client) {
+	if c.rec.Local == c.local {
+		return
+	}
+	c.rec.Local = c.local
+	m.put(c)
+	if !c.local {
+		return
+	}
+	for i := range m.owners {
+		if o := &m.owners[i]; o.c == c {
+			o.held = true // if the target dies now, the client does
+		}
+	}
 }
 
 // connected answers a connect.
@@ -311,19 +346,18 @@ func (m *Machine) connected(c *client, h any, known bool) {
 	})
 }
 
-// Stored reports that ActPutClient was carried out, or failed: then the connect
-// is answered with ErrIO and the client is not registered.
-func (m *Machine) Stored(id wire.ClientID, gen uint64, ok bool, now time.Time) []Action {
+// Stored reports that the ActPutClient with the ticket was carried out, or
+// failed: then the connect is answered with ErrIO and the client is not registered.
+func (m *Machine) Stored(id wire.ClientID, ticket uint64, ok bool, now time.Time) []Action {
 	m.begin()
 	c := m.clients[id]
-	if c == nil || c.rec.Gen != gen || c.stored {
-		return m.acts
+	if c == nil || c.put != ticket || c.stored {
+		return m.acts // the client has left, and perhaps come back, meanwhile
 	}
 	p := c.pending
 	c.pending = held{}
 	if !ok {
 		m.unlink(c)
-		m.logf("client %s cannot be registered", short(id))
 		if p.on {
 			m.reply(p.h, wire.ErrIO)
 		}
@@ -356,8 +390,9 @@ func (m *Machine) ConnLost(id wire.ClientID, conn uint64, now time.Time) []Actio
 	return m.acts
 }
 
-// Disconnect takes a client out of the table at its own wish.
-func (m *Machine) Disconnect(id wire.ClientID, gen uint64, h any, now time.Time) []Action {
+// Disconnect takes a client out of the table at its own wish, which came by
+// connection conn (0: not known).
+func (m *Machine) Disconnect(id wire.ClientID, gen, conn uint64, h any, now time.Time) []Action {
 	m.begin()
 	c := m.clients[id]
 	switch {
@@ -367,6 +402,8 @@ func (m *Machine) Disconnect(id wire.ClientID, gen uint64, h any, now time.Time)
 		m.reply(h, wire.OK)
 	case gen < c.rec.Gen:
 		m.reply(h, wire.ErrStaleClient)
+	case conn != 0 && conn != c.conn:
+		m.drop(h)
 	default:
 		m.remove(c, "")
 		m.reply(h, wire.OK)
@@ -400,7 +437,8 @@ func (m *Machine) remove(c *client, why string) {
 	m.unlink(c)
 	if why != "" {
 		m.st.Evicted++
-		m.logf("client %s evicted: %s", short(c.rec.Client), why)
+		m.warnf(c.rec.Client, "evicted: %s", why)
+		m.acts[len(m.acts)-1].Reason = why
 	}
 	if c.waited && m.inRecovery() && c.stage != stageDone {
 		m.st.VersionRecovery = true
@@ -451,13 +489,15 @@ func (m *Machine) stopped() {
 
 // Committed notes that everything up to transno is durable.
 func (m *Machine) Committed(transno uint64) {
-	m.committed = max(m.committed, transno)
+	if transno <= m.committed {
+		return
+	}
+	m.committed = transno
 	n := 0
-	for n < len(m.ownersOrd) && m.ownersOrd[n] <= transno {
-		delete(m.owners, m.ownersOrd[n])
+	for n < len(m.owners) && m.owners[n].transno <= transno {
 		n++
 	}
-	m.ownersOrd = slices.Delete(m.ownersOrd, 0, n)
+	m.owners = slices.Delete(m.owners, 0, n)
 }
 
 // CommittedFor gives the LastCommitted of answers to a client: not what is
@@ -488,10 +528,13 @@ func (m *Machine) Tick(now time.Time) []Action {
 }
 
 func (m *Machine) silentSince(c *client) time.Time {
-	if c.heard.After(m.heardSince) {
-		return c.heard
+	t := m.heardSince
+	for _, x := range [...]time.Time{c.heard, c.answered} {
+		if x.After(t) {
+			t = x
+		}
 	}
-	return m.heardSince
+	return t
 }
 
 func (m *Machine) evictSilent(now time.Time) {
@@ -500,28 +543,44 @@ func (m *Machine) evictSilent(now time.Time) {
 		return
 	}
 	for _, c := range slices.Clone(m.order) {
-		// A client whose request is under way is owed an answer, not silent.
-		if silent := now.Sub(m.silentSince(c)); c.stored && c.busy == 0 && silent > m.cfg.PingTimeout {
+		if silent := now.Sub(m.silentSince(c)); c.canBeSilent() && silent > m.cfg.PingTimeout {
 			m.remove(c, fmt.Sprintf("not heard for %s", silent.Round(time.Millisecond)))
 		}
 	}
 }
 
-// NextTick returns when Tick has something to do at the earliest, and false
-// when that depends on other events.
-func (m *Machine) NextTick() (time.Time, bool) {
+// canBeSilent: a client whose request is under way is owed an answer, and one in
+// the target's process is there as long as the target is.
+func (c *client) canBeSilent() bool { return c.stored && c.busy == 0 && !c.rec.Local }
+
+// NextTick returns when Tick has something to do at the earliest, which may be
+// now, and false when that depends on other events.
+func (m *Machine) NextTick(now time.Time) (time.Time, bool) {
 	switch m.state {
 	case StateRecovering:
 		return m.soft, true
 	case StateFull:
-		if m.cfg.PingTimeout < 0 || m.heardAny.IsZero() || len(m.order) == 0 {
+		if m.cfg.PingTimeout < 0 || m.heardAny.IsZero() {
 			return time.Time{}, false
 		}
-		first := slices.MinFunc(m.order, func(a, b *client) int { return m.silentSince(a).Compare(m.silentSince(b)) })
-		return m.silentSince(first).Add(m.cfg.PingTimeout + 1), true
+		var first time.Time
+		for _, c := range m.order {
+			if t := m.silentSince(c); c.canBeSilent() && (first.IsZero() || t.Before(first)) {
+				first = t
+			}
+		}
+		at := first.Add(m.cfg.PingTimeout + 1)
+		if at.Before(now) {
+			at = now
+		}
+		// Later than this nobody is evicted before somebody else is heard.
+		return at, !first.IsZero() && at.Sub(m.heardAny) <= m.cfg.PingInterval
 	}
 	return time.Time{}, false
 }
+
+// Config returns the limits, with the defaults filled in.
+func (m *Machine) Config() Config { return m.cfg }
 
 // State returns what the target does with requests.
 func (m *Machine) State() State { return m.state }
@@ -562,19 +621,24 @@ type ClientStatus struct {
 	Finished  bool      // in recovery: has ended its replay
 	Missing   bool      // in recovery: has not connected
 	Failed    bool      // in recovery: a replay had other versions
+	Stage     string    // in recovery, of clients that are waited for: what it replays
 	Queued    int       // replays put aside
 	Executing int
+}
+
+func (s stage) String() string {
+	return [...]string{"requests", "locks", "waiting locks", "done"}[s]
 }
 
 // Clients lists the client table by client ID.
 func (m *Machine) Clients() []ClientStatus {
 	out := make([]ClientStatus, 0, len(m.order))
 	for _, c := range m.order {
-		rec := m.inRecovery() && c.waited
-		out = append(out, ClientStatus{
-			ClientRecord: c.rec, Connected: c.connected, Heard: c.heard, Queued: c.queued, Executing: c.busy,
-			Finished: rec && c.stage == stageDone, Missing: rec && !c.seen, Failed: rec && c.rec.FailedAt != 0,
-		})
+		s := ClientStatus{ClientRecord: c.rec, Connected: c.connected, Heard: c.heard, Queued: c.queued, Executing: c.busy}
+		if m.inRecovery() && c.waited {
+			s.Stage, s.Finished, s.Missing, s.Failed = c.stage.String(), c.stage == stageDone, !c.seen, c.rec.FailedAt != 0
+		}
+		out = append(out, s)
 	}
 	return out
 }

@@ -137,7 +137,7 @@ func (m *Machine) replay(c *client, r Request, now time.Time) {
 	}
 	if q := m.byNo[r.Transno]; q != nil {
 		if q.c != c || q.req.XID != r.XID {
-			m.logf("client %s replays transno %d, which is another request's", short(r.Client), r.Transno)
+			m.warnf(r.Client, "replays transno %d, which is another request's", r.Transno)
 			m.reply(r.Handle, wire.ErrProto)
 			return
 		}
@@ -333,8 +333,8 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 				// Before anything with a higher number: once that is durable, the
 				// client would take this one for durable, too.
 				c.rec.FailedAt = r.Transno
-				m.act(Action{Kind: ActPutClient, Client: c.rec.Client, Gen: c.rec.Gen, Entry: c.rec})
-				m.logf("client %s: transno %d meets other versions than before, it will be evicted", short(r.Client), r.Transno)
+				m.put(c)
+				m.warnf(r.Client, "replays transno %d, which meets other versions than before: it will be evicted", r.Transno)
 			}
 		} else {
 			res.Transno = r.Transno
@@ -352,7 +352,7 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 	}
 	m.act(a)
 	if run.dup.on {
-		a.Handle, a.Reconstructed = run.dup.h, true
+		a.Handle, a.Reconstructed = run.dup.h, !res.NotDone && !c.gone
 		m.act(a)
 	}
 	if !res.NotDone {
@@ -425,12 +425,13 @@ func (m *Machine) end(now time.Time) {
 		c.replayed, c.locks = nil, nil
 		if c.waited {
 			m.st.Finished++
+			m.settle(c)
 		}
 	}
-	if n := m.NextTransno() - 1; n > m.last {
-		m.last = n
-		m.act(Action{Kind: ActPutTarget, Target: TargetRecord{Instance: m.instance, Transno: n}})
-	}
+	m.last = m.NextTransno() - 1
+	// Who goes on builds on what the evicted have not replayed: if the evictions were
+	// lost, they might do so after the next start.
+	m.act(Action{Kind: ActPutTarget, Target: TargetRecord{Instance: m.instance, Transno: m.last}})
 	m.logf("recovery ended after %s: %d of %d clients, %d requests and %d locks replayed, %d gaps",
 		now.Sub(m.st.Start), m.st.Finished, m.st.Clients, m.st.Replayed, m.st.LockReplays, m.st.Gaps)
 	m.act(Action{Kind: ActRecoveryEnd, Transno: m.last})

@@ -1,6 +1,8 @@
 package recov
 
 import (
+	"cmp"
+	"slices"
 	"time"
 
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -56,7 +58,7 @@ func (m *Machine) fromSlot(h any, s *SlotRecord) {
 	m.st.Reconstructed++
 	m.act(Action{
 		Kind: ActReply, Handle: h, Status: s.Status, Transno: s.Transno, Data: s.Data,
-		Reconstructed: true, WaitCommit: s.Transno > m.committed && m.owners[s.Transno].held,
+		Reconstructed: true, WaitCommit: s.Transno > m.committed && m.owner(s.Transno).held,
 	})
 }
 
@@ -84,7 +86,13 @@ func (m *Machine) modify(c *client, r Request) {
 
 func (m *Machine) execute(c *client, r Request, replay bool) *running {
 	m.tickets++
-	run := &running{c: c, req: r, replay: replay}
+	var run *running
+	if n := len(m.spare); n > 0 {
+		run, m.spare = m.spare[n-1], m.spare[:n-1]
+	} else {
+		run = new(running)
+	}
+	*run = running{c: c, req: r, replay: replay}
 	m.runs[m.tickets] = run
 	c.busy++
 	m.act(Action{
@@ -132,9 +140,11 @@ func (m *Machine) Executed(res Result, now time.Time) []Action {
 	delete(m.runs, res.Ticket)
 	c, r := run.c, &run.req
 	c.busy--
+	c.answered = now
 	if len(res.Data) > MaxResult {
 		res.Data = nil
 	}
+	defer m.recycle(run)
 	if run.replay {
 		m.executedReplay(run, res, now)
 		m.stopped()
@@ -158,15 +168,25 @@ func (m *Machine) Executed(res Result, now time.Time) []Action {
 	}
 	m.act(a)
 	if run.dup.on {
-		a.Handle, a.Data, a.Reconstructed = run.dup.h, res.Data, true
-		if c.gone {
-			a.Data = nil
+		a.Handle = run.dup.h
+		if a.Reconstructed = !res.NotDone && !c.gone; a.Reconstructed {
+			a.Data = res.Data
 		}
 		m.act(a)
 	}
 	m.own(c, res.Transno, a.WaitCommit || r.Flags&wire.FlagWaitCommit != 0)
 	m.stopped()
 	return m.acts
+}
+
+// maxSpare bounds the executions that are kept for reuse.
+const maxSpare = 1024
+
+func (m *Machine) recycle(run *running) {
+	*run = running{}
+	if len(m.spare) < maxSpare {
+		m.spare = append(m.spare, run)
+	}
 }
 
 func slotOf(c *client, r *Request, res Result) SlotRecord {
@@ -178,7 +198,9 @@ func slotOf(c *client, r *Request, res Result) SlotRecord {
 
 // share tells whether the answer has to wait for the disk: with commit-on-share
 // when the operation builds on another client's that is not durable, always when
-// it builds on one that is not answered yet, since that would not be replayed.
+// it builds on one that nobody would replay: one that is not answered yet, and
+// one that did not come through the machine, that is, a local client's or the
+// target's own.
 func (m *Machine) share(c *client, res *Result) bool {
 	if res.Transno == 0 {
 		return false
@@ -187,7 +209,7 @@ func (m *Machine) share(c *client, res *Result) bool {
 		if v <= m.committed {
 			continue
 		}
-		if o, ok := m.owners[v]; ok && (o.held || m.cfg.CommitOnShare && o.c != c) {
+		if o := m.owner(v); o.held || m.cfg.CommitOnShare && o.c != c {
 			m.st.SharedCommits++
 			m.act(Action{Kind: ActCommit})
 			return true
@@ -196,9 +218,31 @@ func (m *Machine) share(c *client, res *Result) bool {
 	return false
 }
 
+// own notes whose an operation is. They come in the order of transno, but for
+// repeated answers.
 func (m *Machine) own(c *client, transno uint64, held bool) {
-	if (m.cfg.CommitOnShare || held) && transno > m.committed {
-		m.owners[transno] = owner{c, held}
-		m.ownersOrd = append(m.ownersOrd, transno)
+	if transno <= m.committed {
+		return
 	}
+	o := owner{transno, c, held || c.rec.Local}
+	if n := len(m.owners); n == 0 || m.owners[n-1].transno < transno {
+		m.owners = append(m.owners, o)
+	} else if i, found := m.ownerAt(transno); found {
+		m.owners[i].held = m.owners[i].held || o.held
+	} else {
+		m.owners = slices.Insert(m.owners, i, o)
+	}
+}
+
+func (m *Machine) ownerAt(transno uint64) (int, bool) {
+	return slices.BinarySearchFunc(m.owners, transno, func(o owner, t uint64) int { return cmp.Compare(o.transno, t) })
+}
+
+// owner tells whose the operation is that is not durable. Unknown ones count as
+// held.
+func (m *Machine) owner(transno uint64) owner {
+	if i, found := m.ownerAt(transno); found {
+		return m.owners[i]
+	}
+	return owner{held: true}
 }

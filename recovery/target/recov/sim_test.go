@@ -156,11 +156,11 @@ func (s *sim) acts(list []Action) {
 			s.stopped = s.m.State() == StateStopped
 		case ActPutClient:
 			s.st.append(entry{put: &a.Entry})
-			if a.Entry.FailedAt != 0 {
+			if a.Ticket == 0 {
 				continue
 			}
 			s.commit(len(s.st.log))
-			s.acts(s.m.Stored(a.Client, a.Gen, true, s.now))
+			s.acts(s.m.Stored(a.Client, a.Ticket, true, s.now))
 		case ActDelClient:
 			s.st.append(entry{del: &a.Client})
 		case ActCommit:
@@ -315,7 +315,7 @@ func (s *sim) step() {
 }
 
 func (s *sim) target() {
-	if at, ok := s.m.NextTick(); ok && !s.now.Before(at) {
+	if at, ok := s.m.NextTick(s.now); ok && !s.now.Before(at) {
 		s.acts(s.m.Tick(s.now))
 	}
 	if len(s.running) > 0 && s.chance(0.3) {

@@ -28,7 +28,7 @@ type entry struct {
 }
 
 func newStore() *store {
-	return &store{names: map[string]uint64{"/": 1 << 62}, done: map[string]bool{}}
+	return &store{names: map[string]uint64{"/": 0}, done: map[string]bool{}}
 }
 
 func (s *store) append(e entry) {
@@ -95,6 +95,9 @@ func (s *store) open(cfg Config) *Machine {
 	return New(cfg, target.Instance+1, target, last, cl, slots)
 }
 
+// missing: the root is always there, as old as the store.
+func (s *store) missing(p string) bool { return p != "/" && s.names[p] == 0 }
+
 func parent(p string) string {
 	if i := strings.LastIndexByte(p, '/'); i > 0 {
 		return p[:i]
@@ -118,7 +121,7 @@ func (s *store) do(op string, t uint64, check *[4]uint64) (pre [4]uint64, w map[
 		pre = [4]uint64{v[parent(a)], v[a]}
 		w[a] = t
 		switch {
-		case v[parent(a)] == 0:
+		case s.missing(parent(a)):
 			st = wire.ErrNoEnt
 		case v[a] != 0:
 			st = wire.ErrExist
@@ -146,7 +149,7 @@ func (s *store) do(op string, t uint64, check *[4]uint64) (pre [4]uint64, w map[
 	default:
 		panic("op " + op)
 	}
-	if f[0] != "create" && f[0] != "append" && v[a] == 0 {
+	if f[0] != "create" && f[0] != "append" && s.missing(a) {
 		st = wire.ErrNoEnt
 	}
 	if check != nil && *check != pre || check != nil && st != 0 {

@@ -63,7 +63,8 @@ type Connect struct {
 	// Estimate is how long the client waits for an answer, including what it
 	// has waited already.
 	Estimate time.Duration
-	// Local: the client dies with the target; recovery never waits for it.
+	// Local: the client dies with the target; its next start does not wait for it.
+	// The client may have lived elsewhere when the target died the last time.
 	Local  bool
 	Handle any
 }
@@ -95,8 +96,9 @@ const (
 	// With Replay a modifying operation gets the number Req.Transno; with
 	// CheckVersions Req.PreVersions must be met.
 	ActExecute Kind = 1 + iota
-	// ActReply: answer Handle with Status and Transno. With Reconstructed, Data
-	// is the slot's result (nil when that is gone) and nothing is executed.
+	// ActReply: answer Handle with Status and Transno. With Reconstructed the
+	// operation was executed before and Data is the slot's result, nil when that is
+	// gone.
 	// WaitCommit: not before Transno is durable.
 	ActReply
 	// ActConnected: answer the connect Handle with Status OK, Instance,
@@ -104,14 +106,15 @@ const (
 	ActConnected
 	// ActDrop: forget Handle without an answer.
 	ActDrop
-	// ActPutClient: write Entry durably, then call Stored. With Entry.FailedAt the
-	// order of the log is enough, as for ActDelClient, and Stored is not called.
+	// ActPutClient: write Entry durably, then call Stored with Ticket. Without a
+	// Ticket the order of the log is enough, as for ActDelClient.
 	ActPutClient
 	// ActDelClient: remove the records of Client durably: the entry, the slots,
 	// and with Evicted everything that the client holds. Close its connections.
 	ActDelClient
-	// ActPutTarget: write Target durably before anything else happens. With
-	// Target.Clean everything executed must be durable before.
+	// ActPutTarget: write Target durably, and what ActPutClient and ActDelClient
+	// wrote before it, before anything else happens. With Target.Clean everything
+	// executed must be durable, too.
 	ActPutTarget
 	// ActWindowStart, ActWindowExtend: the recovery window ends at Deadline.
 	ActWindowStart
@@ -120,7 +123,8 @@ const (
 	ActRecoveryEnd
 	// ActCommit: make everything executed so far durable soon.
 	ActCommit
-	// ActLog: tell the administrator Text.
+	// ActLog: tell the administrator Text, which is about Client if that is not
+	// zero. Warn: it is trouble. Reason: that of Client's eviction.
 	ActLog
 )
 
@@ -147,7 +151,8 @@ type Action struct {
 	Entry         ClientRecord
 	Target        TargetRecord
 	Deadline      time.Time
-	Text          string
+	Text, Reason  string
+	Warn          bool
 }
 
 // Config has a Machine's limits. Zero fields get the defaults.
@@ -168,6 +173,7 @@ type Config struct {
 	// CommitOnShare: an answer waits for the disk when the operation builds on
 	// another client's that is not durable. Without it a client may fail in
 	// recovery because another one, or only an answer to another one, is lost.
+	// What builds on a local client's operation waits in any case.
 	CommitOnShare bool
 }
 
