@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"sync/atomic"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -161,15 +162,18 @@ type fullEngine struct {
 
 func (e *fullEngine) Room() store.Room { return e.room }
 
-// holdEngine lets Sync wait for the test.
+// holdEngine lets Sync wait for the test while hold is set.
 type holdEngine struct {
 	store.Engine
 	enter, leave chan struct{}
+	hold         atomic.Bool
 }
 
 func (e *holdEngine) Sync() error {
-	e.enter <- struct{}{}
-	<-e.leave
+	if e.hold.Load() {
+		e.enter <- struct{}{}
+		<-e.leave
+	}
 	return e.Engine.Sync()
 }
 
@@ -178,7 +182,7 @@ func (e *holdEngine) Sync() error {
 func TestWaitCommit(t *testing.T) {
 	for _, cos := range []bool{false, true} {
 		b := newBed(t, vfs.NewMem(), Options{COS: cos})
-		h := &holdEngine{b.e, make(chan struct{}), make(chan struct{})}
+		h := &holdEngine{Engine: b.e, enter: make(chan struct{}), leave: make(chan struct{})}
 		if err := b.m.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -187,18 +191,16 @@ func TestWaitCommit(t *testing.T) {
 			rep *wire.Reply
 		}
 		order := make(chan answer, 10)
-		go func() { // opening syncs; the client is registered already
-			<-h.enter
-			h.leave <- struct{}{}
-		}()
 		o := Options{Engine: h, COS: cos}
 		m, err := Open(o)
 		if err != nil {
 			t.Fatal(err)
 		}
+		m.Begin(0)
 		if rep := call(m, &wire.Request{Header: wire.Header{Op: wire.OpConnect}}); rep.Status != wire.OK {
 			t.Fatal(rep.Status)
 		}
+		h.hold.Store(true)
 		send := func(n int, op wire.Op, name string, how wire.CreateHow) {
 			rep := &wire.Reply{}
 			req := &wire.Request{Header: wire.Header{Op: op, Client: testClient, Flags: wire.FlagWaitCommit}, FID: wire.RootFID, Name: []byte(name), How: how}
@@ -238,10 +240,7 @@ func TestWaitCommit(t *testing.T) {
 				t.Errorf("answer %d %v, want %d", a.n, a.rep.Status, n)
 			}
 		}
-		go func() {
-			<-h.enter
-			h.leave <- struct{}{}
-		}()
+		h.hold.Store(false)
 		if err := m.Close(); err != nil {
 			t.Fatal(err)
 		}
