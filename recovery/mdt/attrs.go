@@ -327,7 +327,7 @@ func (t *tx) closeEpochs() wire.Status {
 		if t.replay() {
 			return recov.VersionMismatch
 		}
-		t.held = true
+		t.held = t.rep.Count > 0
 	}
 	return wire.OK
 }

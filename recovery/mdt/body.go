@@ -129,13 +129,16 @@ func (m *MDT) Begin(transno uint64) {
 	m.state.Transno = n
 	b := m.e.NewBatch()
 	b.Set(keyState, appendState(nil, &m.state))
-	done := make(chan error, 1)
-	m.com.Applied(n)
-	st := m.extra(b, func(err error) { done <- err })
+	if err := m.e.Apply(b); err != nil {
+		m.broken(err)
+		m.seq.Unlock()
+		return
+	}
 	m.core.SkipTo(n)
 	m.core.Applied(n)
+	m.com.Applied(n)
 	m.seq.Unlock()
-	if st != wire.OK || <-done != nil {
+	if m.Sync() != nil {
 		return
 	}
 	m.seq.Lock()

@@ -63,8 +63,8 @@ func (m *MDT) loadClients(b store.Batch) error {
 			// to be closed.
 			m.log.Error("mdt: damaged client record, the client is evicted", "client", fmt.Sprintf("%x", c.Client), "err", err)
 			b.Delete(appendClientKey(nil, c.Client))
-			m.dropSlots(b, c.Client)
 			m.setFence(b, c.Client, m.tenure())
+			return m.dropSlots(b, c.Client)
 		}
 		return nil
 	})
@@ -104,10 +104,13 @@ func (m *MDT) loadClients(b store.Batch) error {
 	})
 }
 
-// dropSlots removes a client's slot records.
-func (m *MDT) dropSlots(b store.Batch, id wire.ClientID) {
-	lower := append([]byte{prefixSlot}, id[:]...)
-	b.DeleteRange(lower, store.PrefixEnd(lower))
+// dropSlots removes a client's slot records, one by one: a range deletion would
+// make every read of the engine slower for a while.
+func (m *MDT) dropSlots(b store.Batch, id wire.ClientID) error {
+	return iteratePrefix(m.e, append([]byte{prefixSlot}, id[:]...), func(k, _ []byte) error {
+		b.Delete(k)
+		return nil
+	})
 }
 
 // setFence enters that all OSTs have to refuse what the client sends with a tenure
@@ -160,7 +163,10 @@ func (m *MDT) putClient(r recov.ClientRecord, tenure *uint64, done func(error)) 
 		return wire.ErrNoSpc
 	default:
 		e.Tenure = m.tenure()
-		m.dropSlots(b, r.Client)
+		if err := m.dropSlots(b, r.Client); err != nil {
+			b.Close()
+			return m.damaged("reply slots", fmt.Sprintf("%x", r.Client), err)
+		}
 	}
 	*tenure = e.Tenure
 	b.Set(appendClientKey(nil, r.Client), AppendClient(nil, e))
@@ -197,7 +203,10 @@ func (m *MDT) delClient(id wire.ClientID, gen uint64, evicted bool, done func(er
 	m.view.Store(m.core.View())
 	b := m.e.NewBatch()
 	b.Delete(appendClientKey(nil, id))
-	m.dropSlots(b, id)
+	if err := m.dropSlots(b, id); err != nil {
+		b.Close()
+		return m.broken(err)
+	}
 	if evicted {
 		if f := m.setFence(b, id, e.Tenure+1); f != nil {
 			done = func(err error) {

@@ -191,15 +191,19 @@ func (m *MDT) modify(req *wire.Request, rep *wire.Reply, x front.Exec, e front.E
 		m.stats.errors.Add(1)
 	}
 	changed := rep.Transno == t.transno
+	gate := t.gateAt
 	if e != nil {
 		res := t.result()
+		if !wait {
+			gate = res.Transno
+		}
 		wait = (e.Executed(res) || res.Held || wait) && !t.lost
 	}
 	queued := false
 	if wait {
 		// Also when the target has failed meanwhile: the gate knows what is durable
 		// and turns the rest into errors.
-		queued = m.com.Gate(t.gateAt, rep, c)
+		queued = m.com.Gate(gate, rep, c)
 	} else {
 		rep.LastCommitted = m.com.LastCommitted()
 	}
@@ -337,7 +341,8 @@ func memorable(st wire.Status) bool {
 // roomFor tells whether an operation may still run when the disk is nearly full.
 func roomFor(req *wire.Request, r store.Room) bool {
 	switch req.Op {
-	case wire.OpRemove, wire.OpRmdir, wire.OpTruncateDone, wire.OpCloseEpoch, wire.OpUnlock, wire.OpLockCancel, wire.OpLockGrantDone, wire.OpUnshare, wire.OpLockFree,
+	case wire.OpRemove, wire.OpRmdir, wire.OpTruncateDone, wire.OpCloseEpoch,
+		wire.OpUnlock, wire.OpLockCancel, wire.OpLockGrantDone, wire.OpUnshare, wire.OpLockFree,
 		wire.OpLockRelease, wire.OpLockUnmonitor, wire.OpLockNotified, wire.OpLockService:
 		return r < store.RoomNone
 	case wire.OpRename, wire.OpTouchAtime:
@@ -403,7 +408,7 @@ func (t *tx) preVersions() (v [4]uint64) {
 func (t *tx) commit(keyed bool) wire.Status {
 	m, req := t.m, t.req
 	pre := t.preVersions()
-	if t.x.CheckVersions && (pre != req.PreVersions || len(t.inodes) > len(pre)) {
+	if t.x.CheckVersions && pre != req.PreVersions {
 		return recov.VersionMismatch
 	}
 	for i := range t.inodes {
@@ -453,8 +458,7 @@ func (t *tx) commit(keyed bool) wire.Status {
 	if t.replay() && t.now < m.o.Clock()+maxSkew {
 		t.raise = max(t.raise, t.now)
 	}
-	m.core.SkipTo(t.transno - 1)
-	m.core.AssignTransno()
+	m.core.SkipTo(t.transno)
 	m.state.Transno, m.state.Time = t.transno, max(m.state.Time, t.raise)
 	m.state.Inodes += uint64(t.delta)
 	t.set(append(t.kb, keyState...), appendState(t.vb, &m.state))
