@@ -163,7 +163,8 @@ func (m *MDT) reconstruct(req *wire.Request, rep *wire.Reply, o *outcome) {
 			rep.Attr, rep.HasAttr = o.attr(req), true
 		}
 	}
-	if req.Op != wire.OpSetattr && req.Op != wire.OpLink {
+	switch req.Op {
+	case wire.OpCreate, wire.OpMkdir, wire.OpSymlink, wire.OpMknod, wire.OpRemove, wire.OpRmdir, wire.OpRename:
 		if in, _ := m.inode(req.FID, false); in != nil && in.Attr.Type == wire.TypeDir {
 			rep.DirAttr, rep.HasDir = in.Attr, true
 		}
