@@ -50,7 +50,7 @@ func (m *MDT) LogDone(ids []uint64) error {
 
 func (m *MDT) logDone(ids []uint64) wire.Status {
 	m.seq.Lock()
-	defer m.seq.Unlock()
+	defer m.unlock()
 	b := m.e.NewBatch()
 	var kb []byte
 	for _, id := range ids {
@@ -97,6 +97,8 @@ func (m *MDT) OpenEpochs() ([]OpenEpoch, error) {
 // Sync waits until everything applied so far is durable.
 func (m *MDT) Sync() error {
 	ch := make(chan error, 1)
-	m.com.Extra(func(err error) { ch <- err })
+	if err := m.com.Extra(func(err error) { ch <- err }); err != nil {
+		return err
+	}
 	return <-ch
 }

@@ -106,7 +106,7 @@ func (m *MDT) PutTarget(r recov.TargetRecord) error {
 	// The log keeps its order, so what was executed is durable with it.
 	done := make(chan error, 1)
 	st := m.extra(b, func(err error) { done <- err })
-	m.seq.Unlock()
+	m.unlock()
 	err := st.Err()
 	if err == nil {
 		err = <-done
@@ -131,7 +131,7 @@ func (m *MDT) Begin(transno uint64) {
 	b.Set(keyState, appendState(nil, &m.state))
 	if err := m.e.Apply(b); err != nil {
 		m.broken(err)
-		m.seq.Unlock()
+		m.unlock()
 		return
 	}
 	m.core.SkipTo(n)

@@ -420,9 +420,16 @@ func TestTargetRecord(t *testing.T) {
 	if tab, err = b.m.Table(); err != nil || tab.Instance <= inst+20 {
 		t.Errorf("after 20 starts: %d, %v", tab.Instance, err)
 	}
+	b.e.hold()
+	failed := make(chan error, 1)
+	go func() { failed <- b.m.PutTarget(recov.TargetRecord{Instance: 99}) }()
+	waitFor(t, func() bool { _, n := b.e.ends(); return n > d })
 	b.e.die()
+	if err := <-failed; err == nil {
+		t.Error("recorded, but not durable")
+	}
 	if err := b.m.PutTarget(recov.TargetRecord{}); err == nil {
-		t.Error("recorded on a broken engine")
+		t.Error("recorded by a failed target")
 	}
 }
 
@@ -525,13 +532,30 @@ func TestCommitForRecovery(t *testing.T) {
 // fate nobody knows; it asks the next start.
 func TestEngineFailsInExecute(t *testing.T) {
 	b := served(t, Options{})
-	b.e.die()
+	// What waits is told without the target's locks.
+	told := make(chan error, 3)
+	look := func(err error) {
+		b.m.Tenure(clientA)
+		told <- err
+	}
+	b.m.PutClient(recov.ClientRecord{Client: wire.ClientID{'N'}, Gen: 1}, look)
+	b.m.RaiseVIP(3, 1, look)
+	before := reqOf(clientA, wire.OpMkdir, wire.RootFID, "before")
+	before.Flags |= wire.FlagWaitCommit
+	rep := &wire.Reply{}
+	b.m.Handle(before, rep, func() { look(rep.Status) })
+	b.e.fail.Store(true)
 	r := reqOf(clientA, wire.OpMkdir, wire.RootFID, "a")
 	r.Flags |= wire.FlagWaitCommit
 	e := b.start(r, front.Exec{KeepSlot: true}, true)
 	<-e.done
 	if e.rep.Status != wire.ErrTargetDown || !e.res.NotDone || e.res.Transno != 0 {
 		t.Errorf("%v %+v", e.rep.Status, e.res)
+	}
+	for range 3 {
+		if err := <-told; err == nil || err == wire.OK {
+			t.Error("told that it is durable")
+		}
 	}
 	if !b.m.Down() {
 		t.Error("the target works on")

@@ -24,7 +24,7 @@ type fence struct {
 
 // extra writes a change that has no transno; done, if not nil, is called when it
 // is durable, or with what prevents it, unless extra fails. The sequencer's lock
-// is held, and may be when done is called, which must not take it.
+// is held, but not when done is called.
 func (m *MDT) extra(b store.Batch, done func(error)) wire.Status {
 	if m.down.Load() {
 		b.Close()
@@ -33,7 +33,15 @@ func (m *MDT) extra(b store.Batch, done func(error)) wire.Status {
 	if err := m.e.Apply(b); err != nil {
 		return m.broken(err)
 	}
-	m.com.Extra(done)
+	return m.durable(done)
+}
+
+// durable calls done when everything applied so far is durable, or with what
+// prevents it, unless durable fails.
+func (m *MDT) durable(done func(error)) wire.Status {
+	if m.com.Extra(done) != nil {
+		return wire.ErrTargetDown
+	}
 	return wire.OK
 }
 
@@ -148,7 +156,7 @@ func (m *MDT) PutClient(r recov.ClientRecord, done func(error)) {
 // putClient also gives the entry's tenure, before done is called.
 func (m *MDT) putClient(r recov.ClientRecord, tenure *uint64, done func(error)) wire.Status {
 	m.seq.Lock()
-	defer m.seq.Unlock()
+	defer m.unlock()
 	old := m.clients[r.Client]
 	e := &ClientEntry{ClientRecord: r}
 	b := m.e.NewBatch()
@@ -189,13 +197,13 @@ func (m *MDT) DelClient(id wire.ClientID, gen uint64, evicted bool) {
 
 func (m *MDT) delClient(id wire.ClientID, gen uint64, evicted bool, done func(error)) wire.Status {
 	m.seq.Lock()
-	defer m.seq.Unlock()
+	defer m.unlock()
 	e := m.clients[id]
 	if e == nil || e.Gen != gen {
-		if done != nil {
-			m.com.Extra(done)
+		if done == nil {
+			return wire.OK
 		}
-		return wire.OK
+		return m.durable(done)
 	}
 	// Not admitted any more, whatever becomes of the record.
 	delete(m.clients, id)
@@ -272,7 +280,7 @@ func (m *MDT) FenceWake() <-chan struct{} { return m.fenceWake }
 // epochs. What a crash makes of it is harmless: the OST is told again.
 func (m *MDT) FenceDone(id wire.ClientID, tenure uint64, ost uint16) error {
 	m.seq.Lock()
-	defer m.seq.Unlock()
+	defer m.unlock()
 	f := m.fences[id]
 	if f == nil || tenure < f.Tenure {
 		return nil
@@ -306,11 +314,13 @@ func (m *MDT) VIPEpoch(vip uint32) uint64 { return m.view.Load().VIPEpoch(vip) }
 // RaiseVIP implements front.Body. Under the sequencer's lock nothing older is
 // executing, and is not admitted afterwards.
 func (m *MDT) RaiseVIP(vip uint32, epoch uint64, done func(error)) {
-	// That the epoch is higher already is what is wanted.
-	if st := m.raiseVIP(vip, epoch, done); st != wire.OK && st != wire.ErrStaleVIP {
+	st := m.raiseVIP(vip, epoch, done)
+	if st == wire.ErrStaleVIP {
+		// It is higher already, though perhaps not durable.
+		st = m.durable(done)
+	}
+	if st != wire.OK {
 		done(st)
-	} else if st == wire.ErrStaleVIP {
-		m.com.Extra(done)
 	}
 }
 
@@ -318,7 +328,7 @@ func (m *MDT) RaiseVIP(vip uint32, epoch uint64, done func(error)) {
 // done when it is durable.
 func (m *MDT) raiseVIP(vip uint32, epoch uint64, done func(error)) wire.Status {
 	m.seq.Lock()
-	defer m.seq.Unlock()
+	defer m.unlock()
 	switch {
 	case m.down.Load():
 		return wire.ErrTargetDown
@@ -330,8 +340,7 @@ func (m *MDT) raiseVIP(vip uint32, epoch uint64, done func(error)) wire.Status {
 		return st
 	}
 	if !changed {
-		m.com.Extra(done) // it may not be durable yet
-		return wire.OK
+		return m.durable(done) // it may not be yet
 	}
 	m.view.Store(m.core.View())
 	b := m.e.NewBatch()

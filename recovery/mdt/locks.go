@@ -280,7 +280,7 @@ func (m *MDT) TickLocks() error {
 		st = t.commit(false)
 		after = m.serveGrants()
 	}
-	m.seq.Unlock()
+	m.unlock()
 	for _, f := range after {
 		f()
 	}

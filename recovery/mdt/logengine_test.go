@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/baton-nfs/baton/recovery/store"
 )
@@ -20,6 +21,7 @@ type logEngine struct {
 	durable int // batches
 	held    bool
 	dead    bool
+	fail    atomic.Bool // Apply fails
 	room    store.Room
 }
 
@@ -131,7 +133,7 @@ func (e *logEngine) NewBatch() store.Batch { return &logBatch{} }
 func (e *logEngine) Apply(b store.Batch) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.dead {
+	if e.dead || e.fail.Load() {
 		return store.ErrFailed
 	}
 	c := b.(*logBatch).c

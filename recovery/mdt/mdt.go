@@ -72,8 +72,8 @@ type Options struct {
 
 // MDT is a metadata target. It implements wire.Target and front.Body.
 //
-// done callbacks may run while the sequencer is locked when the target fails; they
-// must neither block nor call the MDT.
+// Callbacks are called without locks held, but for front.Execution's Executed; they
+// must not block.
 //
 // Replies given to Handle and TryHandle must have been Reset.
 type MDT struct {
@@ -114,6 +114,8 @@ type MDT struct {
 	dirty    map[wire.FID]struct{} // inodes with unwritten access times
 	t        tx
 	closed   bool
+	// engineErr is for unlock: the engine has failed.
+	engineErr error
 
 	stats struct {
 		ops, tryHits, tryMisses, modifies, errors, replays atomic.Uint64
@@ -288,6 +290,24 @@ func (m *MDT) fail(err error) {
 	})
 }
 
+// broken stops the target after an error of the engine. The sequencer's lock is
+// held; who waits for the disk is told by unlock.
+func (m *MDT) broken(err error) wire.Status {
+	m.down.Store(true)
+	m.engineErr = err
+	return wire.ErrIO
+}
+
+// unlock gives the sequencer's lock back.
+func (m *MDT) unlock() {
+	err := m.engineErr
+	m.engineErr = nil
+	m.seq.Unlock()
+	if err != nil {
+		m.com.Fail(err)
+	}
+}
+
 // Fail stops the target because of an error met elsewhere, such as the
 // engine's OnFail: replies that wait get ErrIO, later requests ErrTargetDown.
 func (m *MDT) Fail(err error) {
@@ -302,8 +322,8 @@ func (m *MDT) Down() bool { return m.down.Load() }
 // stays open. Modifying requests must have ended.
 func (m *MDT) Close() error {
 	m.seq.Lock()
-	defer m.seq.Unlock()
 	if m.closed {
+		m.seq.Unlock()
 		return nil
 	}
 	m.closed = true
@@ -311,10 +331,13 @@ func (m *MDT) Close() error {
 		m.flushAtimes()
 	}
 	m.down.Store(true)
+	m.unlock()
 	m.polls.fail()
 	if err := m.com.Close(); err != nil {
 		return fmt.Errorf("close mdt: %w", err)
 	}
+	m.seq.Lock()
+	defer m.seq.Unlock()
 	b := m.e.NewBatch()
 	b.Set(keyState, appendState(nil, &m.state))
 	if err := m.e.Apply(b); err != nil {

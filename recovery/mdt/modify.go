@@ -210,7 +210,7 @@ func (m *MDT) modify(req *wire.Request, rep *wire.Reply, x front.Exec, e front.E
 	unlinked := t.unlink
 	t.req, t.rep = nil, nil
 	after := m.serveGrants()
-	m.seq.Unlock()
+	m.unlock()
 	if !queued {
 		c.Done()
 	}
@@ -600,13 +600,6 @@ func (m *MDT) nextSequence() wire.Status {
 	}
 	m.fidSeq, m.fidOID, m.super = m.super.NextSeq, 0, next
 	return wire.OK
-}
-
-// broken stops the target after an error of the engine.
-func (m *MDT) broken(err error) wire.Status {
-	m.down.Store(true)
-	m.com.Fail(err)
-	return wire.ErrIO
 }
 
 // newInode makes an object in dir for the request's credential: attributes that

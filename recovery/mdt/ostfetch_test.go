@@ -250,6 +250,25 @@ func TestOSTFetchInPieces(t *testing.T) {
 	}
 }
 
+// TestOSTFetchFullBetween: the answer is full where one kind of entries ends.
+func TestOSTFetchFullBetween(t *testing.T) {
+	b := newBody(t, Options{})
+	b.begin(0)
+	n := 0
+	for o := (wire.OSTInfo{}); o.Size() <= fetchBytes; n++ {
+		id := wire.ClientID{1, byte(n >> 8), byte(n)}
+		b.m.PutClient(recov.ClientRecord{Client: id, Gen: 1}, nil)
+		o.Clients = append(o.Clients, wire.ClientInfo{})
+	}
+	b.put(clientB, 1)
+	b.m.DelClient(clientB, 1, true)
+	b.sync()
+	o, pieces := fetch(t, b.m, 0, nil)
+	if pieces != 2 || len(o.Clients) != n || len(o.Fences) != 1 {
+		t.Errorf("%d pieces, %d clients of %d, %d fences", pieces, len(o.Clients), n, len(o.Fences))
+	}
+}
+
 // FuzzOSTFetch gives any cursor: an answer, or ErrInval, and always an end.
 func FuzzOSTFetch(f *testing.F) {
 	b := served(f, Options{})

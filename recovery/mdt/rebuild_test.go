@@ -88,6 +88,10 @@ func TestRebuild(t *testing.T) {
 	cut := reqOf(clientA, wire.OpSetattr, f, "")
 	cut.SetAttr = wire.SetAttr{Mask: wire.SetSize, Size: 100}
 	log := do("truncate", cut).rep.Truncate.LogID
+	b.sync()
+	if l, err := b.m.PendingLogs(0, 10); err != nil || len(l) != 1 || l[0].Client != clientA || l[0].ID != log || l[0].FID != f {
+		t.Errorf("logs %+v %v", l, err)
+	}
 	do("chmod", reqOf(clientA, wire.OpSetattr, f, ""))
 	again := reqOf(clientA, wire.OpCreate, wire.RootFID, "f")
 	again.SetAttr = wire.SetAttr{Mask: wire.SetSize, Size: 200}

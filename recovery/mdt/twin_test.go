@@ -22,6 +22,9 @@ func twinSeeds(fixed, more int) []uint64 {
 		return []uint64{*twinSeed}
 	}
 	var s []uint64
+	if testing.Short() {
+		fixed = min(fixed, 2)
+	}
 	for i := range fixed {
 		s = append(s, uint64(i)+1)
 	}
@@ -107,7 +110,7 @@ func (l *load) next(now int64) (client int, req *wire.Request) {
 	l.xid++
 	client = l.rng.IntN(len(l.clients))
 	req = &wire.Request{Header: wire.Header{Client: l.clients[client], ClientGen: 1, XID: l.xid, Slot: uint16(l.rng.IntN(4))}}
-	if len(l.last) > 0 && l.rng.IntN(500) == 0 {
+	if len(l.last) > 0 && l.rng.IntN(1200) == 0 {
 		// A retransmission, which may come by another frontend.
 		again := *l.last[l.rng.IntN(len(l.last))]
 		again.Client, again.XID, again.Slot = req.Client, req.XID, req.Slot
@@ -116,7 +119,7 @@ func (l *load) next(now int64) (client int, req *wire.Request) {
 	if l.rng.IntN(3) == 0 {
 		req.Cred = wire.Cred{UID: uint32(l.rng.IntN(3)), GID: uint32(l.rng.IntN(3))}
 	}
-	if l.rng.IntN(500) == 0 {
+	if l.rng.IntN(1200) == 0 {
 		req.Flags |= wire.FlagWaitCommit
 	}
 	req.FID, req.Name = l.dir(), l.name()
@@ -184,13 +187,13 @@ func (l *load) next(now int64) (client int, req *wire.Request) {
 		req.Op, req.FID = wire.OpOpenEpoch, l.file()
 	case 21, 22:
 		req.Op = wire.OpCloseEpoch
-		n := 1 + l.rng.IntN(30)/29*(1+l.rng.IntN(3))
-		if l.rng.IntN(100) == 0 {
+		n := 1 + l.rng.IntN(80)/79*(1+l.rng.IntN(3))
+		if l.rng.IntN(300) == 0 {
 			n = 6
 		}
 		for range n {
 			f := l.file()
-			if o := l.open[client]; len(o) > 0 && l.rng.IntN(200) > 0 {
+			if o := l.open[client]; len(o) > 0 && l.rng.IntN(600) > 0 {
 				f = o[len(o)-1]
 				l.open[client] = o[:len(o)-1]
 			}
@@ -387,7 +390,9 @@ func TestTwin(t *testing.T) {
 				}
 				tw.crash()
 				for range tw.rng.IntN(3) {
-					tw.replayAll(tw.rng.IntN(len(tw.kept) + 1))
+					n := tw.rng.IntN(len(tw.kept) + 1)
+					tw.replayAll(n)
+					replayed += n
 					tw.crash()
 				}
 				tw.replayAll(len(tw.kept))
@@ -397,7 +402,7 @@ func TestTwin(t *testing.T) {
 				tw.b.begin(0)
 				tw.w.begin(0)
 			}
-			t.Log(replayed, "operations replayed")
+			t.Log(replayed, "operations replayed", tw.acts)
 			for op, n := range tw.acts {
 				total[op] += n
 			}

@@ -102,28 +102,26 @@ func (c *Committer) Lazy() {
 
 // Extra tells that something was applied that has no transno. done, if not nil,
 // is called when that and everything before it is durable, or with what prevents
-// it, perhaps before Extra returns; without it Lazy does.
-func (c *Committer) Extra(done func(error)) {
+// it; without it Lazy is. An error means that done is not called.
+func (c *Committer) Extra(done func(error)) error {
+	if done == nil {
+		defer c.Lazy()
+	}
 	c.mu.Lock()
-	err := c.err
-	if err == nil && c.closing {
-		err = errClosing
-	}
-	if err == nil {
-		c.extra = true
-		if done != nil {
-			c.flushes = append(c.flushes, done)
-			c.due = true
-			c.cond.Signal()
-		}
-	}
-	c.mu.Unlock()
+	defer c.mu.Unlock()
 	switch {
-	case done == nil:
-		c.Lazy()
-	case err != nil:
-		done(err)
+	case c.err != nil:
+		return c.err
+	case c.closing:
+		return errClosing
 	}
+	c.extra = true
+	if done != nil {
+		c.flushes = append(c.flushes, done)
+		c.due = true
+		c.cond.Signal()
+	}
+	return nil
 }
 
 // Gate holds a reply back until transno t is durable: done is called then, after

@@ -336,10 +336,16 @@ func TestCommitterExtra(t *testing.T) {
 	enter, leave := make(chan struct{}), make(chan error)
 	c := NewCommitter(5, func() error { enter <- struct{}{}; return <-leave }, nil)
 	got := make(chan error, 10)
-	extra := func() { c.Extra(func(err error) { got <- err }) }
-	extra()
+	extra := func() error { return c.Extra(func(err error) { got <- err }) }
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(extra())
 	<-enter
-	extra() // comes too late for the flush that runs
+	must(extra()) // comes too late for the flush that runs
 	c.Applied(6)
 	leave <- nil
 	if err := <-got; err != nil {
@@ -353,29 +359,29 @@ func TestCommitterExtra(t *testing.T) {
 	if err := <-got; err != nil || c.LastCommitted() != 6 {
 		t.Error(err, c.LastCommitted())
 	}
-	c.Extra(nil) // becomes durable by itself
+	must(c.Extra(nil)) // becomes durable by itself
 	<-enter
 	leave <- nil
 	c.Applied(7)
 	c.Soon()
 	<-enter
-	extra()
+	must(extra())
 	broken := errors.New("broken")
 	leave <- broken
 	if err := <-got; err != broken {
 		t.Error(err)
 	}
-	if extra(); <-got != broken {
-		t.Error("after the failure")
+	if err := extra(); err != broken || len(got) != 0 {
+		t.Error("after the failure:", err)
 	}
 
 	c = NewCommitter(0, func() error { <-enter; return nil }, nil)
-	c.Extra(nil)
+	must(c.Extra(nil))
 	go func() { enter <- struct{}{} }()
 	if err := c.Close(); err != nil || c.Syncs() != 1 {
 		t.Error(err, c.Syncs())
 	}
-	if extra(); <-got == nil {
-		t.Error("after Close")
+	if err := extra(); err == nil || len(got) != 0 {
+		t.Error("after Close:", err)
 	}
 }
