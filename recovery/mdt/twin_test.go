@@ -402,7 +402,7 @@ func TestTwin(t *testing.T) {
 				tw.b.begin(0)
 				tw.w.begin(0)
 			}
-			t.Log(replayed, "operations replayed", tw.acts)
+			t.Log(replayed, "operations replayed")
 			for op, n := range tw.acts {
 				total[op] += n
 			}
