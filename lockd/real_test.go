@@ -40,6 +40,7 @@ func realBed(t *testing.T) (*bed, []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	m.Begin(0)
 	o, err := ost.Open(ost.Options{FS: objfs.NewMem(clk.Now), BootID: "boot", Clock: clk.Now})
 	if err != nil {
 		t.Fatal(err)

@@ -84,6 +84,7 @@ func (b *bed) start(stripes int) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.mdt.Begin(0)
 	var conns []wire.Conn
 	var osts []*ost.Target
 	for i, d := range b.disks {

@@ -19,6 +19,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/ost/objfs"
 	"github.com/baton-nfs/baton/recovery/store/local"
 	"github.com/baton-nfs/baton/recovery/target"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -180,9 +181,16 @@ var damages = []struct {
 	// stays: --repair does not touch it.
 	stays bool
 }{
-	{class: SuperblockDamaged, damage: func(w *world, _ *tree) { w.put(keySuper, []byte{9}) }},
-	{class: SuperblockDamaged, name: "missing", damage: func(w *world, _ *tree) { w.put(keySuper, nil) }},
-	{class: SuperblockSequence, damage: func(w *world, _ *tree) { w.put(keySuper, superRecord(mdt.Super{NextSeq: 2})) }},
+	{class: SuperblockDamaged, damage: func(w *world, _ *tree) { w.put([]byte("ms"), []byte{9}) }},
+	{class: SuperblockDamaged, name: "missing", damage: func(w *world, _ *tree) { w.put([]byte("ms"), nil) }},
+	{class: SuperblockSequence, damage: func(w *world, _ *tree) {
+		w.repairs(func(r *mdt.Repair) { r.PutSuper(&mdt.Super{NextSeq: 2}) })
+	}},
+	{class: SuperblockSequence, name: "tenure", damage: func(w *world, _ *tree) {
+		// A start that takes the sequence again would give a tenure again.
+		e := mdt.ClientEntry{ClientRecord: recov.ClientRecord{Client: wire.ClientID{9}, Gen: 1, Local: true}, Tenure: 77<<32 | 1}
+		w.put(metaKey('c', e.Client), mdt.AppendClient(nil, &e))
+	}},
 	{class: StateDamaged, damage: func(w *world, _ *tree) { w.put([]byte("mt"), []byte("x")) }},
 	{class: StateTransno, damage: func(w *world, _ *tree) {
 		s := state(w)
@@ -421,7 +429,16 @@ var damages = []struct {
 		w.stop(true, true)
 		w.put(k, v)
 	}},
-	{class: ClientDamaged, damage: func(w *world, x *tree) { w.put(append([]byte("mc"), make([]byte, 16)...), []byte("bad")) }},
+	{class: ClientDamaged, damage: func(w *world, x *tree) { w.put(metaKey('c', wire.ClientID{9}), []byte("bad")) },
+		stays: true, after: wantFence},
+	{class: FenceDamaged, damage: func(w *world, x *tree) {
+		w.put(metaKey('f', wire.ClientID{9}), flip(mdt.AppendFence(nil, &mdt.FenceRec{Tenure: 1 << 32, OSTs: []uint16{1}}), 5))
+	}, stays: true, after: wantFence},
+	{class: TargetDamaged, damage: func(w *world, x *tree) { w.put([]byte("mr"), []byte("bad")) }},
+	{class: SlotDamaged, damage: func(w *world, x *tree) {
+		r := recov.SlotRecord{Client: wire.ClientID{9}, Slot: 1, XID: 5, Transno: 6}
+		w.put(append(append([]byte{keySlot}, r.Client[:]...), 0, 2), r.Append(nil))
+	}},
 	{class: VIPDamaged, damage: func(w *world, x *tree) { w.put([]byte("mv\x00\x00\x00\x01"), []byte("bad")) }},
 	{class: ObjectOrphan, damage: func(w *world, x *tree) {
 		w.ostDo(0, wire.Request{Header: wire.Header{Op: wire.OpWrite}, FID: wire.FID{Seq: 2, OID: 1 << 20}, Bulk: []byte("data"), Stable: wire.FileSync})
@@ -467,6 +484,21 @@ var damages = []struct {
 	{class: ObjectUnrecorded, damage: func(w *world, x *tree) { w.edit(x.file, func(in *mdt.Inode) { in.HadData = false }) }},
 	{class: SizeWrong, damage: func(w *world, x *tree) { w.edit(x.striped, func(in *mdt.Inode) { in.Attr.Size = 300<<10 - 1 }) },
 		after: wantFile("d/sub/striped", 300<<10)},
+}
+
+func metaKey(kind byte, id wire.ClientID) []byte { return append([]byte{keyMeta, kind}, id[:]...) }
+
+// wantFence: the next start mends the records, and has the client fenced.
+func wantFence(t *testing.T, w *world, x *tree) {
+	w.start()
+	f := w.mdt.PendingFences()
+	if len(f) != 1 || f[0].ID != (wire.ClientID{9}) || f[0].Tenure>>32 == 0 || len(f[0].OSTs) != 2 {
+		t.Errorf("fences: %+v", f)
+	}
+	w.stop(true, true)
+	if r := w.check(false); r.ErrorsFound != 0 {
+		t.Error(text(r))
+	}
 }
 
 func state(w *world) mdt.State {
@@ -588,8 +620,8 @@ func TestDamage(t *testing.T) {
 		RootMissing, DirInodeMissing, EntryDamaged, EntryName, EntryNotDir, EntryDangling, EntryType, EntryCookie, CookieDamaged,
 		CookieMismatch, CookieEntry, CookieRange, DirParents, DirParent, DirCycle, DirEntries, LinkCount, Orphan, SymlinkMissing,
 		SymlinkStray, SymlinkSize, LayoutInvalid, LayoutOST, EpochDamaged, EpochStray, EpochCount, LogDamaged, LogUnlinkLive,
-		LogTruncateStray, LogLayout, LockDamaged, LockStray, ReplyDamaged, ReplyTransno, ClientDamaged, VIPDamaged, ObjectOrphan, ObjectMisplaced,
-		ObjectDamaged, ObjectName, ObjectMissing, ObjectUnrecorded, SizeWrong,
+		LogTruncateStray, LogLayout, LockDamaged, LockStray, ReplyDamaged, ReplyTransno, ClientDamaged, FenceDamaged, TargetDamaged,
+		SlotDamaged, VIPDamaged, ObjectOrphan, ObjectMisplaced, ObjectDamaged, ObjectName, ObjectMissing, ObjectUnrecorded, SizeWrong,
 	} {
 		if !covered[c] {
 			t.Errorf("no damage for %s", c)
@@ -671,8 +703,12 @@ func TestRandomDamage(t *testing.T) {
 			fail("repair: %v", err)
 		}
 		again := w.check(false)
-		// What names an OST that is not there is not repaired.
-		left := again.ErrorsFound - again.Classes[LayoutOST].Found - again.Classes[LockDamaged].Found
+		// What names an OST that is not there, and what the next start has to see, is
+		// not repaired.
+		left := again.ErrorsFound
+		for _, c := range []Class{LayoutOST, LockDamaged, ClientDamaged, FenceDamaged} {
+			left -= again.Classes[c].Found
+		}
 		if left != 0 || r.ErrorsFound > 0 && fixed.ErrorsFound == 0 {
 			fail("before\n%s\nrepair\n%s\nafter\n%s", text(r), text(fixed), text(again))
 		}

@@ -24,12 +24,12 @@ const (
 	keyMeta   = 'm'
 	keyReply  = target.ReplyPrefix
 	keyLink   = 's'
+	keySlot   = 'x'
 )
 
 var (
 	be        = binary.BigEndian
-	keySuper  = []byte("ms")
-	prefixes  = []byte{keyCookie, keyName, keyEpoch, keyInode, keyLock, keyLog, keyMeta, keyReply, keyLink} // ascending
+	prefixes  = []byte{keyCookie, keyName, keyEpoch, keyInode, keyLock, keyLog, keyMeta, keyReply, keyLink, keySlot} // ascending
 	errFormat = errors.New("malformed record")
 )
 
@@ -42,16 +42,7 @@ func nameKey(dir wire.FID, name []byte) []byte {
 	return append(dir.Append([]byte{keyName}), name...)
 }
 
-// superRecord encodes the superblock.
-func superRecord(s mdt.Super) []byte {
-	var clean byte
-	if s.Clean {
-		clean = 1
-	}
-	return append(be.AppendUint64([]byte{1}, s.NextSeq), clean)
-}
-
-// u64Record decodes the value of epochs, clients and VIPs.
+// u64Record decodes the value of epochs and VIPs.
 func u64Record(v []byte) (uint64, error) {
 	if len(v) != 9 || v[0] != 1 {
 		return 0, errFormat

@@ -8,6 +8,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -281,8 +282,8 @@ func (c *checker) layoutOSTs(object any, l *wire.Layout) bool {
 	return true
 }
 
-// checkTables reads reply records, the client table, VIP epochs, and what is
-// between the known keys.
+// checkTables reads reply records, the client table with fences and reply slots,
+// VIP epochs, and what is between the known keys.
 func (c *checker) checkTables() error {
 	err := c.scanPrefix(func(k, v []byte) error {
 		_, _, _, err := target.ParseReplyKey(k)
@@ -312,23 +313,61 @@ func (c *checker) checkTables() error {
 		return err
 	}
 	err = c.scanPrefix(func(k, v []byte) error {
-		var class Class
+		class, repair := Class(""), "removed"
+		var err error
 		switch {
 		case len(k) == 2 && (k[1] == 's' || k[1] == 't'):
 			return nil
+		case len(k) == 2 && k[1] == 'r':
+			class = TargetDamaged
+			var r recov.TargetRecord
+			err = r.Decode(v)
 		case len(k) == 18 && k[1] == 'c':
-			class = ClientDamaged
+			class, repair = ClientDamaged, ""
+			var e mdt.ClientEntry
+			if e, err = mdt.DecodeClient(wire.ClientID(k[2:]), v); err == nil {
+				c.maxSeq = max(c.maxSeq, e.Tenure>>32)
+			}
+		case len(k) == 18 && k[1] == 'f':
+			class, repair = FenceDamaged, ""
+			var f mdt.FenceRec
+			if f, err = mdt.DecodeFence(v); err == nil {
+				c.maxSeq = max(c.maxSeq, (f.Tenure-1)>>32)
+			}
 		case len(k) == 6 && k[1] == 'v':
 			class = VIPDamaged
+			_, err = u64Record(v)
 		default:
 			c.unknownKey(k)
 			return nil
 		}
-		if _, err := u64Record(v); err != nil && c.bad(class, fmt.Sprintf("%x", k[2:]), "removed", "%v", err) {
+		if err != nil && c.bad(class, fmt.Sprintf("%x", k[2:]), repair, "%v", err) {
 			c.fix.do().DeleteRaw(k)
 		}
 		return nil
 	}, keyMeta)
+	if err != nil {
+		return err
+	}
+	err = c.scanPrefix(func(k, v []byte) error {
+		if len(k) != 19 {
+			c.unknownKey(k)
+			return nil
+		}
+		var r recov.SlotRecord
+		err := r.Decode(v)
+		if err == nil && (r.Client != wire.ClientID(k[1:17]) || r.Slot != be.Uint16(k[17:]) || r.Transno >= saneTransno) {
+			err = errFormat
+		}
+		if err != nil {
+			if c.bad(SlotDamaged, fmt.Sprintf("%x", k[1:]), "removed", "%v", err) {
+				c.fix.do().DeleteRaw(k)
+			}
+			return nil
+		}
+		c.transno(r.Transno)
+		return nil
+	}, keySlot)
 	if err != nil {
 		return err
 	}
@@ -356,17 +395,13 @@ func (c *checker) checkState() error {
 	case !c.superOK:
 		if c.bad(SuperblockDamaged, "superblock", "rebuilt", "it is missing or does not decode") {
 			c.super = mdt.Super{NextSeq: c.nextSeq()}
-			if err := c.fix.set(keySuper, superRecord(c.super)); err != nil {
-				return err
-			}
+			c.fix.do().PutSuper(&c.super)
 		}
 	case c.super.NextSeq <= c.maxSeq || c.super.NextSeq > wire.MaxSeq || c.super.NextSeq < wire.FirstSeq:
 		// A sequence that is used again gives two files one identity.
 		if c.bad(SuperblockSequence, "superblock", "set", "the next FID sequence is %d, %d is in use", c.super.NextSeq, c.maxSeq) {
 			c.super.NextSeq = c.nextSeq()
-			if err := c.fix.set(keySuper, superRecord(c.super)); err != nil {
-				return err
-			}
+			c.fix.do().PutSuper(&c.super)
 		}
 	}
 	s := c.state

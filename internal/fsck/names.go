@@ -646,9 +646,7 @@ func (c *checker) attachOrphans() error {
 		}
 		f := wire.FID{Seq: c.super.NextSeq, OID: 1}
 		c.super.NextSeq++
-		if err := c.fix.set(keySuper, superRecord(c.super)); err != nil {
-			return err
-		}
+		c.fix.do().PutSuper(&c.super)
 		c.maxSeq = max(c.maxSeq, f.Seq)
 		dir = c.newDir(f, wire.RootFID, 0o700)
 		c.inodes++

@@ -133,8 +133,17 @@ const (
 	// removed; a retransmission of that call would be executed again.
 	ReplyDamaged Class = "reply-damaged"
 	ReplyTransno Class = "reply-transno"
-	// ClientDamaged: removed; the client connects afresh.
+	// ClientDamaged: never repaired, because the next start has to see it: it evicts
+	// the client, whose late writes the OSTs have to refuse.
 	ClientDamaged Class = "client-damaged"
+	// FenceDamaged: never repaired, the next start renews it: OSTs are told that they
+	// have to refuse everything that the client may have sent.
+	FenceDamaged Class = "fence-damaged"
+	// TargetDamaged: removed; the next start recovers as after a crash.
+	TargetDamaged Class = "target-damaged"
+	// SlotDamaged: removed; if its client sends that request again, it would be
+	// executed again.
+	SlotDamaged Class = "slot-damaged"
 	// VIPDamaged: removed; serving the address writes a newer epoch.
 	VIPDamaged Class = "vip-damaged"
 

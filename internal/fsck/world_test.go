@@ -67,6 +67,7 @@ func (w *world) start() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.mdt.Begin(0)
 	conns := make([]wire.Conn, 2)
 	for i := range w.osts {
 		if w.osts[i], err = ost.Open(ost.Options{Index: uint16(i), FS: w.ofs[i], BootID: "b", Clock: w.clk.Now, Logger: quiet, CommitInterval: -1, SegShift: 18}); err != nil {

@@ -48,6 +48,14 @@ func (t *targets) recover(ctx context.Context) error {
 		}
 		punched += len(done)
 	}
+	// All clients died with the last process: nothing of theirs can be late.
+	for _, f := range t.mdt.PendingFences() {
+		for _, o := range f.OSTs {
+			if err := t.mdt.FenceDone(f.ID, f.Tenure, o); err != nil {
+				return err
+			}
+		}
+	}
 	left, err := t.mdt.OpenEpochs()
 	if err != nil {
 		return err

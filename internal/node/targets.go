@@ -209,6 +209,8 @@ func (t *targets) openMDT(cfg *config.Config, clk *clock.Strict) error {
 		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
 	}
 	m.Store(t.mdt)
+	// All its clients were in this process, so there is nothing to recover.
+	t.mdt.Begin(0)
 	return t.advance(clk)
 }
 

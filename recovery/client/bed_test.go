@@ -101,6 +101,7 @@ func newBed(t *testing.T, stripes int, o Options) *bed {
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.mdt.Begin(0)
 	o.MDT, o.ID, o.Gen, o.Clock = &spy{wire.InProc(b.mdt), b}, wire.ClientID{1}, 1, b.clk.Now
 	if o.EpochIdle == 0 {
 		o.EpochIdle = time.Hour

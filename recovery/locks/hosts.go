@@ -396,6 +396,9 @@ func (t *Table) Service(now int64, num uint32, a *wire.LockArgs) wire.LockServic
 	return t.info(v, num)
 }
 
+// Info describes the lock service of one service address.
+func (t *Table) Info(num uint32) wire.LockServiceInfo { return t.info(t.findVIP(num), num) }
+
 // vipEntries gives all entries of a service address by ID.
 func (t *Table) vipEntries(v *vip) []*entry {
 	var l []*entry

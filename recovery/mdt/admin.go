@@ -7,31 +7,6 @@ import (
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
-// internal runs fn as an operation of the target itself.
-func (m *MDT) internal(op wire.Op, fn func(t *tx) wire.Status) error {
-	m.seq.Lock()
-	var after []func()
-	defer func() {
-		m.seq.Unlock()
-		for _, f := range after {
-			f()
-		}
-	}()
-	if m.down.Load() {
-		return wire.ErrTargetDown
-	}
-	t := &m.t
-	t.begin(&wire.Request{Header: wire.Header{Op: op}}, &wire.Reply{})
-	st := fn(t)
-	if st == wire.OK {
-		st = t.commit(false)
-	} else if t.b != nil {
-		t.b.Close()
-	}
-	after = m.serveGrants()
-	return st.Err()
-}
-
 // LogWake is signalled when an unlink record was written.
 func (m *MDT) LogWake() <-chan struct{} { return m.logWake }
 
@@ -65,13 +40,30 @@ func (m *MDT) PendingLogs(after uint64, limit int) ([]LogRec, error) {
 func (m *MDT) LogDone(ids []uint64) error {
 	for len(ids) > 0 {
 		n := min(len(ids), maxBatchItems)
-		if err := m.internal(0, func(t *tx) wire.Status { return t.logDone(ids[:n]) }); err != nil {
-			return fmt.Errorf("log done: %w", err)
+		if st := m.logDone(ids[:n]); st != wire.OK {
+			return fmt.Errorf("log done: %w", st)
 		}
 		ids = ids[n:]
 	}
-	m.com.Lazy()
 	return nil
+}
+
+func (m *MDT) logDone(ids []uint64) wire.Status {
+	m.seq.Lock()
+	defer m.unlock()
+	b := m.e.NewBatch()
+	var kb []byte
+	for _, id := range ids {
+		kb = appendLogKey(kb[:0], id)
+		b.Delete(kb)
+	}
+	if st := m.extra(b, nil); st != wire.OK {
+		return st
+	}
+	for _, id := range ids {
+		m.removePend(id)
+	}
+	return wire.OK
 }
 
 // OpenEpoch is an IO epoch that is open.
@@ -83,7 +75,7 @@ type OpenEpoch struct {
 
 // OpenEpochs lists all open IO epochs, for closing those of clients that are
 // gone: an OpCloseEpoch of any client also closes the epochs of clients that
-// are not in the client table.
+// are not in the client table and of whose eviction all OSTs know.
 func (m *MDT) OpenEpochs() ([]OpenEpoch, error) {
 	var out []OpenEpoch
 	err := IterEpochs(m.e, func(f wire.FID, c wire.ClientID, _ uint64, err error) error {
@@ -102,49 +94,11 @@ func (m *MDT) OpenEpochs() ([]OpenEpoch, error) {
 	return out, nil
 }
 
-// DropClients removes the clients that drop selects from the client table,
-// durably. Their open IO epochs stay until somebody closes them.
-func (m *MDT) DropClients(drop func(wire.ClientID) bool) error {
-	var ids []wire.ClientID
-	m.view.Load().EachClient(func(id wire.ClientID, _ uint64) {
-		if drop(id) {
-			ids = append(ids, id)
-		}
-	})
-	if len(ids) == 0 {
-		return nil
-	}
-	err := m.internal(wire.OpDisconnect, func(t *tx) wire.Status {
-		for _, id := range ids {
-			if m.core.Disconnect(id) {
-				t.view = true
-				t.del(appendClientKey(t.kb, id))
-			}
-		}
-		return wire.OK
-	})
-	if err == nil {
-		err = m.Sync()
-	}
-	if err != nil {
-		return fmt.Errorf("drop clients: %w", err)
-	}
-	return nil
-}
-
-// Clients lists the client table.
-func (m *MDT) Clients() map[wire.ClientID]uint64 {
-	out := map[wire.ClientID]uint64{}
-	m.view.Load().EachClient(func(id wire.ClientID, gen uint64) { out[id] = gen })
-	return out
-}
-
-// Sync waits until everything executed so far is durable.
+// Sync waits until everything applied so far is durable.
 func (m *MDT) Sync() error {
-	ch := make(chan struct{}, 1)
-	var rep wire.Reply
-	if m.com.Gate(m.com.LastApplied(), &rep, func() { ch <- struct{}{} }) {
-		<-ch
+	ch := make(chan error, 1)
+	if err := m.com.Extra(func(err error) { ch <- err }); err != nil {
+		return err
 	}
-	return rep.Status.Err()
+	return <-ch
 }

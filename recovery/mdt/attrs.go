@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/recovery/store"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -157,7 +158,7 @@ func (t *tx) truncate(in *Inode, size uint64) wire.Status {
 			t.delPend = append(t.delPend, p.id)
 		}
 	}
-	t.putLog(&LogRec{ID: t.transno, Kind: LogTruncate, FID: a.FID, Layout: a.Layout, Size: size})
+	t.putLog(&LogRec{ID: t.transno, Kind: LogTruncate, FID: a.FID, Layout: a.Layout, Size: size, Client: t.req.Client})
 	t.addPend = append(t.addPend, pendAdd{a.FID, pendTrunc{t.transno, size}})
 	t.rep.Truncate = wire.Truncate{LogID: t.transno, Size: size}
 	return wire.OK
@@ -166,20 +167,14 @@ func (t *tx) truncate(in *Inode, size uint64) wire.Status {
 // maxBatchItems bounds the lists in requests.
 const maxBatchItems = 4096
 
-// logDone removes log records whose work the OSTs have done.
-func (t *tx) logDone(ids []uint64) wire.Status {
-	if len(ids) > maxBatchItems {
+// truncateDone removes truncate records whose punches are done.
+func (t *tx) truncateDone() wire.Status {
+	if len(t.req.LogIDs) > maxBatchItems {
 		return wire.ErrProto
 	}
-	for _, id := range ids {
-		if id == 0 || id >= t.transno {
-			continue
-		}
-		if t.req.Op == wire.OpTruncateDone {
-			// Only known records: a superseded one is gone already.
-			if _, ok := t.m.pendID[id]; !ok {
-				continue
-			}
+	for _, id := range t.req.LogIDs {
+		if _, ok := t.m.pendID[id]; !ok {
+			continue // superseded and gone already
 		}
 		t.del(appendLogKey(t.kb, id))
 		t.delPend = append(t.delPend, id)
@@ -228,7 +223,7 @@ func (t *tx) openEpochOp() wire.Status {
 	if in == nil {
 		return st
 	}
-	t.obj.old = in
+	t.obj.old, t.fid = in, t.req.FID
 	if in.Attr.Type != wire.TypeReg {
 		return wire.ErrInval
 	}
@@ -283,6 +278,10 @@ func (t *tx) dropEpochs(in *Inode, which func(wire.ClientID) bool) {
 // are gone, sizes collected before a newer truncate or open, and files with
 // truncates that the OSTs have yet to do, are skipped;
 // Reply.Count tells how many were taken.
+//
+// What a replay could not decide in the same way is answered when it is durable:
+// that a file was skipped, more files than the reply has versions for, and the
+// epochs of clients that are gone.
 func (t *tx) closeEpochs() wire.Status {
 	if len(t.req.Epochs) > maxBatchItems {
 		return wire.ErrProto
@@ -306,9 +305,12 @@ func (t *tx) closeEpochs() wire.Status {
 			if c == t.req.Client {
 				return true
 			}
-			// Nobody else can close the epoch of a client that was evicted.
+			// Nobody else can close the epoch of a client that was evicted. But until
+			// all OSTs refuse its writes, they decide the size.
 			_, alive := view.ClientGen(c)
-			return !alive
+			gone := !alive && t.m.fences[c] == nil && !t.replay()
+			t.held = t.held || gone
+			return gone
 		})
 		a := &in.Attr
 		a.Size, a.Used = e.Size, e.Used
@@ -316,10 +318,16 @@ func (t *tx) closeEpochs() wire.Status {
 			a.Ctime, a.Mtime = e.Ctime, e.Mtime
 			// Later changes here must have a later ctime, within reason.
 			if e.Ctime < t.now+maxSkew {
-				t.m.state.Time = max(t.m.state.Time, e.Ctime)
+				t.raise = max(t.raise, e.Ctime)
 			}
 		}
 		t.rep.Count++
+	}
+	if n := len(t.req.Epochs); n != int(t.rep.Count) || n > len(t.rep.PreVersions) {
+		if t.replay() {
+			return recov.VersionMismatch
+		}
+		t.held = t.rep.Count > 0
 	}
 	return wire.OK
 }
@@ -330,7 +338,7 @@ func (t *tx) setLayout() wire.Status {
 	if in == nil {
 		return st
 	}
-	t.obj.old = in
+	t.obj.old, t.fid = in, req.FID
 	l := &req.Layout
 	switch {
 	case in.Attr.Type != wire.TypeDir:
@@ -388,36 +396,6 @@ func (m *MDT) flushAtimes() {
 	}
 	clear(m.dirty)
 	if err := m.e.Apply(b); err != nil {
-		m.down.Store(true)
-		m.com.Fail(err)
+		m.broken(err)
 	}
-}
-
-func (t *tx) connect() wire.Status {
-	req := t.req
-	st, changed := t.m.core.Connect(req.Client, req.ClientGen)
-	if changed {
-		t.view = true
-		t.set(appendClientKey(t.kb, req.Client), appendU64Rec(t.vb, req.ClientGen))
-	}
-	t.rep.Transno = t.m.core.LastApplied()
-	return st
-}
-
-func (t *tx) disconnect() wire.Status {
-	if t.m.core.Disconnect(t.req.Client) {
-		t.view = true
-		t.del(appendClientKey(t.kb, t.req.Client))
-	}
-	return wire.OK
-}
-
-func (t *tx) setVIPEpoch() wire.Status {
-	req := t.req
-	st, changed := t.m.core.SetVIPEpoch(req.VIP, req.VIPEpoch)
-	if changed {
-		t.view = true
-		t.set(appendVIPKey(t.kb, req.VIP), appendU64Rec(t.vb, req.VIPEpoch))
-	}
-	return st
 }

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/baton-nfs/baton/recovery/store/local"
+	"github.com/baton-nfs/baton/recovery/target/front"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -135,3 +137,46 @@ func BenchmarkReaddirPlus(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkModify makes creates that nobody waits for, of a client in this
+// process and of one behind recovery, with reply records or reply slots.
+func BenchmarkModify(b *testing.B) {
+	for _, kind := range []string{"local", "remote", "slot"} {
+		b.Run(kind, func(b *testing.B) {
+			bd := diskBed(b)
+			dir := bd.mkdir(wire.RootFID, "d")
+			var name []byte
+			rep := &wire.Reply{}
+			e := &countOf{}
+			b.ReportAllocs()
+			b.ResetTimer()
+			for i := range b.N {
+				rep.Reset()
+				name = fmt.Appendf(name[:0], "file%08d", i)
+				req := wire.Request{
+					Header: wire.Header{Op: wire.OpCreate, Client: testClient, Flags: wire.FlagOpenEpoch, XID: uint64(i + 1), Slot: uint16(i % 64)},
+					FID:    dir, Name: name, SetAttr: mode(0o644),
+				}
+				if kind != "slot" {
+					req.Key = wire.ReplyKey{Addr: [16]byte{1}, Port: 1, XID: uint32(i), Proc: 9, Sum: uint64(i)}
+				}
+				if kind == "local" {
+					bd.m.Handle(&req, rep, e.Done)
+				} else {
+					bd.m.Execute(&req, rep, front.Exec{KeepSlot: kind == "slot"}, e)
+				}
+				if rep.Status != wire.OK {
+					b.Fatal(rep.Status)
+				}
+			}
+			if e.n != b.N {
+				b.Fatal(e.n, "answers")
+			}
+		})
+	}
+}
+
+type countOf struct{ n int }
+
+func (c *countOf) Executed(recov.Result) bool { return false }
+func (c *countOf) Done()                      { c.n++ }

@@ -60,6 +60,7 @@ func (b *bed) openMDT() {
 	if b.m, err = Open(o); err != nil {
 		b.t.Fatal(err)
 	}
+	b.m.Begin(0)
 	if rep := b.call(&wire.Request{Header: wire.Header{Op: wire.OpConnect}}); rep.Status != wire.OK {
 		b.t.Fatal("connect:", rep.Status)
 	}

@@ -5,6 +5,7 @@ import (
 
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -146,20 +147,64 @@ func IterEpochs(e store.Engine, fn func(f wire.FID, c wire.ClientID, transno uin
 	})
 }
 
-// IterClients visits the client table.
-func IterClients(e store.Engine, fn func(c wire.ClientID, gen uint64, err error) error) error {
-	return iteratePrefix(e, []byte{prefixMeta, 'c'}, func(k, v []byte) error {
+// IterClients visits the client table. Of a damaged entry c.Client is set if the
+// key tells it.
+func IterClients(e store.Engine, fn func(c ClientEntry, err error) error) error {
+	return iteratePrefix(e, []byte{prefixMeta, metaClient}, func(k, v []byte) error {
 		if len(k) != 18 {
-			return fn(wire.ClientID{}, 0, fmt.Errorf("client key %x: %w", k, errRecord))
+			return fn(ClientEntry{}, fmt.Errorf("client key %x: %w", k, errRecord))
 		}
-		gen, err := decodeU64Rec(v)
-		return fn(wire.ClientID(k[2:18]), gen, err)
+		id := wire.ClientID(k[2:18])
+		c, err := DecodeClient(id, v)
+		c.Client = id
+		return fn(c, err)
 	})
+}
+
+// IterFences visits the evictions of which OSTs are still to be told.
+func IterFences(e store.Engine, fn func(c wire.ClientID, f FenceRec, err error) error) error {
+	return iteratePrefix(e, []byte{prefixMeta, metaFence}, func(k, v []byte) error {
+		if len(k) != 18 {
+			return fn(wire.ClientID{}, FenceRec{}, fmt.Errorf("fence key %x: %w", k, errRecord))
+		}
+		f, err := DecodeFence(v)
+		return fn(wire.ClientID(k[2:18]), f, err)
+	})
+}
+
+// IterSlots visits the results of reply slots.
+func IterSlots(e store.Engine, fn func(c wire.ClientID, slot uint16, r recov.SlotRecord, err error) error) error {
+	return iteratePrefix(e, []byte{prefixSlot}, func(k, v []byte) error {
+		if len(k) != 19 {
+			return fn(wire.ClientID{}, 0, recov.SlotRecord{}, fmt.Errorf("slot key %x: %w", k, errRecord))
+		}
+		id, slot := wire.ClientID(k[1:17]), be.Uint16(k[17:])
+		var r recov.SlotRecord
+		err := r.Decode(v)
+		if err == nil && (r.Client != id || r.Slot != slot) {
+			err = errRecord
+		}
+		return fn(id, slot, r, err)
+	})
+}
+
+// ReadTarget reads the target's own record of the client table;
+// store.ErrNotFound when there is none.
+func ReadTarget(e store.Engine) (recov.TargetRecord, error) {
+	v, err := e.Get(keyTarget, nil)
+	if err != nil {
+		return recov.TargetRecord{}, fmt.Errorf("target record: %w", err)
+	}
+	var r recov.TargetRecord
+	if err := r.Decode(v); err != nil {
+		return recov.TargetRecord{}, fmt.Errorf("target record: %w", err)
+	}
+	return r, nil
 }
 
 // IterVIPs visits the fencing epochs of VIPs.
 func IterVIPs(e store.Engine, fn func(vip uint32, epoch uint64, err error) error) error {
-	return iteratePrefix(e, []byte{prefixMeta, 'v'}, func(k, v []byte) error {
+	return iteratePrefix(e, []byte{prefixMeta, metaVIP}, func(k, v []byte) error {
 		if len(k) != 6 {
 			return fn(0, 0, fmt.Errorf("VIP key %x: %w", k, errRecord))
 		}
@@ -223,6 +268,9 @@ func (r *Repair) DeleteLog(id uint64) { r.b.Delete(appendLogKey(nil, id)) }
 
 // DeleteEpoch removes an open IO epoch.
 func (r *Repair) DeleteEpoch(f wire.FID, c wire.ClientID) { r.b.Delete(appendEpochKey(nil, f, c)) }
+
+// PutSuper stores the superblock.
+func (r *Repair) PutSuper(s *Super) { r.b.Set(keySuper, appendSuper(nil, s)) }
 
 // PutState stores the superblock's transaction part, for corrected counts.
 func (r *Repair) PutState(s *State) { r.b.Set(keyState, appendState(nil, s)) }

@@ -8,6 +8,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/locks"
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
+	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -92,7 +93,7 @@ func lockable(in *Inode, st wire.Status) wire.Status {
 }
 
 // lockOp executes a lock operation. Its outcome, which may be other than OK
-// though something changed (a blocked request is queued), is in t.outcome.
+// though something changed (a blocked request is queued), is in t.status.
 func (t *tx) lockOp() wire.Status {
 	m, req := t.m, t.req
 	if req.Lock == nil {
@@ -112,21 +113,21 @@ func (t *tx) lockOp() wire.Status {
 			return st
 		}
 		if req.Op == wire.OpLock {
-			t.outcome, rep.Holder = m.locks.Lock(now, req.FID, &a)
+			t.status, rep.Holder = m.locks.Lock(now, req.FID, &a)
 		} else {
-			t.outcome, rep.Holder = m.locks.Share(now, req.FID, &a)
+			t.status, rep.Holder = m.locks.Share(now, req.FID, &a)
 		}
 	case wire.OpUnlock:
 		if !a.Range.Valid() {
 			return wire.ErrInval
 		}
-		t.outcome = m.locks.Unlock(now, req.FID, &a)
+		t.status = m.locks.Unlock(now, req.FID, &a)
 	case wire.OpLockCancel:
-		t.outcome = m.locks.Cancel(now, req.FID, &a)
+		t.status = m.locks.Cancel(now, req.FID, &a)
 	case wire.OpUnshare:
-		t.outcome = m.locks.Unshare(now, req.FID, &a)
+		t.status = m.locks.Unshare(now, req.FID, &a)
 	case wire.OpLockGrantDone:
-		t.outcome = m.locks.GrantDone(now, a.Owner.LockHost, a.ID, a.Grant)
+		t.status = m.locks.GrantDone(now, a.Owner.LockHost, a.ID, a.Grant)
 	case wire.OpLockFree:
 		if req.Cookie > math.MaxUint32 {
 			return wire.ErrInval
@@ -139,17 +140,17 @@ func (t *tx) lockOp() wire.Status {
 		}
 	case wire.OpLockRelease:
 		var n int
-		t.outcome, n = m.locks.Release(now, a.ID)
+		t.status, n = m.locks.Release(now, a.ID)
 		rep.Freed = uint32(n)
 	case wire.OpLockMonitor:
 		if len(a.Note) > wire.MaxLockNote {
 			return wire.ErrInval
 		}
-		t.outcome = m.locks.Monitor(now, a.Owner.LockHost, a.Note)
+		t.status = m.locks.Monitor(now, a.Owner.LockHost, a.Note)
 	case wire.OpLockUnmonitor:
-		t.outcome = m.locks.Unmonitor(now, a.Owner.LockHost)
+		t.status = m.locks.Unmonitor(now, a.Owner.LockHost)
 	case wire.OpLockNotified:
-		t.outcome = m.locks.Notified(now, a.Owner.LockHost, a.NSMState)
+		t.status = m.locks.Notified(now, a.Owner.LockHost, a.NSMState)
 	case wire.OpLockService:
 		rep.Service = m.locks.Service(now, req.VIP, &a)
 	default:
@@ -218,7 +219,7 @@ func (m *MDT) lockPoll(req *wire.Request, rep *wire.Reply, done func()) {
 	case len(g) > 0:
 		// What was granted may not be durable yet.
 		rep.Lock.Grants = g
-		queued = m.com.Gate(m.core.LastApplied(), rep, done)
+		queued = m.com.Gate(m.core.LastApplied(), rep, target.Func(done))
 	default:
 		if m.polls.wait == nil {
 			m.polls.wait = map[uint32]*lockPoll{}
@@ -252,29 +253,39 @@ func (m *MDT) serveGrants() (after []func()) {
 		}
 		delete(m.polls.wait, vip)
 		p.rep.Lock.Grants = g
-		if !m.com.Gate(m.core.LastApplied(), p.rep, p.done) {
+		if !m.com.Gate(m.core.LastApplied(), p.rep, target.Func(p.done)) {
 			after = append(after, p.done)
 		}
 	}
 	return after
 }
 
-// TickLocks lets reclaim windows and grace periods end. The owner of the target
-// calls it about once a second.
+// TickLocks lets reclaim windows and grace periods end, not while the target is in
+// recovery. The owner of the target calls it about once a second.
 func (m *MDT) TickLocks() error {
 	now := m.o.Clock()
 	m.seq.Lock()
 	next := m.locks.NextTick()
-	m.seq.Unlock()
-	if next == 0 || next > now {
+	if next == 0 || next > now || !m.begun {
+		m.seq.Unlock()
 		return nil
 	}
-	if err := m.internal(0, func(t *tx) wire.Status {
+	st := wire.ErrTargetDown
+	var after []func()
+	if !m.down.Load() {
+		t := &m.t
+		t.begin(&wire.Request{}, &wire.Reply{}, front.Exec{}, false)
 		m.locks.Tick(now)
 		t.takeLocks()
-		return wire.OK
-	}); err != nil {
-		return fmt.Errorf("lock table's clock: %w", err)
+		st = t.commit(false)
+		after = m.serveGrants()
+	}
+	m.unlock()
+	for _, f := range after {
+		f()
+	}
+	if st != wire.OK {
+		return fmt.Errorf("lock table's clock: %w", st)
 	}
 	m.com.Lazy()
 	return nil

@@ -6,6 +6,10 @@
 // operations run one after the other under the sequencer's lock: check, build
 // one batch, apply it, update the caches. Nothing is flushed under the lock;
 // the committer makes groups durable and releases the replies that wait.
+//
+// Open brings back what the log holds. Until Begin only replays are executed;
+// they keep their transnos. The target's own changes of its tables are in the log,
+// too, but have no transno.
 package mdt
 
 import (
@@ -21,6 +25,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/locks"
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
+	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -65,10 +70,10 @@ type Options struct {
 	OnFail func(error)
 }
 
-// MDT is a metadata target. It implements wire.Target.
+// MDT is a metadata target. It implements wire.Target and front.Body.
 //
-// done callbacks may run while the sequencer is locked when the target fails; they
-// must neither block nor call the MDT.
+// Callbacks are called without locks held, but for front.Execution's Executed; they
+// must not block.
 //
 // Replies given to Handle and TryHandle must have been Reset.
 type MDT struct {
@@ -77,13 +82,14 @@ type MDT struct {
 	log *slog.Logger
 	com *target.Committer
 
-	view    atomic.Pointer[target.View]
-	down    atomic.Bool
-	failed  sync.Once
-	inodes  *inodeCache
-	dents   *dentryCache
-	logWake chan struct{}
-	polls   lockPolls
+	view      atomic.Pointer[target.View]
+	down      atomic.Bool
+	failed    sync.Once
+	inodes    *inodeCache
+	dents     *dentryCache
+	logWake   chan struct{}
+	fenceWake chan struct{}
+	polls     lockPolls
 
 	// seq is the sequencer's lock: it guards everything below and the order of
 	// transnos, batches, cache updates and gated replies.
@@ -91,34 +97,40 @@ type MDT struct {
 	core    *target.Core
 	replies *target.Replies
 	locks   *locks.Table
+	begun   bool // recovery is over: new operations are executed
 	state   State
 	super   Super
-	// superDirty: super has to be written with the next transaction.
-	superDirty bool
-	fidSeq     uint64
-	fidOID     uint32
-	nextOST    int
-	pend       map[wire.FID][]pendTrunc
-	pendID     map[uint64]wire.FID
-	dirty      map[wire.FID]struct{} // inodes with unwritten access times
-	t          tx
-	closed     bool
+	// startSeq is the FID sequence that this start has taken. It also is the upper
+	// half of the tenures that it gives; nTenures counts them.
+	startSeq uint64
+	nTenures uint32
+	fidSeq   uint64
+	fidOID   uint32
+	nextOST  int
+	clients  map[wire.ClientID]*ClientEntry
+	fences   map[wire.ClientID]*fence
+	pend     map[wire.FID][]pendTrunc
+	pendID   map[uint64]wire.FID
+	dirty    map[wire.FID]struct{} // inodes with unwritten access times
+	t        tx
+	closed   bool
+	// engineErr is for unlock: the engine has failed.
+	engineErr error
 
 	stats struct {
 		ops, tryHits, tryMisses, modifies, errors, replays atomic.Uint64
 	}
 }
 
-var _ wire.Target = (*MDT)(nil)
-
 type pendTrunc struct{ id, size uint64 }
 
-// epochShift puts the number of starts into the upper half of transnos, so that
-// a number given out before a crash and lost with it is never given again.
-const epochShift = 32
+// blockShift divides transnos into blocks: new operations get numbers of a block
+// that no earlier start has given numbers of, so that one that was given out
+// before a crash and lost with it is never given again.
+const blockShift = 32
 
 // Open starts the metadata target on its engine, and makes an empty name space
-// when the engine is empty.
+// when the engine is empty. Nothing but replays is executed until Begin.
 func Open(o Options) (*MDT, error) {
 	if o.Engine == nil {
 		return nil, errors.New("open mdt: no engine")
@@ -158,7 +170,8 @@ func Open(o Options) (*MDT, error) {
 	m := &MDT{
 		o: o, e: o.Engine, log: o.Logger,
 		inodes: newInodeCache(o.InodeCache), dents: newDentryCache(o.DentryCache),
-		logWake: make(chan struct{}, 1),
+		logWake: make(chan struct{}, 1), fenceWake: make(chan struct{}, 1),
+		clients: map[wire.ClientID]*ClientEntry{}, fences: map[wire.ClientID]*fence{},
 		replies: target.NewReplies(o.ReplySlots),
 		pend:    map[wire.FID][]pendTrunc{}, pendID: map[uint64]wire.FID{},
 		dirty: map[wire.FID]struct{}{},
@@ -192,10 +205,11 @@ func (m *MDT) load() error {
 	if m.super.NextSeq < wire.FirstSeq || m.super.NextSeq > wire.MaxSeq {
 		return fmt.Errorf("superblock: FID sequence %d is out of range", m.super.NextSeq)
 	}
-	m.fidSeq = m.super.NextSeq
+	m.startSeq, m.fidSeq = m.super.NextSeq, m.super.NextSeq
 	m.super.NextSeq++
-	m.super.Clean = false
-	m.state.Transno = (m.state.Transno>>epochShift + 1) << epochShift
+	if fresh {
+		m.state.Transno = 1
+	}
 	m.core = target.NewCore(m.state.Transno)
 	if fresh {
 		now := m.tick()
@@ -213,20 +227,14 @@ func (m *MDT) load() error {
 	}
 	b.Set(keySuper, appendSuper(nil, &m.super))
 	b.Set(keyState, appendState(nil, &m.state))
+	if err := m.loadClients(b); err != nil {
+		b.Close()
+		return err
+	}
 	if err := m.e.Apply(b); err != nil {
 		return err
 	}
 	if err := m.e.Sync(); err != nil {
-		return err
-	}
-	if err := IterClients(m.e, func(id wire.ClientID, gen uint64, err error) error {
-		if err != nil {
-			m.log.Error("mdt: damaged client record", "client", fmt.Sprintf("%x", id), "err", err)
-			return nil
-		}
-		m.core.Connect(id, gen)
-		return nil
-	}); err != nil {
 		return err
 	}
 	if err := IterVIPs(m.e, func(vip uint32, epoch uint64, err error) error {
@@ -282,6 +290,24 @@ func (m *MDT) fail(err error) {
 	})
 }
 
+// broken stops the target after an error of the engine. The sequencer's lock is
+// held; who waits for the disk is told by unlock.
+func (m *MDT) broken(err error) wire.Status {
+	m.down.Store(true)
+	m.engineErr = err
+	return wire.ErrIO
+}
+
+// unlock gives the sequencer's lock back.
+func (m *MDT) unlock() {
+	err := m.engineErr
+	m.engineErr = nil
+	m.seq.Unlock()
+	if err != nil {
+		m.com.Fail(err)
+	}
+}
+
 // Fail stops the target because of an error met elsewhere, such as the
 // engine's OnFail: replies that wait get ErrIO, later requests ErrTargetDown.
 func (m *MDT) Fail(err error) {
@@ -292,15 +318,12 @@ func (m *MDT) Fail(err error) {
 // Down tells whether the target has failed or is closed.
 func (m *MDT) Down() bool { return m.down.Load() }
 
-// LastCommitted is the highest durable transno.
-func (m *MDT) LastCommitted() uint64 { return m.com.LastCommitted() }
-
-// Close makes everything durable, marks the store clean and refuses requests
-// from then on. The engine stays open. Modifying requests must have ended.
+// Close makes everything durable and refuses requests from then on. The engine
+// stays open. Modifying requests must have ended.
 func (m *MDT) Close() error {
 	m.seq.Lock()
-	defer m.seq.Unlock()
 	if m.closed {
+		m.seq.Unlock()
 		return nil
 	}
 	m.closed = true
@@ -308,13 +331,14 @@ func (m *MDT) Close() error {
 		m.flushAtimes()
 	}
 	m.down.Store(true)
+	m.unlock()
 	m.polls.fail()
 	if err := m.com.Close(); err != nil {
 		return fmt.Errorf("close mdt: %w", err)
 	}
-	m.super.Clean = true
+	m.seq.Lock()
+	defer m.seq.Unlock()
 	b := m.e.NewBatch()
-	b.Set(keySuper, appendSuper(nil, &m.super))
 	b.Set(keyState, appendState(nil, &m.state))
 	if err := m.e.Apply(b); err != nil {
 		return fmt.Errorf("close mdt: %w", err)
@@ -370,12 +394,21 @@ func (m *MDT) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 		done()
 		return
 	}
-	if req.Op.Modifies() || req.Op == wire.OpTouchAtime {
-		m.modify(req, rep, done)
+	switch req.Op {
+	case wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
+		m.control(req, rep, done)
+		return
+	case wire.OpLockPoll:
+		m.lockPoll(req, rep, done)
+		return
+	case wire.OpOSTFetch:
+		m.ostFetch(req, rep)
+		rep.LastCommitted = m.com.LastCommitted()
+		done()
 		return
 	}
-	if req.Op == wire.OpLockPoll {
-		m.lockPoll(req, rep, done)
+	if req.Op.Modifies() || req.Op == wire.OpTouchAtime {
+		m.modify(req, rep, front.Exec{}, nil, target.Func(done))
 		return
 	}
 	if rep.Status = m.view.Load().Admit(&req.Header); rep.Status != wire.OK {
@@ -384,14 +417,14 @@ func (m *MDT) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 		return
 	}
 	if req.Op == wire.OpSyncTarget {
-		if !m.com.Gate(m.com.LastApplied(), rep, done) {
+		if !m.com.Gate(m.com.LastApplied(), rep, target.Func(done)) {
 			done()
 		}
 		return
 	}
 	v := m.read(req, rep, false)
 	if m.o.COS && v > m.com.LastCommitted() {
-		if m.com.Gate(v, rep, done) {
+		if m.com.Gate(v, rep, target.Func(done)) {
 			return
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"sync/atomic"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/baton-nfs/baton/recovery/store"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -161,15 +163,18 @@ type fullEngine struct {
 
 func (e *fullEngine) Room() store.Room { return e.room }
 
-// holdEngine lets Sync wait for the test.
+// holdEngine lets Sync wait for the test while hold is set.
 type holdEngine struct {
 	store.Engine
 	enter, leave chan struct{}
+	hold         atomic.Bool
 }
 
 func (e *holdEngine) Sync() error {
-	e.enter <- struct{}{}
-	<-e.leave
+	if e.hold.Load() {
+		e.enter <- struct{}{}
+		<-e.leave
+	}
 	return e.Engine.Sync()
 }
 
@@ -178,7 +183,7 @@ func (e *holdEngine) Sync() error {
 func TestWaitCommit(t *testing.T) {
 	for _, cos := range []bool{false, true} {
 		b := newBed(t, vfs.NewMem(), Options{COS: cos})
-		h := &holdEngine{b.e, make(chan struct{}), make(chan struct{})}
+		h := &holdEngine{Engine: b.e, enter: make(chan struct{}), leave: make(chan struct{})}
 		if err := b.m.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -187,18 +192,16 @@ func TestWaitCommit(t *testing.T) {
 			rep *wire.Reply
 		}
 		order := make(chan answer, 10)
-		go func() { // opening syncs; the client is registered already
-			<-h.enter
-			h.leave <- struct{}{}
-		}()
 		o := Options{Engine: h, COS: cos}
 		m, err := Open(o)
 		if err != nil {
 			t.Fatal(err)
 		}
+		m.Begin(0)
 		if rep := call(m, &wire.Request{Header: wire.Header{Op: wire.OpConnect}}); rep.Status != wire.OK {
 			t.Fatal(rep.Status)
 		}
+		h.hold.Store(true)
 		send := func(n int, op wire.Op, name string, how wire.CreateHow) {
 			rep := &wire.Reply{}
 			req := &wire.Request{Header: wire.Header{Op: op, Client: testClient, Flags: wire.FlagWaitCommit}, FID: wire.RootFID, Name: []byte(name), How: how}
@@ -238,10 +241,7 @@ func TestWaitCommit(t *testing.T) {
 				t.Errorf("answer %d %v, want %d", a.n, a.rep.Status, n)
 			}
 		}
-		go func() {
-			<-h.enter
-			h.leave <- struct{}{}
-		}()
+		h.hold.Store(false)
 		if err := m.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -341,8 +341,13 @@ func FuzzDecodeOthers(f *testing.F) {
 	f.Add(AppendEntry(nil, &Entry{Type: wire.TypeReg}))
 	f.Add(AppendLogRec(nil, &LogRec{Kind: LogUnlink, Layout: wire.Layout{StripeSize: 1, Count: 3}}))
 	f.Add(appendCookieRec(nil, wire.RootFID, wire.TypeDir, []byte("name")))
+	f.Add(AppendLogRec(nil, &LogRec{Kind: LogTruncate, Client: testClient, Layout: wire.Layout{StripeSize: 1, Count: 3}}))
 	f.Add(appendState(nil, &State{}))
 	f.Add(appendSuper(nil, &Super{}))
+	f.Add(AppendClient(nil, &ClientEntry{ClientRecord: recov.ClientRecord{Client: testClient, Gen: 1}, Tenure: 9}))
+	f.Add(AppendFence(nil, &FenceRec{Tenure: 9, OSTs: []uint16{0, 4}}))
+	f.Add(appendOutcome(nil, &outcome{Time: 1, FID: wire.RootFID, Layout: wire.Layout{StripeSize: 1, Count: 2}, Created: true}))
+	f.Add(appendOutcome(nil, &outcome{Pre: [4]uint64{1, 2}, Truncate: wire.Truncate{LogID: 1, Size: 2}, Count: 3}))
 	f.Fuzz(func(t *testing.T, v []byte) {
 		if e, err := DecodeEntry(v); err == nil && !bytes.Equal(AppendEntry(nil, &e), v) {
 			t.Error("entry")
@@ -356,8 +361,21 @@ func FuzzDecodeOthers(f *testing.F) {
 		if s, err := DecodeState(v); err == nil && !bytes.Equal(appendState(nil, &s), v) {
 			t.Error("state")
 		}
-		if s, err := DecodeSuper(v); err == nil && !bytes.Equal(appendSuper(nil, &s), v) {
+		// The last byte was used by older versions.
+		if s, err := DecodeSuper(v); err == nil && !bytes.Equal(appendSuper(nil, &s)[:9], v[:9]) {
 			t.Error("superblock")
+		}
+		// As with a checksum that fits.
+		for _, v := range [][]byte{v, seal(bytes.Clone(v), 0)} {
+			if c, err := DecodeClient(testClient, v); err == nil && c.Tenure != 0 && !bytes.Equal(AppendClient(nil, &c), v) {
+				t.Error("client")
+			}
+			if f, err := DecodeFence(v); err == nil && !bytes.Equal(AppendFence(nil, &f), v) {
+				t.Error("fence")
+			}
+		}
+		if o, err := decodeOutcome(v); err == nil && !bytes.Equal(appendOutcome(nil, &o), v) {
+			t.Error("outcome")
 		}
 		if n, err := decodeU64Rec(v); err == nil && !bytes.Equal(appendU64Rec(nil, n), v) {
 			t.Error("number")

@@ -5,18 +5,30 @@ import (
 
 	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/target"
+	"github.com/baton-nfs/baton/recovery/target/front"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
 // tx is one modifying operation under the sequencer's lock. Nothing of it is
 // visible before commit; an operation that fails just drops it.
+//
+// A replay has to make what the first execution made, so an operation depends on
+// nothing but the request, what it finds in the inodes that it edits, and, for
+// what is not decided by these, Request.Made.
 type tx struct {
-	m       *MDT
-	req     *wire.Request
-	rep     *wire.Reply
-	b       store.Batch
+	m   *MDT
+	req *wire.Request
+	rep *wire.Reply
+	b   store.Batch
+	x   front.Exec
+	// remote: somebody may replay the operation, and needs the outcome for that.
+	remote bool
+	// now is the operation's timestamp. edit may raise it, so an operation edits
+	// all that it changes before it uses now.
 	now     int64
 	transno uint64 // the number that commit will assign
+	raise   int64  // least State.Time afterwards
 
 	inodes  []staged
 	dents   []stagedDent
@@ -28,12 +40,20 @@ type tx struct {
 	addPend []pendAdd
 	delPend []uint64
 	unlink  bool // an unlink record was written
-	view    bool // the client table or VIP epochs changed
 	gateAt  uint64
-	// outcome is the status of an operation that was committed and still has
-	// another one than OK (lock operations).
-	outcome wire.Status
-	kb, vb  []byte
+	// shown is the transno of an earlier operation whose effect the answer tells.
+	shown uint64
+	// held: the answer waits for the disk, because the operation is none that could
+	// be replayed.
+	held bool
+	// mismatch: a replay has found other versions than before, or failed; lost: the
+	// engine failed.
+	mismatch, lost bool
+	data           []byte // encoded outcome
+	// status is that of an operation that was committed; lock operations may have
+	// another one than OK.
+	status wire.Status
+	kb, vb []byte
 }
 
 type staged struct {
@@ -55,19 +75,25 @@ type pendAdd struct {
 	p pendTrunc
 }
 
-func (t *tx) begin(req *wire.Request, rep *wire.Reply) {
-	t.req, t.rep, t.b = req, rep, nil
-	t.now = t.m.tick()
-	t.transno = t.m.core.NextTransno()
+func (t *tx) begin(req *wire.Request, rep *wire.Reply, x front.Exec, remote bool) {
+	t.req, t.rep, t.b, t.x, t.remote = req, rep, nil, x, remote
+	if t.replay() {
+		t.now, t.transno = req.Made.Time, x.Transno
+	} else {
+		t.now, t.transno = t.m.tick(), t.m.core.NextTransno()
+	}
+	t.raise, t.shown, t.held, t.mismatch, t.lost, t.data = 0, 0, false, false, false, nil
 	clear(t.inodes)
 	clear(t.dents)
 	t.inodes, t.dents = t.inodes[:0], t.dents[:0]
 	t.dir, t.dir2, t.obj = report{}, report{}, report{}
-	t.fid, t.delta, t.unlink, t.view = wire.FID{}, 0, false, false
+	t.fid, t.delta, t.unlink = wire.FID{}, 0, false
 	t.addPend, t.delPend = t.addPend[:0], t.delPend[:0]
 	t.gateAt = t.m.core.LastApplied()
-	t.outcome = wire.OK
+	t.status = wire.OK
 }
+
+func (t *tx) replay() bool { return t.x.Transno != 0 }
 
 func (t *tx) batch() store.Batch {
 	if t.b == nil {
@@ -140,51 +166,53 @@ func (t *tx) deleteInode(in *Inode) {
 	}
 }
 
-// modify executes an operation that changes the target's state.
-func (m *MDT) modify(req *wire.Request, rep *wire.Reply, done func()) {
+// modify executes an operation that changes the target's state, for its client
+// in this process, or, with e, for one that recovery has let through. c is told
+// when the reply is complete.
+func (m *MDT) modify(req *wire.Request, rep *wire.Reply, x front.Exec, e front.Execution, c target.Completer) {
 	m.stats.modifies.Add(1)
 	m.seq.Lock()
-	if m.down.Load() {
-		m.seq.Unlock()
-		rep.Status = wire.ErrTargetDown
-		done()
-		return
-	}
-	// Asked again under the lock: when a fence has been raised, nothing older
-	// is executed after it.
-	if st := m.core.View().Admit(&req.Header); st != wire.OK {
-		m.seq.Unlock()
+	// Asked under the lock: when a fence has been raised, nothing older is executed
+	// after it.
+	if st := m.admit(req, x); st != wire.OK {
 		rep.Status, rep.LastCommitted = st, m.com.LastCommitted()
-		done()
+		if e != nil {
+			e.Executed(recov.Result{Status: st, NotDone: st != wire.ErrProto, Mismatch: st == wire.ErrProto && x.CheckVersions})
+		}
+		m.seq.Unlock()
+		c.Done()
 		return
 	}
 	wait := req.Flags&wire.FlagWaitCommit != 0
-	switch req.Op {
-	case wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
-		wait = true // fences are worth nothing before they are durable
-	}
 	t := &m.t
-	t.begin(req, rep)
-	applied := m.core.LastApplied()
+	t.begin(req, rep, x, e != nil)
 	rep.Status = t.run()
 	if rep.Status != wire.OK {
 		m.stats.errors.Add(1)
 	}
-	changed := m.core.LastApplied() != applied
+	changed := rep.Transno == t.transno
+	gate := t.gateAt
+	if e != nil {
+		res := t.result()
+		if !wait {
+			gate = res.Transno
+		}
+		wait = (e.Executed(res) || res.Held || wait) && !t.lost
+	}
 	queued := false
 	if wait {
 		// Also when the target has failed meanwhile: the gate knows what is durable
 		// and turns the rest into errors.
-		queued = m.com.Gate(t.gateAt, rep, done)
+		queued = m.com.Gate(gate, rep, c)
 	} else {
 		rep.LastCommitted = m.com.LastCommitted()
 	}
 	unlinked := t.unlink
 	t.req, t.rep = nil, nil
 	after := m.serveGrants()
-	m.seq.Unlock()
+	m.unlock()
 	if !queued {
-		done()
+		c.Done()
 	}
 	for _, f := range after {
 		f()
@@ -193,47 +221,111 @@ func (m *MDT) modify(req *wire.Request, rep *wire.Reply, done func()) {
 		m.com.Lazy()
 	}
 	if unlinked {
-		select {
-		case m.logWake <- struct{}{}:
-		default:
-		}
+		wake(m.logWake)
 	}
+}
+
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// admit decides whether an operation may be executed now.
+func (m *MDT) admit(req *wire.Request, x front.Exec) wire.Status {
+	switch {
+	case m.down.Load():
+		return wire.ErrTargetDown
+	case x.Transno == 0 && !m.begun:
+		return wire.ErrRecovering
+	case x.Transno == 0:
+		return m.core.View().Admit(&req.Header)
+	case m.begun || x.Transno <= m.core.LastApplied() || req.Made.Time <= 0 || req.Made.Time > math.MaxInt64/2 || !replayable(req.Op):
+		return wire.ErrProto
+	case m.e.Room() == store.RoomNone:
+		return wire.ErrTargetDown // recovery waits for space; below that the reserve is for this
+	}
+	return m.core.View().AdmitClient(&req.Header)
+}
+
+// replayable tells which operations may be answered before they are durable.
+func replayable(op wire.Op) bool {
+	return op.IsMDT() && op.Modifies() && !isLockOp(op)
 }
 
 // run finds the operation's reply record or executes and commits it.
 func (t *tx) run() wire.Status {
 	m, req := t.m, t.req
 	keyed := !req.Key.IsZero()
-	if keyed {
+	if keyed && !t.replay() {
 		rec, found := m.replies.Lookup(req.VIP, &req.Key, req.Flags)
 		switch found {
 		case target.Hit:
 			m.stats.replays.Add(1)
-			return t.reconstruct(&rec)
+			// Its client may be gone, so nobody might replay it. A second client
+			// must not try to.
+			t.show(rec.Transno)
+			m.reconstruct(req, t.rep, &outcome{Status: rec.Status, Transno: rec.Transno, FID: rec.FID, Created: rec.Created, Truncate: rec.Truncate})
+			return rec.Status
 		case target.PortMismatch:
 			t.rep.Port = rec.Port
 			return wire.ErrPortMismatch
 		}
 	}
-	if r := m.e.Room(); r != store.RoomOK && !roomFor(req, r) {
-		return wire.ErrNoSpc
+	if !t.replay() {
+		if r := m.e.Room(); r != store.RoomOK && !roomFor(req, r) {
+			return wire.ErrNoSpc
+		}
 	}
 	st := t.exec()
 	if st == wire.OK {
 		if st = t.commit(keyed); st == wire.OK {
-			st = t.outcome
+			st = t.status
 			keyed = false // recorded
 		}
-	} else if t.b != nil {
+	}
+	if t.b != nil { // not applied
 		t.b.Close()
 		t.b = nil
 	}
 	ok := st == wire.OK
 	t.fill(ok)
+	if t.replay() && !ok {
+		t.mismatch = t.x.CheckVersions && !t.lost
+		return st
+	}
 	if !ok && keyed && memorable(st) {
 		m.replies.Put(nil, req.VIP, &req.Key, target.Record{Status: st, Transno: m.core.LastApplied(), FID: t.fid, ClientGen: req.ClientGen})
 	}
 	return st
+}
+
+// show notes that the answer tells of an earlier operation's effect, which has to
+// be durable first.
+func (t *tx) show(transno uint64) {
+	t.shown, t.held = transno, true
+	t.gateAt = max(t.gateAt, transno)
+}
+
+// result is what the operation's Execution is told.
+func (t *tx) result() recov.Result {
+	if t.lost {
+		// Whether it will ever be durable is not known: the client asks the next start.
+		t.rep.Status = wire.ErrTargetDown
+		return recov.Result{Status: wire.ErrTargetDown, NotDone: true}
+	}
+	r := recov.Result{
+		Status: t.rep.Status, Transno: t.rep.Transno, PreVersions: t.rep.PreVersions,
+		Mismatch: t.mismatch, Held: t.held, Data: t.data,
+	}
+	if r.Transno == 0 {
+		r.Transno = t.shown
+	}
+	if r.Data == nil && r.Status == wire.OK {
+		r.Data = t.outcome(0)
+	}
+	return r
 }
 
 // memorable tells which failures a retransmission gets again. Others are about
@@ -250,7 +342,6 @@ func memorable(st wire.Status) bool {
 func roomFor(req *wire.Request, r store.Room) bool {
 	switch req.Op {
 	case wire.OpRemove, wire.OpRmdir, wire.OpTruncateDone, wire.OpCloseEpoch,
-		wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch,
 		wire.OpUnlock, wire.OpLockCancel, wire.OpLockGrantDone, wire.OpUnshare, wire.OpLockFree,
 		wire.OpLockRelease, wire.OpLockUnmonitor, wire.OpLockNotified, wire.OpLockService:
 		return r < store.RoomNone
@@ -283,7 +374,7 @@ func (t *tx) exec() wire.Status {
 	case wire.OpSetattr:
 		return t.setattr()
 	case wire.OpTruncateDone:
-		return t.logDone(t.req.LogIDs)
+		return t.truncateDone()
 	case wire.OpOpenEpoch:
 		return t.openEpochOp()
 	case wire.OpCloseEpoch:
@@ -292,12 +383,6 @@ func (t *tx) exec() wire.Status {
 		return t.setLayout()
 	case wire.OpTouchAtime:
 		return t.touchAtime()
-	case wire.OpConnect:
-		return t.connect()
-	case wire.OpDisconnect:
-		return t.disconnect()
-	case wire.OpSetVIPEpoch:
-		return t.setVIPEpoch()
 	}
 	if isLockOp(t.req.Op) {
 		return t.lockOp()
@@ -305,10 +390,27 @@ func (t *tx) exec() wire.Status {
 	return wire.ErrProto
 }
 
+// preVersions gives the versions that the operation has met, in the order in
+// which it has touched the inodes; 0 for new ones.
+func (t *tx) preVersions() (v [4]uint64) {
+	for i := range min(len(t.inodes), len(v)) {
+		if old := t.inodes[i].old; old != nil {
+			v[i] = old.Attr.Version
+		}
+	}
+	return v
+}
+
 // commit assigns the transno, writes everything as one batch and shows it to
-// readers. An operation that changed nothing gets no transno.
+// readers. An operation that changed nothing gets no transno, a replay always has
+// its own. A replay that meets other versions than the first execution fails with
+// recov.VersionMismatch.
 func (t *tx) commit(keyed bool) wire.Status {
 	m, req := t.m, t.req
+	pre := t.preVersions()
+	if t.x.CheckVersions && pre != req.PreVersions {
+		return recov.VersionMismatch
+	}
 	for i := range t.inodes {
 		// Nobody can unlock what is gone.
 		if s := &t.inodes[i]; s.deleted && m.locks.HasFile(s.in.Attr.FID) {
@@ -316,20 +418,18 @@ func (t *tx) commit(keyed bool) wire.Status {
 			t.takeLocks()
 		}
 	}
-	if t.b == nil && len(t.inodes) == 0 {
+	if t.b == nil && len(t.inodes) == 0 && !t.replay() {
 		if keyed {
 			// Repeating it must give the same answer, in memory is enough: it
 			// changed nothing.
-			m.replies.Put(nil, req.VIP, &req.Key, target.Record{Status: t.outcome, Transno: m.core.LastApplied(), FID: t.fid, ClientGen: req.ClientGen})
+			m.replies.Put(nil, req.VIP, &req.Key, target.Record{Status: t.status, Transno: m.core.LastApplied(), FID: t.fid, ClientGen: req.ClientGen})
 		}
 		return wire.OK
 	}
 	b := t.batch()
+	t.rep.PreVersions, t.rep.Time = pre, t.now
 	for i := range t.inodes {
 		s := &t.inodes[i]
-		if s.old != nil && i < len(t.rep.PreVersions) {
-			t.rep.PreVersions[i] = s.old.Attr.Version
-		}
 		if s.deleted {
 			if s.old != nil {
 				t.del(appendInodeKey(t.kb, s.in.Attr.FID))
@@ -341,25 +441,33 @@ func (t *tx) commit(keyed bool) wire.Status {
 	}
 	if keyed {
 		m.replies.Put(b, req.VIP, &req.Key, target.Record{
-			Status: t.outcome, Transno: t.transno, FID: t.fid, Created: t.rep.Created, Truncate: t.rep.Truncate, ClientGen: req.ClientGen,
+			Status: t.status, Transno: t.transno, FID: t.fid, Created: t.rep.Created, Truncate: t.rep.Truncate, ClientGen: req.ClientGen,
 		})
 	}
-	m.core.AssignTransno()
-	m.state.Transno = t.transno
+	if t.remote {
+		t.held = t.held || isLockOp(req.Op)
+		t.data = t.outcome(t.now)
+	}
+	if t.x.KeepSlot {
+		r := recov.SlotRecord{
+			Client: req.Client, Gen: req.ClientGen, Slot: req.Slot, XID: req.XID,
+			Transno: t.transno, Status: t.status, Data: t.data,
+		}
+		t.set(appendSlotKey(t.kb, req.Client, req.Slot), r.Append(t.vb))
+	}
+	if t.replay() && t.now < m.o.Clock()+maxSkew {
+		t.raise = max(t.raise, t.now)
+	}
+	m.core.SkipTo(t.transno)
+	m.state.Transno, m.state.Time = t.transno, max(m.state.Time, t.raise)
 	m.state.Inodes += uint64(t.delta)
 	t.set(append(t.kb, keyState...), appendState(t.vb, &m.state))
-	if m.superDirty {
-		// A new FID sequence is taken with the first commit after it was chosen.
-		t.set(append(t.kb, keySuper...), appendSuper(t.vb, &m.super))
-		m.superDirty = false
-	}
 	t.b = nil
 	if err := m.e.Apply(b); err != nil {
-		m.down.Store(true)
-		m.com.Fail(err)
+		t.lost = true
 		t.rep.Reset()
 		t.rep.XID = req.XID
-		return wire.ErrIO
+		return m.broken(err)
 	}
 	m.core.Applied(t.transno)
 	m.com.Applied(t.transno)
@@ -386,9 +494,6 @@ func (t *tx) commit(keyed bool) wire.Status {
 	}
 	for _, id := range t.delPend {
 		m.removePend(id)
-	}
-	if t.view {
-		m.view.Store(m.core.View())
 	}
 	return wire.OK
 }
@@ -432,35 +537,8 @@ func (t *tx) fill(ok bool) {
 		t.rep.Attr, t.rep.HasAttr = in.Attr, true
 	}
 	if !ok {
-		t.rep.Created, t.rep.Truncate = false, wire.Truncate{}
+		t.rep.Created, t.rep.Truncate, t.rep.Count = false, wire.Truncate{}, 0
 	}
-}
-
-// reconstruct answers a repeated call from its record. Attributes are today's.
-func (t *tx) reconstruct(rec *target.Record) wire.Status {
-	m, req, rep := t.m, t.req, t.rep
-	rep.Reconstructed = true
-	rep.Transno, rep.Created = rec.Transno, rec.Created
-	t.gateAt = max(t.gateAt, rec.Transno)
-	if _, ok := m.pendID[rec.Truncate.LogID]; ok {
-		rep.Truncate = rec.Truncate
-	}
-	if !rec.FID.IsZero() {
-		if in, _ := m.inode(rec.FID, false); in != nil {
-			rep.Attr, rep.HasAttr = in.Attr, true
-		}
-	}
-	if req.Op != wire.OpSetattr && req.Op != wire.OpLink {
-		if in, _ := m.inode(req.FID, false); in != nil && in.Attr.Type == wire.TypeDir {
-			rep.DirAttr, rep.HasDir = in.Attr, true
-		}
-	}
-	if req.Op == wire.OpRename || req.Op == wire.OpLink {
-		if in, _ := m.inode(req.FID2, false); in != nil && in.Attr.Type == wire.TypeDir {
-			rep.DirAttr2, rep.HasDir2 = in.Attr, true
-		}
-	}
-	return rec.Status
 }
 
 // openDir loads the directory that an operation changes and notes its state
@@ -478,19 +556,50 @@ func (t *tx) openDir(f wire.FID, r *report, pre *wire.PreAttr) (*Inode, wire.Sta
 	return in, wire.OK
 }
 
-// newFID gives a FID that was never used.
+// newFID gives a FID that was never used, to a replay the one that it has made.
 func (t *tx) newFID() (wire.FID, wire.Status) {
 	m := t.m
-	if m.fidOID == math.MaxUint32 {
-		if m.super.NextSeq > wire.MaxSeq {
-			return wire.FID{}, wire.ErrNoSpc
+	if t.replay() {
+		f := t.req.Made.FID
+		if f.Seq < wire.FirstSeq || f.Seq >= m.startSeq || f.OID == 0 || f.Ver != 0 {
+			return wire.FID{}, wire.ErrProto
 		}
-		m.fidSeq, m.fidOID = m.super.NextSeq, 0
-		m.super.NextSeq++
-		m.superDirty = true
+		switch _, st := m.inode(f, false); st {
+		case wire.ErrStale:
+			return f, wire.OK
+		case wire.OK:
+			return wire.FID{}, wire.ErrExist
+		default:
+			return wire.FID{}, st
+		}
+	}
+	if m.fidOID == math.MaxUint32 {
+		if st := m.nextSequence(); st != wire.OK {
+			return wire.FID{}, st
+		}
 	}
 	m.fidOID++
 	return wire.FID{Seq: m.fidSeq, OID: m.fidOID}, wire.OK
+}
+
+// nextSequence takes a new FID sequence. It is durable before a FID of it is told
+// to anybody, since the next start takes the one after it.
+func (m *MDT) nextSequence() wire.Status {
+	if m.super.NextSeq > wire.MaxSeq {
+		return wire.ErrNoSpc
+	}
+	next := Super{NextSeq: m.super.NextSeq + 1}
+	b := m.e.NewBatch()
+	b.Set(keySuper, appendSuper(nil, &next))
+	err := m.e.Apply(b)
+	if err == nil {
+		err = m.e.Sync()
+	}
+	if err != nil {
+		return m.broken(err)
+	}
+	m.fidSeq, m.fidOID, m.super = m.super.NextSeq, 0, next
+	return wire.OK
 }
 
 // newInode makes an object in dir for the request's credential: attributes that
@@ -503,9 +612,14 @@ func (t *tx) newInode(dir *Inode, typ wire.FileType) (*Inode, wire.Status) {
 	c, sa := &t.req.Cred, &t.req.SetAttr
 	in := &Inode{Attr: wire.Attr{
 		FID: f, Type: typ, Nlink: 1, UID: c.UID, GID: c.GID,
-		Atime: t.now, Mtime: t.now, Ctime: t.now, Generation: t.m.o.Rand(),
+		Atime: t.now, Mtime: t.now, Ctime: t.now,
 	}}
 	a := &in.Attr
+	if t.replay() {
+		a.Generation = t.req.Made.Generation
+	} else {
+		a.Generation = t.m.o.Rand()
+	}
 	if sa.Mask&wire.SetMode != 0 {
 		a.Mode = sa.Mode & 0o7777
 	}
@@ -575,10 +689,9 @@ func (t *tx) touchDir(dir *Inode) {
 	dir.Attr.Used = dir.Attr.Size
 }
 
-// unlinkInode takes one link from an object; the last one deletes it and leaves
-// the log record by which its data are destroyed.
+// unlinkInode takes one link from an object that is being edited; the last one
+// deletes it and leaves the log record by which its data are destroyed.
 func (t *tx) unlinkInode(in *Inode) {
-	in = t.edit(in)
 	a := &in.Attr
 	a.Nlink--
 	a.Ctime = t.now
@@ -597,7 +710,7 @@ func (t *tx) unlinkInode(in *Inode) {
 		t.delPend = append(t.delPend, p.id)
 	}
 	if in.HadData && a.Layout.Count > 0 {
-		t.putLog(&LogRec{ID: t.transno, Kind: LogUnlink, FID: a.FID, Layout: a.Layout})
+		t.putLog(&LogRec{ID: t.transno, Kind: LogUnlink, FID: a.FID, Layout: a.Layout, Client: t.req.Client})
 		t.unlink = true
 	}
 }
@@ -612,9 +725,17 @@ func mayDelete(c *wire.Cred, dir, in *Inode) bool {
 }
 
 // layout chooses the OSTs of a new file: round robin over those that are up,
-// those with less than a quarter of the best one's free space only if needed.
+// those with less than a quarter of the best one's free space only if needed. A
+// replay's file gets the ones that it had.
 func (t *tx) layout(dir *Inode) (wire.Layout, wire.Status) {
 	m := t.m
+	if t.replay() {
+		l := t.req.Made.Layout
+		if l.Count == 0 || l.Count > wire.MaxStripes || l.StripeSize == 0 {
+			return wire.Layout{}, wire.ErrProto
+		}
+		return l, wire.OK
+	}
 	size, count := m.o.StripeSize, m.o.StripeCount
 	if dir.DirStripeCount > 0 {
 		size, count = dir.DirStripeSize, dir.DirStripeCount

@@ -66,6 +66,7 @@ func (t *tx) create() wire.Status {
 	if req.SetAttr.Mask&wire.SetSize != 0 && req.SetAttr.Size > wire.MaxFileSize {
 		return wire.ErrFBig
 	}
+	dir = t.edit(dir)
 	in, st := t.newInode(dir, wire.TypeReg)
 	if st != wire.OK {
 		return st
@@ -86,7 +87,7 @@ func (t *tx) create() wire.Status {
 		}
 		in.Attr.Mtime = mtime
 	}
-	t.addEntry(t.edit(dir), req.Name, in)
+	t.addEntry(dir, req.Name, in)
 	t.rep.Created = true
 	return wire.OK
 }
@@ -107,6 +108,7 @@ func (t *tx) createExisting(ent Entry) wire.Status {
 			return wire.ErrExist
 		}
 		t.obj.old, t.fid = in, in.Attr.FID
+		t.show(in.Attr.Version)
 		return wire.OK
 	}
 	t.obj.old, t.fid = in, in.Attr.FID
@@ -133,6 +135,7 @@ func (t *tx) mkdir() wire.Status {
 	if st != wire.OK {
 		return st
 	}
+	dir = t.edit(dir)
 	in, st := t.newInode(dir, wire.TypeDir)
 	if st != wire.OK {
 		return st
@@ -140,7 +143,6 @@ func (t *tx) mkdir() wire.Status {
 	in.Attr.Nlink, in.Attr.Parent, in.NextCookie = 2, req.FID, FirstCookie
 	in.Attr.Size, in.Attr.Used = dirSize(0), dirSize(0)
 	in.DirStripeSize, in.DirStripeCount = dir.DirStripeSize, dir.DirStripeCount
-	dir = t.edit(dir)
 	dir.Attr.Nlink++
 	t.addEntry(dir, req.Name, in)
 	return wire.OK
@@ -159,6 +161,7 @@ func (t *tx) symlink() wire.Status {
 	case bytes.IndexByte(req.Data, 0) >= 0:
 		return wire.ErrInval
 	}
+	dir = t.edit(dir)
 	in, st := t.newInode(dir, wire.TypeLnk)
 	if st != wire.OK {
 		return st
@@ -169,7 +172,7 @@ func (t *tx) symlink() wire.Status {
 		in.link = bytes.Clone(req.Data)
 	}
 	t.batch().Set(appendLinkKey(t.kb, in.Attr.FID), req.Data)
-	t.addEntry(t.edit(dir), req.Name, in)
+	t.addEntry(dir, req.Name, in)
 	return wire.OK
 }
 
@@ -188,6 +191,7 @@ func (t *tx) mknod() wire.Status {
 	if dev && req.Cred.UID != 0 {
 		return wire.ErrPerm
 	}
+	dir = t.edit(dir)
 	in, st := t.newInode(dir, req.Type)
 	if st != wire.OK {
 		return st
@@ -195,7 +199,7 @@ func (t *tx) mknod() wire.Status {
 	if dev {
 		in.Attr.RdevMajor, in.Attr.RdevMinor = req.RdevMajor, req.RdevMinor
 	}
-	t.addEntry(t.edit(dir), req.Name, in)
+	t.addEntry(dir, req.Name, in)
 	return wire.OK
 }
 
@@ -220,10 +224,10 @@ func (t *tx) hardlink() wire.Status {
 	case in.Attr.Nlink >= wire.MaxLinks:
 		return wire.ErrMLink
 	}
-	in = t.edit(in)
+	in, dir = t.edit(in), t.edit(dir)
 	in.Attr.Nlink++
 	in.Attr.Ctime = t.now
-	t.addEntry(t.edit(dir), req.Name2, in)
+	t.addEntry(dir, req.Name2, in)
 	return wire.OK
 }
 
@@ -265,7 +269,8 @@ func (t *tx) remove() wire.Status {
 	if in.Attr.Type == wire.TypeDir {
 		return wire.ErrIsDir
 	}
-	t.dropEntry(t.edit(dir), req.Name, ent, false)
+	dir, in = t.edit(dir), t.edit(in)
+	t.dropEntry(dir, req.Name, ent, false)
 	t.unlinkInode(in)
 	return wire.OK
 }
@@ -287,10 +292,10 @@ func (t *tx) rmdir() wire.Status {
 	case in.Entries > 0:
 		return wire.ErrNotEmpty
 	}
-	dir = t.edit(dir)
+	dir, in = t.edit(dir), t.edit(in)
 	dir.Attr.Nlink--
 	t.dropEntry(dir, req.Name, ent, false)
-	t.deleteInode(t.edit(in))
+	t.deleteInode(in)
 	return wire.OK
 }
 
@@ -382,12 +387,15 @@ func (t *tx) rename() wire.Status {
 		t.dir2.cur = to
 	}
 	src = t.edit(src)
+	if dst != nil {
+		dst = t.edit(dst)
+	}
 	t.dropEntry(from, req.Name, sent, false)
 	if dst != nil {
 		t.dropEntry(to, req.Name2, dent, true)
 		if dst.Attr.Type == wire.TypeDir {
 			to.Attr.Nlink--
-			t.deleteInode(t.edit(dst))
+			t.deleteInode(dst)
 		} else {
 			t.unlinkInode(dst)
 		}

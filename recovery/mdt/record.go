@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -57,6 +59,8 @@ type LogRec struct {
 	FID    wire.FID
 	Layout wire.Layout
 	Size   uint64 // LogTruncate: the new size
+	// Client made it, and punches the objects of a truncate. Zero: not known.
+	Client wire.ClientID
 }
 
 // Entry is a directory entry.
@@ -69,7 +73,20 @@ type Entry struct {
 // Super is the superblock.
 type Super struct {
 	NextSeq uint64 // FID sequence of the next start
-	Clean   bool   // the last stop was orderly
+}
+
+// ClientEntry is an entry of the client table.
+type ClientEntry struct {
+	recov.ClientRecord
+	// Tenure numbers the entry among all that the target has ever made.
+	Tenure uint64
+}
+
+// FenceRec is an eviction of which OSTs are still to be told: they have to refuse
+// what the client sent with a lower tenure.
+type FenceRec struct {
+	Tenure uint64
+	OSTs   []uint16 // ascending
 }
 
 // State is the part of the superblock that every transaction writes.
@@ -88,14 +105,24 @@ const (
 	prefixLog    = 'l'
 	prefixEpoch  = 'e'
 	prefixMeta   = 'm'
+	prefixSlot   = 'x'
+
+	metaClient = 'c'
+	metaFence  = 'f'
+	metaVIP    = 'v'
 )
 
 var (
-	keySuper = []byte("ms")
-	keyState = []byte("mt")
+	keySuper  = []byte("ms")
+	keyState  = []byte("mt")
+	keyTarget = []byte("mr")
 )
 
-const recFormat = 1
+// Formats of records. Those that have changed are read in the older form, too.
+const (
+	recFormat  = 1
+	recFormat2 = 2
+)
 
 var errRecord = errors.New("malformed record")
 
@@ -118,11 +145,19 @@ func appendEpochKey(b []byte, f wire.FID, c wire.ClientID) []byte {
 }
 
 func appendClientKey(b []byte, c wire.ClientID) []byte {
-	return append(append(b, prefixMeta, 'c'), c[:]...)
+	return append(append(b, prefixMeta, metaClient), c[:]...)
+}
+
+func appendFenceKey(b []byte, c wire.ClientID) []byte {
+	return append(append(b, prefixMeta, metaFence), c[:]...)
 }
 
 func appendVIPKey(b []byte, vip uint32) []byte {
-	return be.AppendUint32(append(b, prefixMeta, 'v'), vip)
+	return be.AppendUint32(append(b, prefixMeta, metaVIP), vip)
+}
+
+func appendSlotKey(b []byte, c wire.ClientID, slot uint16) []byte {
+	return be.AppendUint16(append(append(b, prefixSlot), c[:]...), slot)
 }
 
 // Flags of stored inodes.
@@ -297,32 +332,47 @@ func DecodeCookieRec(v []byte) (f wire.FID, t wire.FileType, name []byte, err er
 }
 
 // AppendLogRec appends the stored form of a log record; its ID is in the key.
+// Without a client it is that of older versions.
 func AppendLogRec(b []byte, l *LogRec) []byte {
-	b = l.FID.Append(append(b, recFormat, byte(l.Kind)))
+	format := byte(recFormat)
+	if l.Client != (wire.ClientID{}) {
+		format = recFormat2
+	}
+	b = l.FID.Append(append(b, format, byte(l.Kind)))
 	b = be.AppendUint64(b, l.Size)
+	if format == recFormat2 {
+		b = append(b, l.Client[:]...)
+	}
 	return appendLayout(b, &l.Layout)
 }
 
 // DecodeLogRec decodes what AppendLogRec wrote.
 func DecodeLogRec(id uint64, v []byte) (LogRec, error) {
-	if len(v) < 26 || v[0] != recFormat || v[1] < byte(LogUnlink) || v[1] > byte(LogTruncate) {
-		return LogRec{}, fmt.Errorf("log record %d: %w", id, errRecord)
+	bad := func() (LogRec, error) { return LogRec{}, fmt.Errorf("log record %d: %w", id, errRecord) }
+	if len(v) < 26 || v[0] < recFormat || v[0] > recFormat2 || v[1] < byte(LogUnlink) || v[1] > byte(LogTruncate) {
+		return bad()
 	}
 	l := LogRec{ID: id, Kind: LogKind(v[1]), FID: wire.GetFID(v[2:]), Size: be.Uint64(v[18:])}
-	var rest []byte
+	rest := v[26:]
+	if v[0] == recFormat2 {
+		if len(rest) < len(l.Client) {
+			return bad()
+		}
+		if rest = rest[copy(l.Client[:], rest):]; l.Client == (wire.ClientID{}) {
+			return bad()
+		}
+	}
 	var err error
-	if l.Layout, rest, err = getLayout(v[26:]); err != nil || len(rest) != 0 {
-		return LogRec{}, fmt.Errorf("log record %d: %w", id, errRecord)
+	if l.Layout, rest, err = getLayout(rest); err != nil || len(rest) != 0 {
+		return bad()
 	}
 	return l, nil
 }
 
+// The last byte of the superblock is not used any more: whether the last stop was
+// orderly is in the target record.
 func appendSuper(b []byte, s *Super) []byte {
-	var clean byte
-	if s.Clean {
-		clean = 1
-	}
-	return append(be.AppendUint64(append(b, recFormat), s.NextSeq), clean)
+	return append(be.AppendUint64(append(b, recFormat), s.NextSeq), 0)
 }
 
 // DecodeSuper decodes the superblock.
@@ -330,7 +380,78 @@ func DecodeSuper(v []byte) (Super, error) {
 	if len(v) != 10 || v[0] != recFormat || v[9] > 1 {
 		return Super{}, fmt.Errorf("superblock: %w", errRecord)
 	}
-	return Super{NextSeq: be.Uint64(v[1:]), Clean: v[9] == 1}, nil
+	return Super{NextSeq: be.Uint64(v[1:])}, nil
+}
+
+// seal appends the checksum of a record that starts at from. What fences depend on
+// has one, since an error in it would be noticed by nothing else.
+func seal(b []byte, from int) []byte {
+	return be.AppendUint32(b, crc32.Checksum(b[from:], castagnoli))
+}
+
+// unseal checks and removes what seal has appended.
+func unseal(v []byte) ([]byte, bool) {
+	n := len(v) - 4
+	if n < 0 || crc32.Checksum(v[:n], castagnoli) != be.Uint32(v[n:]) {
+		return nil, false
+	}
+	return v[:n], true
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// AppendClient appends the stored form of an entry of the client table.
+func AppendClient(b []byte, c *ClientEntry) []byte {
+	n := len(b)
+	return seal(c.ClientRecord.Append(be.AppendUint64(append(b, recFormat2), c.Tenure)), n)
+}
+
+// DecodeClient decodes what AppendClient wrote for the client id. Older versions
+// wrote the generation alone, and only of clients in the target's process: the
+// entry is Local and has no tenure then.
+func DecodeClient(id wire.ClientID, v []byte) (ClientEntry, error) {
+	if gen, err := decodeU64Rec(v); err == nil {
+		return ClientEntry{ClientRecord: recov.ClientRecord{Client: id, Gen: gen, Local: true}}, nil
+	}
+	v, ok := unseal(v)
+	if !ok || len(v) < 9 || v[0] != recFormat2 {
+		return ClientEntry{}, fmt.Errorf("client %x: %w", id, errRecord)
+	}
+	c := ClientEntry{Tenure: be.Uint64(v[1:])}
+	if err := c.Decode(v[9:]); err != nil {
+		return ClientEntry{}, fmt.Errorf("client %x: %w", id, err)
+	}
+	if c.Client != id || c.Tenure == 0 {
+		return ClientEntry{}, fmt.Errorf("client %x: %w", id, errRecord)
+	}
+	return c, nil
+}
+
+// AppendFence appends the stored form of a fence; its client is in the key.
+func AppendFence(b []byte, f *FenceRec) []byte {
+	n := len(b)
+	b = be.AppendUint64(append(b, recFormat), f.Tenure)
+	for _, o := range f.OSTs {
+		b = be.AppendUint16(b, o)
+	}
+	return seal(b, n)
+}
+
+// DecodeFence decodes what AppendFence wrote.
+func DecodeFence(v []byte) (FenceRec, error) {
+	v, ok := unseal(v)
+	if !ok || len(v) < 11 || len(v)%2 == 0 || v[0] != recFormat {
+		return FenceRec{}, fmt.Errorf("fence: %w", errRecord)
+	}
+	f := FenceRec{Tenure: be.Uint64(v[1:])}
+	for v = v[9:]; len(v) > 0; v = v[2:] {
+		o := be.Uint16(v)
+		if n := len(f.OSTs); n > 0 && f.OSTs[n-1] >= o {
+			return FenceRec{}, fmt.Errorf("fence: %w", errRecord)
+		}
+		f.OSTs = append(f.OSTs, o)
+	}
+	return f, nil
 }
 
 func appendState(b []byte, s *State) []byte {

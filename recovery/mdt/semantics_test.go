@@ -251,8 +251,10 @@ func (s *script) line(l string) string {
 		s.open()
 		return "OK"
 	case "dropclients":
-		if err := s.m.DropClients(func(id wire.ClientID) bool { return id != testClient }); err != nil {
-			return err.Error()
+		for id, gen := range s.m.Clients() {
+			if id != testClient {
+				s.m.DelClient(id, gen, false)
+			}
 		}
 		return "OK"
 	case "name": // makes long or odd names: name OP LENGTH

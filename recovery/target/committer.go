@@ -1,6 +1,7 @@
 package target
 
 import (
+	"errors"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,8 @@ import (
 
 // lazyCommit bounds how long an operation that nobody waits for stays volatile.
 const lazyCommit = 200 * time.Millisecond
+
+var errClosing = errors.New("committer: closed")
 
 // Committer makes applied operations durable in groups: while one flush runs,
 // the next group gathers. It releases gated replies in transno order.
@@ -26,7 +29,9 @@ type Committer struct {
 	cond    sync.Cond
 	gate    Gate
 	want    uint64 // highest transno that a waiter needs
-	due     bool   // the lazy timer fired
+	flushes []func(error)
+	extra   bool // something without a transno was applied since the last flush began
+	due     bool // flush though no reply waits
 	timer   *time.Timer
 	armed   bool
 	closing bool
@@ -51,6 +56,13 @@ func NewCommitter(transno uint64, syncLog func() error, onFail func(error)) *Com
 func (c *Committer) lazy() {
 	c.mu.Lock()
 	c.armed = false
+	c.mu.Unlock()
+	c.Soon()
+}
+
+// Soon starts to make everything durable that was applied so far.
+func (c *Committer) Soon() {
+	c.mu.Lock()
 	c.due = true
 	c.cond.Signal()
 	c.mu.Unlock()
@@ -88,12 +100,36 @@ func (c *Committer) Lazy() {
 	c.mu.Unlock()
 }
 
+// Extra tells that something was applied that has no transno. done, if not nil,
+// is called when that and everything before it is durable, or with what prevents
+// it; without it Lazy is. An error means that done is not called.
+func (c *Committer) Extra(done func(error)) error {
+	if done == nil {
+		defer c.Lazy()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.err != nil:
+		return c.err
+	case c.closing:
+		return errClosing
+	}
+	c.extra = true
+	if done != nil {
+		c.flushes = append(c.flushes, done)
+		c.due = true
+		c.cond.Signal()
+	}
+	return nil
+}
+
 // Gate holds a reply back until transno t is durable: done is called then, after
 // rep.LastCommitted was set, or rep.Status to ErrIO when the target failed
 // meanwhile. It returns false when there is nothing to wait for: rep is final
 // and the caller calls done itself. Callers who gate in transno order get their
 // callbacks in transno order.
-func (c *Committer) Gate(t uint64, rep *wire.Reply, done func()) bool {
+func (c *Committer) Gate(t uint64, rep *wire.Reply, done Completer) bool {
 	if com := c.committed.Load(); t <= com {
 		rep.LastCommitted = com
 		return false
@@ -127,15 +163,16 @@ func (c *Committer) run() {
 		for c.err == nil && !c.closing && c.want <= c.committed.Load() && !c.due {
 			c.cond.Wait()
 		}
-		if c.err != nil || c.closing && c.applied.Load() <= c.committed.Load() {
+		if c.err != nil || c.closing && c.applied.Load() <= c.committed.Load() && !c.extra {
 			c.mu.Unlock()
 			return
 		}
 		c.due = false
-		target := c.applied.Load()
+		target, extra, flushes := c.applied.Load(), c.extra, len(c.flushes)
+		c.extra = false
 		c.mu.Unlock()
 
-		if target > c.committed.Load() {
+		if target > c.committed.Load() || extra {
 			if err := c.sync(); err != nil {
 				c.Fail(err)
 				return
@@ -144,6 +181,7 @@ func (c *Committer) run() {
 			c.committed.Store(target)
 		}
 		c.release(target, buf[:], false)
+		c.flushed(flushes, nil)
 	}
 }
 
@@ -171,9 +209,26 @@ func (c *Committer) release(committed uint64, buf []Waiter, failed bool) {
 			} else {
 				w.Rep.LastCommitted = committed
 			}
-			w.Done()
+			w.Done.Done()
 			*w = Waiter{}
 		}
+	}
+}
+
+// flushed calls the first n callbacks of Extra.
+func (c *Committer) flushed(n int, err error) {
+	if n == 0 {
+		return
+	}
+	c.mu.Lock()
+	n = min(n, len(c.flushes)) // after Fail there are none
+	done := c.flushes[:n:n]
+	if c.flushes = c.flushes[n:]; len(c.flushes) == 0 {
+		c.flushes = nil
+	}
+	c.mu.Unlock()
+	for _, f := range done {
+		f(err)
 	}
 }
 
@@ -193,6 +248,7 @@ func (c *Committer) Fail(err error) {
 		c.onFail(err)
 	}
 	c.release(math.MaxUint64, make([]Waiter, 64), true)
+	c.flushed(math.MaxInt, err)
 }
 
 // Err is the error that stopped the committer.

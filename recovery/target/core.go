@@ -28,6 +28,11 @@ func (v *View) Admit(h *wire.Header) wire.Status {
 	if h.VIP != 0 && h.VIPEpoch < v.vips[h.VIP] {
 		return wire.ErrStaleVIP
 	}
+	return v.AdmitClient(h)
+}
+
+// AdmitClient is Admit as far as the sender is concerned, not the service address.
+func (v *View) AdmitClient(h *wire.Header) wire.Status {
 	gen, ok := v.clients[h.Client]
 	switch {
 	case !ok || h.ClientGen > gen:
@@ -144,6 +149,9 @@ func (c *Core) AssignTransno() uint64 {
 	return c.transno
 }
 
+// SkipTo makes the next transno at least t+1.
+func (c *Core) SkipTo(t uint64) { c.transno = max(c.transno, t) }
+
 // Applied notes that the operation with transno t is in the engine.
 func (c *Core) Applied(t uint64) { c.applied = max(c.applied, t) }
 
@@ -156,11 +164,20 @@ func (c *Core) LastApplied() uint64 { return c.applied }
 // LastCommitted is the highest transno known to be durable.
 func (c *Core) LastCommitted() uint64 { return c.committed }
 
+// Completer is told that a reply is complete.
+type Completer interface{ Done() }
+
+// Func is a function as a Completer.
+type Func func()
+
+// Done calls f.
+func (f Func) Done() { f() }
+
 // Waiter is a reply that is held until its transno is durable.
 type Waiter struct {
 	Transno uint64
 	Rep     *wire.Reply
-	Done    func()
+	Done    Completer
 }
 
 // Gate is a queue of waiters in the order of their transnos: a ring that grows

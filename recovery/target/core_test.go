@@ -236,12 +236,12 @@ func TestCommitter(t *testing.T) {
 	c := NewCommitter(10, func() error { enter <- struct{}{}; return <-leave }, func(error) { fails++ })
 	gate := func(n uint64) *wire.Reply {
 		rep := &wire.Reply{Data: []byte("x")}
-		if !c.Gate(n, rep, func() {
+		if !c.Gate(n, rep, Func(func() {
 			mu.Lock()
 			order = append(order, int(n))
 			mu.Unlock()
 			done <- int(n)
-		}) {
+		})) {
 			done <- -int(n)
 		}
 		return rep
@@ -303,7 +303,7 @@ func TestCommitterFailsWhileFlushHangs(t *testing.T) {
 	c.Applied(1)
 	rep := &wire.Reply{}
 	done := make(chan struct{})
-	c.Gate(1, rep, func() { close(done) })
+	c.Gate(1, rep, Func(func() { close(done) }))
 	<-enter
 	c.Fail(errors.New("broken"))
 	<-done
@@ -327,5 +327,61 @@ func TestCommitterLazy(t *testing.T) {
 	<-synced
 	if c.LastCommitted() != 2 {
 		t.Error(c.LastCommitted())
+	}
+}
+
+// TestCommitterExtra: what has no transno is durable when its callback says so,
+// in the order of the log, and a failure reaches every callback.
+func TestCommitterExtra(t *testing.T) {
+	enter, leave := make(chan struct{}), make(chan error)
+	c := NewCommitter(5, func() error { enter <- struct{}{}; return <-leave }, nil)
+	got := make(chan error, 10)
+	extra := func() error { return c.Extra(func(err error) { got <- err }) }
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(extra())
+	<-enter
+	must(extra()) // comes too late for the flush that runs
+	c.Applied(6)
+	leave <- nil
+	if err := <-got; err != nil {
+		t.Fatal(err)
+	}
+	<-enter
+	if len(got) != 0 || c.LastCommitted() != 5 {
+		t.Errorf("%d callbacks, committed %d before the flush", len(got), c.LastCommitted())
+	}
+	leave <- nil
+	if err := <-got; err != nil || c.LastCommitted() != 6 {
+		t.Error(err, c.LastCommitted())
+	}
+	must(c.Extra(nil)) // becomes durable by itself
+	<-enter
+	leave <- nil
+	c.Applied(7)
+	c.Soon()
+	<-enter
+	must(extra())
+	broken := errors.New("broken")
+	leave <- broken
+	if err := <-got; err != broken {
+		t.Error(err)
+	}
+	if err := extra(); err != broken || len(got) != 0 {
+		t.Error("after the failure:", err)
+	}
+
+	c = NewCommitter(0, func() error { <-enter; return nil }, nil)
+	must(c.Extra(nil))
+	go func() { enter <- struct{}{} }()
+	if err := c.Close(); err != nil || c.Syncs() != 1 {
+		t.Error(err, c.Syncs())
+	}
+	if err := extra(); err == nil || len(got) != 0 {
+		t.Error("after Close:", err)
 	}
 }

@@ -147,6 +147,7 @@ func start(d *disks, clk *clock.Strict, gen uint64) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
+	n.mdt.Begin(0)
 	conns := make([]wire.Conn, len(n.osts))
 	for i := range n.osts {
 		n.osts[i], err = ost.Open(ost.Options{

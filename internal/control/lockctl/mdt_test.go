@@ -35,6 +35,7 @@ func TestRealTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
+	m.Begin(0)
 	o, err := ost.Open(ost.Options{FS: objfs.NewMem(clk.Now), BootID: "b", Clock: clk.Now, Logger: quiet, CommitInterval: -1})
 	if err != nil {
 		t.Fatal(err)

@@ -66,6 +66,7 @@ func Open(t testing.TB, o Options) *client.FS {
 	m, err := mdt.Open(mdt.Options{Engine: e, Clock: clk.Now, Logger: log,
 		OSTs: func() []mdt.OSTState { return states }, StripeSize: o.StripeSize, StripeCount: o.StripeCount})
 	check(err)
+	m.Begin(0)
 	t.Cleanup(func() {
 		if err := m.Close(); err != nil {
 			t.Error(err)

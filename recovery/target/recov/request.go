@@ -164,7 +164,7 @@ func (m *Machine) Executed(res Result, now time.Time) []Action {
 		// Executed, but whether it stays is no longer the client's to know.
 		a.Status, a.Transno = wire.ErrUnknownClient, 0
 	case !res.NotDone:
-		a.WaitCommit = m.share(c, &res)
+		a.WaitCommit = m.share(c, &res) || res.Held
 	}
 	m.act(a)
 	if run.dup.on {

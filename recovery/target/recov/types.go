@@ -83,6 +83,9 @@ type Result struct {
 	// NotDone: nothing was executed, the client is to ask again; the slot keeps
 	// no result.
 	NotDone bool
+	// Held: the answer waits until Transno is durable, whatever the request asked
+	// for, because nobody would replay it.
+	Held bool
 	// Data is kept in the reply slot, at most MaxResult bytes; the machine takes it over.
 	Data []byte
 }

@@ -42,6 +42,7 @@ func realTargets(t testing.TB, clk *clock.Strict, osts int) map[string]wire.Targ
 	if err != nil {
 		t.Fatal(err)
 	}
+	m.Begin(0)
 	t.Cleanup(func() {
 		if err := m.Close(); err != nil {
 			t.Error(err)
