@@ -477,7 +477,7 @@ func (f *FS) syncItems(items []closeItem, flushes int) {
 				break
 			}
 			m := f.get()
-			m.req.Op = wire.OpSyncObject
+			m.req.Op, m.req.Flags = wire.OpSyncObject, wire.FlagNoWait
 			m.req.FID, m.req.Stripe = it.a.FID, s
 			f.header(Owner{}, &m.req)
 			under = append(under, flush{it, m})
@@ -510,20 +510,23 @@ func (f *FS) rawAttr(ctx context.Context, fid wire.FID, a *wire.Attr) wire.Statu
 	return m.rep.Status
 }
 
-// CloseLeftEpochs closes epochs that an earlier incarnation of this client left
-// open when it died with its node.
-func (f *FS) CloseLeftEpochs(ctx context.Context, fids []wire.FID) error {
+// CloseLeftEpochs closes epochs of clients that are gone, of files that are not in
+// use by this client, and returns of how many files. Files that cannot be flushed
+// now are left as they are; the error is that of the first of them.
+func (f *FS) CloseLeftEpochs(ctx context.Context, fids []wire.FID) (closed int, err error) {
 	for len(fids) > 0 {
 		n := min(len(fids), closeBatch)
-		if err := f.closeLeft(ctx, fids[:n]); err != nil {
-			return err
+		k, e := f.closeLeft(ctx, fids[:n])
+		closed += k
+		if e != nil && err == nil {
+			err = e
 		}
 		fids = fids[n:]
 	}
-	return nil
+	return closed, err
 }
 
-func (f *FS) closeLeft(ctx context.Context, fids []wire.FID) error {
+func (f *FS) closeLeft(ctx context.Context, fids []wire.FID) (int, error) {
 	var items []closeItem
 	defer func() {
 		for i := range items {
@@ -544,6 +547,7 @@ func (f *FS) closeLeft(ctx context.Context, fids []wire.FID) error {
 	}
 	f.flushForClose(ctx, items)
 	var closes []wire.EpochClose
+	var first error
 	for i := range items {
 		it := &items[i]
 		switch it.st {
@@ -551,11 +555,13 @@ func (f *FS) closeLeft(ctx context.Context, fids []wire.FID) error {
 			closes = append(closes, it.result())
 		case wire.ErrStale, wire.ErrNoEnt:
 		default:
-			return fmt.Errorf("client: close the IO epoch of %v left by a crash: %w", it.e.fid, it.st)
+			if first == nil {
+				first = fmt.Errorf("client: close the IO epoch that is left of %v: %w", it.e.fid, it.st)
+			}
 		}
 	}
 	if len(closes) == 0 {
-		return nil
+		return 0, first
 	}
 	m := f.get()
 	defer f.put(m)
@@ -563,7 +569,7 @@ func (f *FS) closeLeft(ctx context.Context, fids []wire.FID) error {
 	m.req.Epochs = closes
 	f.Call(ctx, Owner{}, &m.req, &m.rep)
 	if m.rep.Status != wire.OK {
-		return fmt.Errorf("client: close IO epochs left by a crash: %w", m.rep.Status)
+		return 0, fmt.Errorf("client: close IO epochs that are left: %w", m.rep.Status)
 	}
-	return nil
+	return int(m.rep.Count), first
 }

@@ -555,7 +555,7 @@ func TestCloseLeftEpochs(t *testing.T) {
 	b.fs.epochs.n.Store(0)
 	a, _ := b.create("used", false)
 	b.write(a.FID, 0, []byte("x"))
-	if err := b.fs.CloseLeftEpochs(ctx, append(fids, a.FID)); err != nil {
+	if _, err := b.fs.CloseLeftEpochs(ctx, append(fids, a.FID)); err != nil {
 		t.Fatal(err)
 	}
 	for i, f := range fids[:4] {

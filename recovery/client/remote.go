@@ -103,6 +103,16 @@ type ostConn struct {
 	waiting atomic.Int32 // requests that wait for it while it is away
 }
 
+// Away tells that requests to an OST would have to wait for it.
+func (f *FS) Away(ost int) bool { return f.osts[ost].away() }
+
+// SubmitOST gives req to an OST; done is called once, perhaps from another
+// goroutine, and must not block. req and rep belong to the FS until then.
+func (f *FS) SubmitOST(ost int, req *wire.Request, rep *wire.Reply, done func()) {
+	f.header(Owner{}, req)
+	f.osts[ost].Handle(req, rep, done)
+}
+
 // away tells that requests would have to wait for the OST.
 func (c *ostConn) away() bool { return c.im != nil && !c.im.Ready() }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -73,25 +74,58 @@ type OpenEpoch struct {
 	Layout wire.Layout
 }
 
-// OpenEpochs lists all open IO epochs, for closing those of clients that are
-// gone: an OpCloseEpoch of any client also closes the epochs of clients that
-// are not in the client table and of whose eviction all OSTs know.
-func (m *MDT) OpenEpochs() ([]OpenEpoch, error) {
-	var out []OpenEpoch
-	err := IterEpochs(m.e, func(f wire.FID, c wire.ClientID, _ uint64, err error) error {
-		if err != nil {
-			m.damaged("epoch", f, err)
+// StaleEpochs lists up to limit files, in order and after the one given (zero: from
+// the first), with IO epochs of clients that are gone, or from before they were
+// evicted, which some OST may have yet to be told of when pending is set. An
+// OpCloseEpoch of any client closes those that are not pending along. It is cheap
+// when there can be none.
+func (m *MDT) StaleEpochs(after wire.FID, limit int) (out []OpenEpoch, pending bool, err error) {
+	m.seq.Lock()
+	none, lost := !m.staleEpochs, m.lostClients
+	m.seq.Unlock()
+	if none {
+		return nil, false, nil
+	}
+	lower := []byte{prefixEpoch}
+	if !after.IsZero() {
+		lower = store.PrefixEnd(after.Append(lower))
+	}
+	whole := after.IsZero()
+	err = iterate(m.e, lower, []byte{prefixEpoch + 1}, func(k, v []byte) error {
+		if len(k) != 33 {
 			return nil
+		}
+		f, c := wire.GetFID(k[1:]), wire.ClientID(k[17:33])
+		r, err := DecodeEpoch(v)
+		m.seq.Lock()
+		stale, waits := err != nil || !m.current(c, r.Tenure), m.fences[c] != nil
+		m.seq.Unlock()
+		switch {
+		case !stale:
+			return nil
+		case waits:
+			pending = true
+			return nil
+		case len(out) == limit:
+			whole = false
+			return errEnough
 		}
 		if in, _ := m.inode(f, false); in != nil {
 			out = append(out, OpenEpoch{f, c, in.Attr.Layout})
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, fmt.Errorf("open epochs: %w", err)
+	if err != nil && err != errEnough {
+		return nil, false, fmt.Errorf("stale epochs: %w", err)
 	}
-	return out, nil
+	if whole && len(out) == 0 && !pending {
+		m.seq.Lock()
+		if m.lostClients == lost {
+			m.staleEpochs = false
+		}
+		m.seq.Unlock()
+	}
+	return out, pending, nil
 }
 
 // Sync waits until everything applied so far is durable.

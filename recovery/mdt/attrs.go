@@ -158,7 +158,7 @@ func (t *tx) truncate(in *Inode, size uint64) wire.Status {
 			t.delPend = append(t.delPend, p.id)
 		}
 	}
-	t.putLog(&LogRec{ID: t.transno, Kind: LogTruncate, FID: a.FID, Layout: a.Layout, Size: size, Client: t.req.Client})
+	t.putLog(&LogRec{ID: t.transno, Kind: LogTruncate, FID: a.FID, Layout: a.Layout, Size: size, Client: t.req.Client, Tenure: t.tenure()})
 	t.addPend = append(t.addPend, pendAdd{a.FID, pendTrunc{t.transno, size}})
 	t.rep.Truncate = wire.Truncate{LogID: t.transno, Size: size}
 	return wire.OK
@@ -182,39 +182,47 @@ func (t *tx) truncateDone() wire.Status {
 	return wire.OK
 }
 
-// hasEpoch tells whether client has an IO epoch of in open.
-func (t *tx) hasEpoch(in *Inode, client wire.ClientID) (bool, wire.Status) {
-	switch {
-	case in.Opens == 0:
-		return false, wire.OK
-	case in.Opens == 1:
-		return in.Opener == client, wire.OK
+// hasEpoch tells whether client has an IO epoch of in open, and whether that is
+// of its present entry in the client table: one from before an eviction says
+// nothing of what it may write now.
+func (t *tx) hasEpoch(in *Inode, client wire.ClientID) (has, current bool, st wire.Status) {
+	if in.Opens == 0 || in.Opens == 1 && in.Opener != client {
+		return false, false, wire.OK
+	}
+	if in.Opens == 1 && !t.m.staleEpochs || in.SizeVersion == t.transno {
+		return true, true, wire.OK // perhaps opened by this very operation
 	}
 	var kb [33]byte
-	_, err := t.m.e.Get(appendEpochKey(kb[:0], in.Attr.FID, client), nil)
+	v, err := t.m.e.Get(appendEpochKey(kb[:0], in.Attr.FID, client), nil)
 	if errors.Is(err, store.ErrNotFound) {
-		return false, wire.OK
+		return false, false, wire.OK
+	}
+	var r EpochRec
+	if err == nil {
+		r, err = DecodeEpoch(v)
 	}
 	if err != nil {
-		return false, t.m.damaged("epoch", in.Attr.FID, err)
+		return false, false, t.m.damaged("epoch", in.Attr.FID, err)
 	}
-	return true, wire.OK
+	return true, t.m.current(client, r.Tenure), wire.OK
 }
 
 // openEpoch opens the client's IO epoch of a file that is being edited.
 func (t *tx) openEpoch(in *Inode) wire.Status {
-	has, st := t.hasEpoch(in, t.req.Client)
-	if st != wire.OK || has {
+	has, current, st := t.hasEpoch(in, t.req.Client)
+	if st != wire.OK || has && current {
 		return st
 	}
-	in.Opens++
-	in.Opener = wire.ClientID{}
-	if in.Opens == 1 {
-		in.Opener = t.req.Client
+	if !has {
+		in.Opens++
+		in.Opener = wire.ClientID{}
+		if in.Opens == 1 {
+			in.Opener = t.req.Client
+		}
 	}
 	in.Attr.EpochOpen, in.HadData, in.SizeVersion = true, true, t.transno
 	in.Attr.EpochShared = in.Opens > 1
-	t.set(appendEpochKey(t.kb, in.Attr.FID, t.req.Client), appendU64Rec(t.vb, t.transno))
+	t.set(appendEpochKey(t.kb, in.Attr.FID, t.req.Client), AppendEpoch(t.vb, EpochRec{t.transno, t.tenure()}))
 	return wire.OK
 }
 
@@ -227,11 +235,11 @@ func (t *tx) openEpochOp() wire.Status {
 	if in.Attr.Type != wire.TypeReg {
 		return wire.ErrInval
 	}
-	has, st := t.hasEpoch(in, t.req.Client)
+	_, current, st := t.hasEpoch(in, t.req.Client)
 	if st != wire.OK {
 		return st
 	}
-	if has {
+	if current {
 		// Only this open, not everything since, must be durable.
 		t.gateAt = in.Attr.Version
 		return wire.OK
@@ -239,22 +247,31 @@ func (t *tx) openEpochOp() wire.Status {
 	return t.openEpoch(t.edit(in))
 }
 
-// dropEpochs closes the epochs of a file that is being edited for the clients
-// that which selects.
-func (t *tx) dropEpochs(in *Inode, which func(wire.ClientID) bool) {
-	if in.Opens == 1 {
-		if which(in.Opener) {
+// tenure is that of the request's client.
+func (t *tx) tenure() uint64 {
+	if e := t.m.clients[t.req.Client]; e != nil {
+		return e.Tenure
+	}
+	return 0
+}
+
+// dropEpochs closes the epochs of a file that is being edited that which selects
+// by client and whether they are of its present entry in the client table.
+func (t *tx) dropEpochs(in *Inode, which func(c wire.ClientID, current bool) bool) {
+	if in.Opens == 1 && !t.m.staleEpochs {
+		if which(in.Opener, true) {
 			t.del(appendEpochKey(t.kb, in.Attr.FID, in.Opener))
 			in.Opens, in.Opener = 0, wire.ClientID{}
 		}
-	} else if in.Opens > 1 {
+	} else if in.Opens > 0 {
 		var left []wire.ClientID
-		err := iteratePrefix(t.m.e, in.Attr.FID.Append([]byte{prefixEpoch}), func(k, _ []byte) error {
+		err := iteratePrefix(t.m.e, in.Attr.FID.Append([]byte{prefixEpoch}), func(k, v []byte) error {
 			if len(k) != 33 {
 				return nil
 			}
 			id := wire.ClientID(k[17:33])
-			if which(id) {
+			r, err := DecodeEpoch(v)
+			if which(id, err == nil && t.m.current(id, r.Tenure)) {
 				t.del(appendEpochKey(t.kb, in.Attr.FID, id))
 			} else {
 				left = append(left, id)
@@ -286,7 +303,6 @@ func (t *tx) closeEpochs() wire.Status {
 	if len(t.req.Epochs) > maxBatchItems {
 		return wire.ErrProto
 	}
-	view := t.m.core.View()
 	for i := range t.req.Epochs {
 		e := &t.req.Epochs[i]
 		in, st := t.load(e.FID)
@@ -301,14 +317,14 @@ func (t *tx) closeEpochs() wire.Status {
 			continue
 		}
 		in = t.edit(in)
-		t.dropEpochs(in, func(c wire.ClientID) bool {
-			if c == t.req.Client {
-				return true
+		t.dropEpochs(in, func(c wire.ClientID, current bool) bool {
+			if current {
+				return c == t.req.Client
 			}
-			// Nobody else can close the epoch of a client that was evicted. But until
-			// all OSTs refuse its writes, they decide the size.
-			_, alive := view.ClientGen(c)
-			gone := !alive && t.m.fences[c] == nil && !t.replay()
+			// Nobody else can close the epoch of a client that was evicted, nor that
+			// client itself. But until all OSTs refuse what it wrote with it, they decide
+			// the size.
+			gone := t.m.fences[c] == nil && !t.replay()
 			t.held = t.held || gone
 			return gone
 		})

@@ -207,6 +207,8 @@ func (m *MDT) delClient(id wire.ClientID, gen uint64, evicted bool, done func(er
 	}
 	// Not admitted any more, whatever becomes of the record.
 	delete(m.clients, id)
+	m.lostClients++
+	m.staleEpochs = true
 	m.core.Disconnect(id)
 	m.view.Store(m.core.View())
 	b := m.e.NewBatch()
@@ -230,6 +232,28 @@ func (m *MDT) delClient(id wire.ClientID, gen uint64, evicted bool, done func(er
 		m.com.Soon()
 	}
 	return st
+}
+
+// current tells whether a tenure is of a client's present entry in the table. The
+// sequencer's lock is held.
+func (m *MDT) current(id wire.ClientID, tenure uint64) bool {
+	e := m.clients[id]
+	return e != nil && tenure >= e.Tenure
+}
+
+// LeftBy tells whether what a client made with a tenure is left to others: it was
+// evicted since or is gone, and all OSTs refuse what it may still send.
+func (m *MDT) LeftBy(id wire.ClientID, tenure uint64) bool {
+	m.seq.Lock()
+	defer m.seq.Unlock()
+	return !m.current(id, tenure) && m.fences[id] == nil
+}
+
+// Left changes when there may be more that is left to others.
+func (m *MDT) Left() uint64 {
+	m.seq.Lock()
+	defer m.seq.Unlock()
+	return m.lostClients
 }
 
 // Tenure implements front.Body.
@@ -302,6 +326,7 @@ func (m *MDT) FenceDone(id wire.ClientID, tenure uint64, ost uint16) error {
 	}
 	if len(left.OSTs) == 0 {
 		delete(m.fences, id)
+		m.lostClients++
 	} else {
 		m.fences[id] = left
 	}

@@ -222,7 +222,7 @@ func checkStore(e store.Engine) error {
 		}
 	}
 	opens := map[wire.FID]uint16{}
-	if err := IterEpochs(e, func(f wire.FID, _ wire.ClientID, _ uint64, err error) error { opens[f]++; return err }); err != nil {
+	if err := IterEpochs(e, func(f wire.FID, _ wire.ClientID, _ EpochRec, err error) error { opens[f]++; return err }); err != nil {
 		return err
 	}
 	for f, in := range inodes {

@@ -137,13 +137,13 @@ func IterLogs(e store.Engine, after uint64, fn func(l LogRec, err error) error) 
 }
 
 // IterEpochs visits the open IO epochs.
-func IterEpochs(e store.Engine, fn func(f wire.FID, c wire.ClientID, transno uint64, err error) error) error {
+func IterEpochs(e store.Engine, fn func(f wire.FID, c wire.ClientID, r EpochRec, err error) error) error {
 	return iteratePrefix(e, []byte{prefixEpoch}, func(k, v []byte) error {
 		if len(k) != 33 {
-			return fn(wire.FID{}, wire.ClientID{}, 0, fmt.Errorf("epoch key %x: %w", k, errRecord))
+			return fn(wire.FID{}, wire.ClientID{}, EpochRec{}, fmt.Errorf("epoch key %x: %w", k, errRecord))
 		}
-		n, err := decodeU64Rec(v)
-		return fn(wire.GetFID(k[1:]), wire.ClientID(k[17:33]), n, err)
+		r, err := DecodeEpoch(v)
+		return fn(wire.GetFID(k[1:]), wire.ClientID(k[17:33]), r, err)
 	})
 }
 

@@ -104,16 +104,21 @@ type MDT struct {
 	// half of the tenures that it gives; nTenures counts them.
 	startSeq uint64
 	nTenures uint32
-	fidSeq   uint64
-	fidOID   uint32
-	nextOST  int
-	clients  map[wire.ClientID]*ClientEntry
-	fences   map[wire.ClientID]*fence
-	pend     map[wire.FID][]pendTrunc
-	pendID   map[uint64]wire.FID
-	dirty    map[wire.FID]struct{} // inodes with unwritten access times
-	t        tx
-	closed   bool
+	// staleEpochs: there may be IO epochs of clients that are gone, or from before
+	// they were evicted. lostClients counts removals from the table, and fences that
+	// are complete.
+	staleEpochs bool
+	lostClients uint64
+	fidSeq      uint64
+	fidOID      uint32
+	nextOST     int
+	clients     map[wire.ClientID]*ClientEntry
+	fences      map[wire.ClientID]*fence
+	pend        map[wire.FID][]pendTrunc
+	pendID      map[uint64]wire.FID
+	dirty       map[wire.FID]struct{} // inodes with unwritten access times
+	t           tx
+	closed      bool
 	// engineErr is for unlock: the engine has failed.
 	engineErr error
 
@@ -206,6 +211,7 @@ func (m *MDT) load() error {
 		return fmt.Errorf("superblock: FID sequence %d is out of range", m.super.NextSeq)
 	}
 	m.startSeq, m.fidSeq = m.super.NextSeq, m.super.NextSeq
+	m.staleEpochs = !fresh
 	m.super.NextSeq++
 	if fresh {
 		m.state.Transno = 1

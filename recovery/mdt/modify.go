@@ -703,14 +703,14 @@ func (t *tx) unlinkInode(in *Inode) {
 		return
 	}
 	if in.Opens > 0 {
-		t.dropEpochs(in, func(wire.ClientID) bool { return true })
+		t.dropEpochs(in, func(wire.ClientID, bool) bool { return true })
 	}
 	for _, p := range t.m.pend[a.FID] {
 		t.del(appendLogKey(t.kb, p.id))
 		t.delPend = append(t.delPend, p.id)
 	}
 	if in.HadData && a.Layout.Count > 0 {
-		t.putLog(&LogRec{ID: t.transno, Kind: LogUnlink, FID: a.FID, Layout: a.Layout, Client: t.req.Client})
+		t.putLog(&LogRec{ID: t.transno, Kind: LogUnlink, FID: a.FID, Layout: a.Layout, Client: t.req.Client, Tenure: t.tenure()})
 		t.unlink = true
 	}
 }

@@ -59,8 +59,16 @@ type LogRec struct {
 	FID    wire.FID
 	Layout wire.Layout
 	Size   uint64 // LogTruncate: the new size
-	// Client made it, and punches the objects of a truncate. Zero: not known.
+	// Client made it with Tenure, and punches the objects of a truncate. Zero: not
+	// known.
 	Client wire.ClientID
+	Tenure uint64
+}
+
+// EpochRec is an open IO epoch.
+type EpochRec struct {
+	Transno uint64 // of the operation that opened it
+	Tenure  uint64 // that its client had then; 0: not known
 }
 
 // Entry is a directory entry.
@@ -341,7 +349,7 @@ func AppendLogRec(b []byte, l *LogRec) []byte {
 	b = l.FID.Append(append(b, format, byte(l.Kind)))
 	b = be.AppendUint64(b, l.Size)
 	if format == recFormat2 {
-		b = append(b, l.Client[:]...)
+		b = be.AppendUint64(append(b, l.Client[:]...), l.Tenure)
 	}
 	return appendLayout(b, &l.Layout)
 }
@@ -355,18 +363,33 @@ func DecodeLogRec(id uint64, v []byte) (LogRec, error) {
 	l := LogRec{ID: id, Kind: LogKind(v[1]), FID: wire.GetFID(v[2:]), Size: be.Uint64(v[18:])}
 	rest := v[26:]
 	if v[0] == recFormat2 {
-		if len(rest) < len(l.Client) {
+		if len(rest) < len(l.Client)+8 {
 			return bad()
 		}
 		if rest = rest[copy(l.Client[:], rest):]; l.Client == (wire.ClientID{}) {
 			return bad()
 		}
+		l.Tenure, rest = be.Uint64(rest), rest[8:]
 	}
 	var err error
 	if l.Layout, rest, err = getLayout(rest); err != nil || len(rest) != 0 {
 		return bad()
 	}
 	return l, nil
+}
+
+// AppendEpoch appends the stored form of an IO epoch; file and client are in the key.
+func AppendEpoch(b []byte, e EpochRec) []byte {
+	return be.AppendUint64(be.AppendUint64(append(b, recFormat2), e.Transno), e.Tenure)
+}
+
+// DecodeEpoch decodes what AppendEpoch or an older version wrote.
+func DecodeEpoch(v []byte) (EpochRec, error) {
+	if len(v) == 17 && v[0] == recFormat2 {
+		return EpochRec{Transno: be.Uint64(v[1:]), Tenure: be.Uint64(v[9:])}, nil
+	}
+	n, err := decodeU64Rec(v)
+	return EpochRec{Transno: n}, err
 }
 
 // The last byte of the superblock is not used any more: whether the last stop was
