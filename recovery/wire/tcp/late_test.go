@@ -13,8 +13,9 @@ type late struct{ fake }
 
 func (l *late) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	rep.XID = req.XID
-	go done()
-	for range req.XID % 5 {
+	n := req.XID % 5
+	go done() // from here on the request is not ours
+	for range n {
 		runtime.Gosched()
 	}
 }

@@ -12,6 +12,7 @@ import (
 const (
 	copyBulk   = 8 << 10 // smaller bulks are copied
 	batchBytes = 4 << 20
+	batchHead  = 160 << 10 // so that the header buffer is usually kept
 	batchItems = 256
 	keepHead   = 256 << 10 // a larger header buffer is not kept
 )
@@ -177,7 +178,7 @@ func (s *sender) send() error {
 		s.head, s.marks, s.live = s.head[:0], s.marks[:0], s.live[:0]
 		size := 0
 		n := 0
-		for n < len(rest) && n < batchItems && size < batchBytes && err == nil {
+		for n < len(rest) && n < batchItems && size < batchBytes && len(s.head) < batchHead && err == nil {
 			o := rest[n]
 			n++
 			head, bulk, ok := o.encode(s.head)
