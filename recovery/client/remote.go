@@ -87,6 +87,18 @@ func (f *FS) closeImports() error {
 	return errors.Join(errs...)
 }
 
+// Abandon ends a FS over imports without closing its IO epochs and without taking
+// leave of the targets. Requests that wait fail with ErrTargetDown.
+func (f *FS) Abandon() error {
+	if f.closed.Swap(true) {
+		return nil
+	}
+	close(f.stop)
+	err := f.closeImports()
+	f.wg.Wait()
+	return err
+}
+
 // MDTImport is the import of the MDT, nil without imports.
 func (f *FS) MDTImport() *imp.Import { return f.mdtImp }
 

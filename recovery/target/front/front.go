@@ -91,7 +91,23 @@ type raiseKey struct {
 // maxHeld bounds the requests that wait until the target serves.
 const maxHeld = 1024
 
-var _ wire.Acceptor = (*Front)(nil)
+var (
+	_ wire.Acceptor = (*Front)(nil)
+	_ wire.Target   = (*Front)(nil)
+)
+
+// Handle implements wire.Target for transports that take an Acceptor for one: a
+// request that came by no accepted connection is refused.
+func (f *Front) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	f.TryHandle(req, rep)
+	done()
+}
+
+// TryHandle is Handle.
+func (f *Front) TryHandle(req *wire.Request, rep *wire.Reply) bool {
+	rep.XID, rep.Status = req.XID, wire.ErrProto
+	return true
+}
 
 // New starts a target's service: it reads the body's table, records the new
 // instance durably, and serves or begins recovery. Only the front may call the
