@@ -2,15 +2,17 @@ package ost
 
 import (
 	"fmt"
+	"math"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
-// trailer fills what every reply carries. FlushErrors is read after
-// LastCommitted, see endFlush.
+// trailer fills what every reply carries. FlushErrors is the start's number, 32
+// bits, and the count of its failed flushes; it is read after LastCommitted, see
+// endFlush.
 func (t *Target) trailer(rep *wire.Reply) {
 	rep.LastCommitted = t.track.lc.Load()
-	rep.FlushErrors = t.flushErrors.Load()
+	rep.FlushErrors = t.instance<<32 | min(t.flushErrors.Load(), math.MaxUint32)
 }
 
 // check decides whether the request may be executed.
