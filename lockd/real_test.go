@@ -45,6 +45,7 @@ func realBed(t *testing.T) (*bed, []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	o.Begin(0)
 	fs, err := client.New(client.Options{
 		MDT: wire.InProc(m), OSTs: []wire.Conn{wire.InProc(o)}, ID: wire.ClientID{1}, Gen: 1, Clock: clk.Now,
 	})

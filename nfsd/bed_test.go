@@ -92,6 +92,7 @@ func (b *bed) start(stripes int) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		o.Begin(0)
 		osts = append(osts, o)
 		conns = append(conns, &hookConn{wire.InProc(o), b})
 	}

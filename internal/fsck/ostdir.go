@@ -73,6 +73,7 @@ func NewDir(fs objfs.FS, index uint16, repair bool, log *slog.Logger) (*Dir, err
 		}
 		return nil, fmt.Errorf("OST %d: %w", index, err)
 	}
+	t.Begin(0)
 	return &Dir{index: index, fs: g, t: t}, nil
 }
 
@@ -281,6 +282,9 @@ func (g *guardFS) Fdatasync(fd int) error {
 // Syncfs implements objfs.FS. The target calls it when the store was not
 // closed; there is nothing of ours to make durable.
 func (g *guardFS) Syncfs() error { return nil }
+
+// OpenMemory implements objfs.FS.
+func (g *guardFS) OpenMemory(string) (objfs.Memory, error) { return nil, unix.EROFS }
 
 // Mkdir implements objfs.FS.
 func (g *guardFS) Mkdir(p string) error {

@@ -73,6 +73,7 @@ func (w *world) start() {
 		if w.osts[i], err = ost.Open(ost.Options{Index: uint16(i), FS: w.ofs[i], BootID: "b", Clock: w.clk.Now, Logger: quiet, CommitInterval: -1, SegShift: 18}); err != nil {
 			w.t.Fatal(err)
 		}
+		w.osts[i].Begin(0)
 		conns[i] = wire.InProc(w.osts[i])
 	}
 	w.fs, err = client.New(client.Options{MDT: wire.InProc(w.mdt), OSTs: conns, ID: wire.ClientID{1}, Gen: uint64(w.clk.Now()), Clock: w.clk.Now, EpochIdle: time.Hour})
@@ -396,6 +397,7 @@ func (w *world) ostDo(i int, req wire.Request) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	o.Begin(0)
 	var rep wire.Reply
 	if err := wire.InProc(o).Call(context.Background(), &req, &rep); err != nil || rep.Status != wire.OK {
 		w.t.Fatal(err, rep.Status)

@@ -171,6 +171,7 @@ func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict, lost func(mgs.
 		if err != nil {
 			return fmt.Errorf("%s in %s: %w", ostName(i), oc.Dir, err)
 		}
+		o.Begin(0)
 		t.osts = append(t.osts, o)
 		t.dirs = append(t.dirs, oc.Dir)
 	}

@@ -88,6 +88,7 @@ func newBed(t *testing.T, stripes int, o Options) *bed {
 		if err != nil {
 			t.Fatal(err)
 		}
+		x.Begin(0)
 		b.disks = append(b.disks, d)
 		b.osts = append(b.osts, x)
 		o.OSTs = append(o.OSTs, &spy{wire.InProc(x), b})

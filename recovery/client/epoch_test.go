@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -517,6 +519,36 @@ func TestFlushErrors(t *testing.T) {
 	}
 	if len(told) != 1 {
 		t.Errorf("told again: %v", told)
+	}
+}
+
+// What replies tell of failed flushes is compared over restarts of the OST: a new
+// start has lost nothing by itself, and replies of an old one come late.
+func TestFlushErrorsOverRestarts(t *testing.T) {
+	var told []uint64
+	b := newBed(t, 1, Options{OnFlushError: func(_ int, total uint64) { told = append(told, total) }})
+	for i, x := range []struct {
+		inst, count uint64
+		told        []uint64
+		sum         uint64
+	}{
+		{1, 0, nil, 0},
+		{5, 0, nil, 0},
+		{5, 2, []uint64{2}, 2},
+		{5, 2, nil, 2},
+		{5, 1, nil, 2},
+		{5, 3, []uint64{3}, 3},
+		{6, 0, nil, 3},
+		{5, 9, nil, 3},
+		{7, 1, []uint64{1}, 4},
+		{7, 1<<32 - 1, []uint64{1<<32 - 1}, 4 + 1<<32 - 2},
+		{8, 0, nil, 4 + 1<<32 - 2},
+	} {
+		told = nil
+		b.fs.noteFlush(0, x.inst<<32|x.count)
+		if d := cmp.Diff(x.told, told); d != "" || b.fs.FlushErrors() != x.sum {
+			t.Errorf("%d: %d, want %d %s", i, b.fs.FlushErrors(), x.sum, d)
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,7 +31,8 @@ type Options struct {
 	Logger *slog.Logger
 	// OnFlushError is called when an OST reports that acknowledged UNSTABLE data
 	// were lost by a failed flush, before any reply that depends on it. It has
-	// to change the write verifiers durably.
+	// to change the write verifiers durably. total counts the failures since the
+	// OST's start.
 	OnFlushError func(ost int, total uint64)
 	// EpochIdle is how long a file stays in its IO epoch after the last write.
 	// Default 1 s.
@@ -81,7 +83,8 @@ type FS struct {
 
 	epochs    epochTable
 	flushMu   sync.Mutex
-	flushSeen []atomic.Uint64
+	flushSeen []atomic.Uint64 // the newest Reply.FlushErrors of each OST
+	flushLost atomic.Uint64
 
 	stop   chan struct{}
 	wg     sync.WaitGroup
@@ -387,34 +390,39 @@ func (f *FS) ost(a *wire.Attr, s uint8) (*ostConn, wire.Status) {
 }
 
 // noteFlush makes sure that a failed flush has changed the write verifiers
-// before the reply that told of it is used.
-func (f *FS) noteFlush(ost uint16, total uint64) {
+// before the reply that told of it is used. told is Reply.FlushErrors: the number
+// of the OST's start in the upper 32 bits, and how many flushes have failed since. A
+// new start by itself has lost nothing, and replies of an old one come late.
+func (f *FS) noteFlush(ost uint16, told uint64) {
 	seen := &f.flushSeen[ost]
-	if total <= seen.Load() {
+	if told <= seen.Load() {
 		return
 	}
 	f.flushMu.Lock()
 	defer f.flushMu.Unlock()
-	if total <= seen.Load() {
+	last := seen.Load()
+	if told <= last {
 		return
 	}
-	f.log.Error("an OST could not flush acknowledged data; write verifiers change and clients send the data again", "ost", ost, "failures", total)
-	if f.o.OnFlushError != nil {
-		f.o.OnFlushError(int(ost), total)
+	total := told & math.MaxUint32
+	lost := total
+	if told>>32 == last>>32 {
+		lost -= last & math.MaxUint32
 	}
-	seen.Store(total)
+	if lost > 0 {
+		f.log.Error("an OST could not flush acknowledged data; write verifiers change and clients send the data again", "ost", ost, "failures", total)
+		if f.o.OnFlushError != nil {
+			f.o.OnFlushError(int(ost), total)
+		}
+		f.flushLost.Add(lost)
+	}
+	seen.Store(told)
 }
 
-// FlushErrors is the number of failed flushes that the OSTs have told of. A
-// program that writes through the FS checks it before and after: if it rose,
-// data written in between may be lost.
-func (f *FS) FlushErrors() uint64 {
-	var n uint64
-	for i := range f.flushSeen {
-		n += f.flushSeen[i].Load()
-	}
-	return n
-}
+// FlushErrors is the number of failed flushes that the OSTs have told of since
+// Connect. A program that writes through the FS checks it before and after: if
+// it rose, data written in between may be lost.
+func (f *FS) FlushErrors() uint64 { return f.flushLost.Load() }
 
 // Statfs adds up the OSTs' space and the MDT's files.
 func (f *FS) Statfs(ctx context.Context, o Owner) (wire.Statfs, wire.Status) {

@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/baton-nfs/baton/recovery/target/front"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -79,6 +81,36 @@ func BenchmarkWrite4K1(b *testing.B)          { benchWrite(b, 1, wire.Unstable) 
 func BenchmarkWrite4K32(b *testing.B)         { benchWrite(b, 32, wire.Unstable) }
 func BenchmarkWrite4KFileSync1(b *testing.B)  { benchWrite(b, 1, wire.FileSync) }
 func BenchmarkWrite4KFileSync32(b *testing.B) { benchWrite(b, 32, wire.FileSync) }
+
+// benchExecution is an execution of which somebody waits for the end.
+type benchExecution struct{ ch chan struct{} }
+
+func (*benchExecution) Executed(recov.Result) bool { return false }
+func (e *benchExecution) Done()                    { e.ch <- struct{}{} }
+
+// BenchmarkExecute4K1 is a remote client's write.
+func BenchmarkExecute4K1(b *testing.B) {
+	g := benchTarget(b)
+	fillFile(b, g, 64<<20)
+	c := remote(b, g, 1)
+	buf := make([]byte, 4096)
+	r := rand.New(rand.NewPCG(1, 1))
+	req, rep, e := &wire.Request{}, &wire.Reply{}, &benchExecution{make(chan struct{}, 1)}
+	b.SetBytes(4096)
+	b.ReportAllocs()
+	b.ResetTimer()
+	for i := range b.N {
+		req.Reset()
+		rep.Reset()
+		req.Header = wire.Header{Op: wire.OpWrite, Client: c.Client, ClientGen: 1, XID: uint64(i) + 1, Slot: uint16(i % 64)}
+		req.FID, req.Offset, req.Bulk = fid(1), uint64(r.IntN(16<<10))*4096, buf
+		g.Execute(req, rep, front.Exec{}, e)
+		<-e.ch
+		if rep.Status != wire.OK {
+			b.Fatal(rep.Status)
+		}
+	}
+}
 
 // BenchmarkWrite4KFileSyncOld32 overwrites blocks of 32 objects.
 func BenchmarkWrite4KFileSyncOld32(b *testing.B) {

@@ -40,7 +40,7 @@ func (c *crashModel) before(from, to uint64) {
 }
 
 func (c *crashModel) after(transno uint64) {
-	c.transno = transno
+	c.transno = max(c.transno, transno) // 0: nothing was changed
 	c.sizes = append(c.sizes, c.state.size)
 	c.gone = c.gone || !c.state.exists
 }

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -12,6 +13,7 @@ import (
 type waiter struct {
 	rep  *wire.Reply
 	done func()
+	exec front.Execution // instead of done
 	fn   func(error)
 }
 
@@ -113,6 +115,15 @@ func (t *Target) syncObject(o *object, w waiter) (clean bool) {
 	return false
 }
 
+// syncNow is syncObject for callers that wait.
+func (t *Target) syncNow(o *object) error {
+	ch := make(chan error, 1)
+	if t.syncObject(o, waiter{fn: func(err error) { ch <- err }}) {
+		return nil
+	}
+	return <-ch
+}
+
 // enqueue gives o to be flushed. A new object needs a commit of the file
 // system's journal, so new ones that come together share one. The others need
 // no more than their own blocks on the disk: a syncfs would make them wait for
@@ -147,6 +158,12 @@ func (t *Target) endFlush(o *object, n *dirtyNode, err error, buf []waiter) []wa
 		}
 	}
 	if n != nil {
+		if err != nil {
+			o.mu.Lock()
+			to := o.marked
+			o.mu.Unlock()
+			t.commits.flushFailed(n.transno, max(n.transno, to))
+		}
 		t.track.end(n)
 	}
 	o.smu.Lock()
@@ -172,8 +189,7 @@ func (t *Target) endFlush(o *object, n *dirtyNode, err error, buf []waiter) []wa
 			if err != nil {
 				w.rep.Status = wire.ErrIO
 			}
-			t.trailer(w.rep)
-			w.done()
+			t.complete(w)
 		}
 		buf[i] = waiter{}
 	}
@@ -181,7 +197,7 @@ func (t *Target) endFlush(o *object, n *dirtyNode, err error, buf []waiter) []wa
 }
 
 func (t *Target) flusher() {
-	defer t.wg.Done()
+	defer t.flushing.Done()
 	var buf []waiter
 	for {
 		o := t.queue.pop()
@@ -208,7 +224,7 @@ func (t *Target) flushOne(o *object, buf []waiter) []waiter {
 // the disk, and new ones a journal commit; those that came together share one
 // syncfs. While that runs the next group gathers.
 func (t *Target) grouper() {
-	defer t.wg.Done()
+	defer t.flushing.Done()
 	var (
 		objs []*object
 		buf  []waiter
@@ -255,6 +271,8 @@ type snapshot struct {
 	entryNew, segNames bool
 	punched            bool
 	punchSeq           uint64
+	prove              bool
+	upTo               uint64 // transno of the newest change that it covers
 	dead               bool
 }
 
@@ -278,6 +296,14 @@ func (t *Target) prepare(o *object) (s snapshot, err error) {
 	}
 	o.inFlush = true
 	s.first = o.find(0)
+	t.collect(o, &s)
+	s.punched = o.punchInst != 0
+	s.prove = o.by.n > 1
+	return s, nil
+}
+
+// collect adds to the snapshot what is dirty (mu held).
+func (t *Target) collect(o *object, s *snapshot) {
 	if p := o.segs.Load(); p != nil {
 		for _, g := range *p {
 			if g.dirty.Swap(false) && g != s.first {
@@ -285,10 +311,10 @@ func (t *Target) prepare(o *object) (s snapshot, err error) {
 			}
 		}
 	}
-	s.entryNew, s.segNames = o.entryNew.Swap(false), o.segDirNew
-	o.segDirNew = false
-	s.punched, s.punchSeq = o.punchInst != 0, o.punchSeq
-	return s, nil
+	s.entryNew = o.entryNew.Swap(false) || s.entryNew
+	s.segNames, o.segDirNew = s.segNames || o.segDirNew, false
+	s.punchSeq, s.upTo = o.punchSeq, o.marked
+	o.after = writers{}
 }
 
 // finish ends what prepare began.
@@ -315,6 +341,10 @@ func (t *Target) finish(o *object, s *snapshot, err error) {
 		o.segDirNew = o.segDirNew || s.segNames
 		return
 	}
+	o.sure = max(o.sure, s.upTo)
+	if s.prove || s.punched {
+		o.by = o.after
+	}
 	t.refreshUsed(o, s.first)
 }
 
@@ -337,6 +367,13 @@ func (t *Target) flushFiles(o *object, s *snapshot) error {
 	if s.first == nil {
 		return nil
 	}
+	if err := t.syncFiles(o, s); err != nil {
+		return err
+	}
+	return t.settle(o, s)
+}
+
+func (t *Target) syncFiles(o *object, s *snapshot) error {
 	for _, g := range s.segs {
 		if err := t.fs.Fdatasync(g.fd); err != nil {
 			return fmt.Errorf("sync segment: %w", err)
@@ -356,50 +393,45 @@ func (t *Target) flushFiles(o *object, s *snapshot) error {
 	if err := t.fs.Fdatasync(s.first.fd); err != nil {
 		return fmt.Errorf("sync object: %w", err)
 	}
-	if err := t.clearPunch(o, s); err != nil {
-		return err
-	}
 	if s.entryNew && !t.fs.SyncsNames() {
 		return t.dirs[o.key.dir()].sync(t.fs)
 	}
 	return nil
 }
 
-// clearPunch takes the mark of an unsure truncate out of the header after the
-// truncate became durable, and makes that durable too: data written after the
-// truncate must not be cut off by a repetition.
-func (t *Target) clearPunch(o *object, s *snapshot) error {
-	for s.punched {
+// settle puts into the header, after the flush, that it has been, and makes that
+// durable too, where replays or repetitions depend on it (order.go). With it the
+// mark of an unsure truncate goes: data written after the truncate must not be
+// cut off by a repetition.
+func (t *Target) settle(o *object, s *snapshot) error {
+	for s.punched || s.prove {
 		o.mu.Lock()
 		if o.dead.Load() {
 			o.mu.Unlock()
 			return nil
 		}
-		same := o.punchSeq == s.punchSeq
-		s.punchSeq = o.punchSeq
-		var err error
-		var last *seg
-		if same {
-			o.punchInst, o.punchSize = 0, 0
-			err = t.writeHeader(o)
-		} else {
-			last = o.find(o.lastSeg)
+		if s.punched && o.punchSeq != s.punchSeq {
+			// Another truncate: it has to be durable, with all that was before it.
+			t.collect(o, s)
+			o.mu.Unlock()
+			if err := t.syncFiles(o, s); err != nil {
+				return err
+			}
+			continue
 		}
+		o.sure = max(o.sure, s.upTo)
+		if s.punched {
+			o.punchInst, o.punchSize = 0, 0
+		}
+		err := t.writeHeader(o)
 		o.mu.Unlock()
 		if err != nil {
 			return err
 		}
-		if last != nil && last != s.first {
-			if err := t.fs.Fdatasync(last.fd); err != nil {
-				return fmt.Errorf("sync segment: %w", err)
-			}
-		}
 		if err := t.fs.Fdatasync(s.first.fd); err != nil {
 			return fmt.Errorf("sync object: %w", err)
 		}
-		if same {
-			return nil
-		}
+		return nil
 	}
 	return nil
 }
@@ -536,7 +568,7 @@ func (t *Target) flushGroup(objs []*object, buf []waiter) []waiter {
 				f.err = err
 			}
 			if f.err == nil {
-				f.err = t.clearPunch(f.o, &f.s)
+				f.err = t.settle(f.o, &f.s)
 			}
 			t.finish(f.o, &f.s, f.err)
 		}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -37,8 +38,10 @@ func FuzzHeader(f *testing.F) {
 
 func FuzzSuper(f *testing.F) {
 	s := super{Index: 1, SegShift: 40, BootID: "x", Ceiling: 9, Lost: []uint64{1},
-		Epochs: map[uint32]uint64{1: 2}, Clients: map[wire.ClientID]uint64{{1}: 3}}
+		Epochs: map[uint32]uint64{1: 2}, Fences: map[wire.ClientID]uint64{{2}: 9}, Target: recov.TargetRecord{Instance: 4, Clean: true},
+		Clients: map[wire.ClientID]recov.ClientRecord{{1}: {Client: wire.ClientID{1}, Gen: 3, Instance: 4, FailedAt: 5}}}
 	f.Add(s.encode())
+	f.Add(oldSuper)
 	f.Add([]byte(superMagic))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= 4 {

@@ -2,15 +2,17 @@ package ost
 
 import (
 	"fmt"
+	"math"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
-// trailer fills what every reply carries. FlushErrors is read after
-// LastCommitted, see endFlush.
+// trailer fills what every reply carries. FlushErrors is the start's number, 32
+// bits, and the count of its failed flushes; it is read after LastCommitted, see
+// endFlush.
 func (t *Target) trailer(rep *wire.Reply) {
 	rep.LastCommitted = t.track.lc.Load()
-	rep.FlushErrors = t.flushErrors.Load()
+	rep.FlushErrors = t.instance<<32 | min(t.flushErrors.Load(), math.MaxUint32)
 }
 
 // check decides whether the request may be executed.
@@ -93,35 +95,32 @@ func (t *Target) tryObject(o *object, req *wire.Request, rep *wire.Reply) bool {
 	return rep.Obj.Exists || req.Op != wire.OpSyncObject
 }
 
-// Handle implements wire.Target. Requests that wait for a flush are completed
-// by the flushers; Handle returns before.
+// Handle implements wire.Target: requests of clients that never replay. Those
+// that wait for a flush or for the superblock are completed by other goroutines;
+// Handle returns before.
 func (t *Target) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	rep.XID = req.XID
-	if st := t.check(req); st != wire.OK {
-		rep.Status = st
-		t.trailer(rep)
-		done()
-		return
-	}
-	if req.Op.Modifies() && t.track.room() < transnoStep/16 {
-		// The committer is slow to reserve more, or failing to.
-		t.wake()
-		rep.Status = wire.ErrJukebox
-		t.trailer(rep)
-		done()
-		return
-	}
+	w := waiter{rep: rep, done: done}
 	var o *object
 	wait := false
 	switch req.Op {
+	case wire.OpWrite, wire.OpPunch, wire.OpDestroy:
+		side := t.gate.enter()
+		if rep.Status = t.refused(req, 0); rep.Status == wire.OK {
+			o, wait = t.apply(req, rep, wire.ClientID{}, 0)
+		}
+		t.gate.leave(side)
+		t.finishData(req, rep, o, wait, w)
+		return
+	}
+	if st := t.check(req); st != wire.OK {
+		rep.Status = st
+		t.complete(w)
+		return
+	}
+	switch req.Op {
 	case wire.OpRead:
 		t.handleRead(req, rep)
-	case wire.OpWrite:
-		o, wait = t.write(req, rep)
-	case wire.OpPunch:
-		o, wait = t.punch(req, rep)
-	case wire.OpDestroy:
-		o, wait = t.destroy(req, rep)
 	case wire.OpSyncObject:
 		var err error
 		if o, err = t.lock(objKey{req.FID, req.Stripe}, false); err != nil {
@@ -146,8 +145,12 @@ func (t *Target) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	case wire.OpStatfs:
 		t.statfs(rep)
 	case wire.OpPing:
-	case wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
-		t.register(req, rep)
+	case wire.OpConnect, wire.OpDisconnect:
+		t.register(req, rep, done)
+		return
+	case wire.OpSetVIPEpoch, wire.OpFence:
+		t.raise(req, rep, 0, w)
+		return
 	case wire.OpSyncTarget:
 		if err := t.flushDirty(t.track.last(), true); err != nil {
 			rep.Status = t.statusOf(err)
@@ -158,23 +161,7 @@ func (t *Target) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 			rep.Status = wire.ErrProto
 		}
 	}
-	if wait && !rep.Obj.Exists && req.Op != wire.OpDestroy {
-		// That it is missing must be durable, too: it may be a former object's
-		// destruction.
-		if err := t.dirs[o.key.dir()].sync(t.fs); err != nil {
-			rep.Status = t.statusOf(err)
-		}
-	}
-	if wait {
-		t.stats.syncs.Add(1)
-		clean := t.syncObject(o, waiter{rep: rep, done: done})
-		t.release(o)
-		if !clean {
-			return
-		}
-	}
-	t.trailer(rep)
-	done()
+	t.finishData(req, rep, o, wait, w)
 }
 
 func (t *Target) handleRead(req *wire.Request, rep *wire.Reply) {

@@ -16,7 +16,7 @@ const headerSize = 4096
 const (
 	headerLen    = 128
 	headerMagic  = "BTNOBJ\x00\x01"
-	headerFormat = 1
+	headerFormat = 2
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -49,8 +49,14 @@ type header struct {
 	PunchSize uint64
 	PunchEnd  uint64
 	PunchInst uint64
-	Mtime     int64
-	Ctime     int64
+	// SureLog is LogID without those truncates.
+	SureLog uint64
+	// Durable: all changes up to this transno are durable. Replay: some up to
+	// Version that are not known to be are of clients that may replay them.
+	Durable uint64
+	Replay  bool
+	Mtime   int64
+	Ctime   int64
 	// Written is the time the header was written: a file that the kernel
 	// changed later has a newer mtime than the header knows.
 	Written int64
@@ -64,7 +70,10 @@ func (h *header) encode(b []byte) {
 	le.PutUint32(b[8:], headerFormat)
 	b[12] = h.Stripe
 	if h.Multi {
-		b[13] = 1
+		b[13] |= 1
+	}
+	if h.Replay {
+		b[13] |= 2
 	}
 	h.FID.Put(b[16:])
 	le.PutUint32(b[32:], h.Segment)
@@ -77,10 +86,13 @@ func (h *header) encode(b []byte) {
 	le.PutUint64(b[80:], uint64(h.Ctime))
 	le.PutUint64(b[88:], uint64(h.Written))
 	le.PutUint64(b[96:], h.PunchEnd)
+	le.PutUint64(b[104:], h.Durable)
+	le.PutUint64(b[112:], h.SureLog)
 	le.PutUint32(b[headerLen-4:], crc32.Checksum(b[:headerLen-4], castagnoli))
 }
 
-// decodeHeader reads a header; errUnfinished when b is short or zero, errDamaged
+// decodeHeader reads a header of this format, or of format 1, which did not have
+// Durable, Replay and SureLog; errUnfinished when b is short or zero, errDamaged
 // (wrapped) when it is anything else than a header.
 func decodeHeader(b []byte) (header, error) {
 	var h header
@@ -104,16 +116,21 @@ func decodeHeader(b []byte) (header, error) {
 	if le.Uint32(b[headerLen-4:]) != crc32.Checksum(b[:headerLen-4], castagnoli) {
 		return h, fmt.Errorf("%w: checksum", errDamaged)
 	}
-	if f := le.Uint32(b[8:]); f != headerFormat {
+	f := le.Uint32(b[8:])
+	if f != 1 && f != headerFormat {
 		return h, fmt.Errorf("%w: format %d", errDamaged, f)
 	}
 	h = header{
 		FID: wire.GetFID(b[16:]), Stripe: b[12], Segment: le.Uint32(b[32:]),
-		LastSeg: le.Uint32(b[36:]), Multi: b[13]&1 != 0, Version: le.Uint64(b[40:]),
+		LastSeg: le.Uint32(b[36:]), Multi: b[13]&1 != 0, Replay: b[13]&2 != 0, Version: le.Uint64(b[40:]),
 		LogID: le.Uint64(b[48:]), PunchSize: le.Uint64(b[56:]), PunchInst: le.Uint64(b[64:]),
 		Mtime: int64(le.Uint64(b[72:])), Ctime: int64(le.Uint64(b[80:])), Written: int64(le.Uint64(b[88:])), PunchEnd: le.Uint64(b[96:]),
+		Durable: le.Uint64(b[104:]), SureLog: le.Uint64(b[112:]),
 	}
-	if h.LastSeg > 0 && !h.Multi || h.PunchSize > wire.MaxFileSize || h.PunchEnd > wire.MaxFileSize {
+	if f == 1 {
+		h.SureLog = h.LogID
+	}
+	if h.LastSeg > 0 && !h.Multi || h.PunchSize > wire.MaxFileSize || h.PunchEnd > wire.MaxFileSize || h.SureLog > h.LogID {
 		return h, fmt.Errorf("%w: inconsistent", errDamaged)
 	}
 	return h, nil

@@ -72,9 +72,10 @@ func (t *Target) unlockObj(o *object, exclusive bool) {
 	t.release(o)
 }
 
-// write executes OpWrite up to durability. wait is true when the caller has to
-// sync the object, which then still has a reference.
-func (t *Target) write(req *wire.Request, rep *wire.Reply) (o *object, wait bool) {
+// write executes OpWrite of client by up to durability; no is the number of a
+// replay. wait is true when the caller has to sync the object, which then still
+// has a reference.
+func (t *Target) write(req *wire.Request, rep *wire.Reply, by wire.ClientID, no uint64) (o *object, wait bool) {
 	n := uint64(len(req.Bulk))
 	if req.Offset > t.maxSize || n > t.maxSize-req.Offset {
 		rep.Status = wire.ErrFBig
@@ -103,7 +104,8 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 			return nil, false
 		}
 	}
-	if t.opts.MinFreeBytes > 0 && !t.reserveSpace(o, req.Offset, n) {
+	// What a replay needs was there before.
+	if t.opts.MinFreeBytes > 0 && no == 0 && !t.reserveSpace(o, req.Offset, n) {
 		o.mu.Lock()
 		o.attr(&rep.Obj)
 		o.mu.Unlock()
@@ -111,6 +113,23 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 		rep.Status = wire.ErrNoSpc
 		return nil, false
 	}
+	o.mu.Lock()
+	if t.known(o, no) {
+		rep.Transno, rep.Count = no, uint32(n)
+		o.attr(&rep.Obj)
+		o.mu.Unlock()
+		t.unlockObj(o, false)
+		return nil, false
+	}
+	if err := t.barrier(o, by); err != nil {
+		o.mu.Unlock()
+		t.unlockObj(o, false)
+		rep.Status = t.statusOf(err)
+		return nil, false
+	}
+	mine := span{req.Offset, req.Offset + n}
+	o.enter(mine)
+	o.mu.Unlock()
 	done := uint64(0)
 	p := req.Bulk
 	created := false
@@ -146,6 +165,7 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 		}
 	}
 	o.mu.Lock()
+	o.leave(mine)
 	if o.pre(&rep.ObjPre); created {
 		rep.ObjPre = wire.PreAttr{Valid: true}
 	}
@@ -155,8 +175,7 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 		}
 		t.touch(o, req.Time)
 		o.hdrDirty = true
-		o.version = t.track.mark(o)
-		rep.Transno = o.version
+		rep.Transno = t.changed(o, by, no)
 		if last.idx > o.lastSeg {
 			o.lastSeg = last.idx
 			if herr := t.writeHeader(o); herr != nil {
@@ -211,11 +230,8 @@ func (t *Target) hint(o *object, s *seg) {
 // closeSegs bounds the open segments of a huge sparse object: flush, then close
 // all but the first.
 func (t *Target) closeSegs(o *object) error {
-	ch := make(chan error, 1)
-	if !t.syncObject(o, waiter{fn: func(err error) { ch <- err }}) {
-		if err := <-ch; err != nil {
-			return err
-		}
+	if err := t.syncNow(o); err != nil {
+		return err
 	}
 	o.io.Lock()
 	o.mu.Lock()
@@ -310,8 +326,8 @@ func (t *Target) readahead(o *object, off, n uint64) {
 	_ = t.fs.Readahead(s.fd, in+headerSize, min(raWindow, int64(t.segSize)-in))
 }
 
-// punch executes OpPunch; wait as for write.
-func (t *Target) punch(req *wire.Request, rep *wire.Reply) (o *object, wait bool) {
+// punch executes OpPunch; by, no and wait as for write.
+func (t *Target) punch(req *wire.Request, rep *wire.Reply, by wire.ClientID, no uint64) (o *object, wait bool) {
 	if req.Size > t.maxSize {
 		rep.Status = wire.ErrFBig
 		return nil, false
@@ -322,13 +338,24 @@ func (t *Target) punch(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 		return nil, false
 	}
 	o.mu.Lock()
+	if err = t.barrier(o, by); err != nil {
+		o.mu.Unlock()
+		t.unlockObj(o, true)
+		rep.Status = t.statusOf(err)
+		return nil, false
+	}
 	o.pre(&rep.ObjPre)
 	switch {
+	case t.known(o, no):
+		rep.Transno = no
 	case !o.exists && req.Size == 0:
-		// Nothing can be cut off, now or by a repetition.
-		rep.Transno = t.track.transno()
+		// Nothing is changed, so it gets no number and nobody replays it: by then
+		// there may be something to cut off.
+		if no != 0 {
+			rep.Transno = t.track.transno(no)
+		}
 	case o.exists && req.LogID != 0 && req.LogID <= o.logID:
-		rep.Transno = t.track.transno()
+		rep.Transno = t.track.transno(no)
 	default:
 		// Before the header is written, so that a process crash keeps it.
 		mtime, ctime := o.mtime, o.ctime
@@ -338,8 +365,10 @@ func (t *Target) punch(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 		}
 		if o.exists {
 			o.hdrDirty = true
-			o.version = t.track.mark(o)
-			rep.Transno = o.version
+			rep.Transno = t.changed(o, by, no)
+			if req.LogID != 0 {
+				o.puncher = by
+			}
 		}
 	}
 	o.attr(&rep.Obj)
@@ -357,8 +386,8 @@ func (t *Target) punch(req *wire.Request, rep *wire.Reply) (o *object, wait bool
 	return nil, false
 }
 
-// destroy executes OpDestroy.
-func (t *Target) destroy(req *wire.Request, rep *wire.Reply) (o *object, wait bool) {
+// destroy executes OpDestroy; by, no and wait as for write.
+func (t *Target) destroy(req *wire.Request, rep *wire.Reply, by wire.ClientID, no uint64) (o *object, wait bool) {
 	k := objKey{req.FID, req.Stripe}
 	// Not lock: a damaged object must go, too.
 	for {
@@ -383,9 +412,9 @@ func (t *Target) destroy(req *wire.Request, rep *wire.Reply) (o *object, wait bo
 	case removed || o.exists:
 		o.dead.Store(true)
 		o.exists = false
-		rep.Transno = t.track.mark(o)
-	default:
-		rep.Transno = t.track.transno()
+		rep.Transno = t.changed(o, by, no)
+	case no != 0 || t.begun.Load():
+		rep.Transno = t.track.transno(no)
 	}
 	o.mu.Unlock()
 	if o.dead.Load() {

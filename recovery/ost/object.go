@@ -55,7 +55,9 @@ type object struct {
 	punchSize  uint64
 	punchEnd   uint64
 	punchInst  uint64
-	punchSeq   uint64 // counts logged punches while open
+	punchSeq   uint64        // counts logged punches while open
+	puncher    wire.ClientID // who made those that are not known to be durable
+	sureLog    uint64
 	lastSeg    uint32
 	multi      bool
 	hdrDirty   bool
@@ -66,6 +68,17 @@ type object struct {
 	zombies    []int // descriptors to close after the flush
 	present    map[uint32]struct{}
 	segs       atomic.Pointer[[]*seg] // sorted; changed under mu
+
+	// For replays, see order.go: marked is the transno of the newest change that
+	// this start knows of, newest that of the newest ever, sure that up to which
+	// everything is durable; by are those who made changes after sure, after
+	// those of changes since the flush under way began.
+	marked, newest, sure uint64
+	by, after            writers
+
+	spans   []span // writes under way
+	waiting int    // writes that wait for them
+	cond    sync.Cond
 
 	nodes      [2]dirtyNode // tracker.mu
 	active     uint8        // tracker.mu
@@ -80,6 +93,12 @@ type object struct {
 	flushing  bool
 	cur, wait []waiter
 	qnext     *object
+}
+
+func newObject(k objKey) *object {
+	o := &object{key: k}
+	o.cond.L = &o.mu
+	return o
 }
 
 func (k objKey) name() string {
@@ -284,6 +303,12 @@ func (t *Target) load(o *object) error {
 	if o.size > t.maxSize {
 		return fmt.Errorf("%w: size %d", errDamaged, o.size)
 	}
+	if o.sureLog = h.SureLog; o.newest == 0 {
+		o.marked, o.sure, o.newest = h.Durable, h.Durable, h.Version
+		if h.Replay && h.Version > max(h.Durable, t.state.recorded.Load()) {
+			o.by.add(unknownClient)
+		}
+	}
 	if newest > h.Written+mtimeSlack {
 		o.mtime, o.ctime = newest, max(newest, o.ctime)
 		o.version = max(o.version, t.startTransno)
@@ -298,21 +323,26 @@ func (t *Target) load(o *object) error {
 	if h.PunchInst != 0 && t.lost[h.PunchInst] {
 		// Power was lost after this truncate was recorded and before it was
 		// known to be durable. Nothing durable can be behind it: a flush clears
-		// the mark first.
-		t.log.Info("repeating a truncate that a power failure interrupted", "fid", o.key.fid, "size", h.PunchSize)
-		if err := t.truncateTo(o, h.PunchSize, h.LogID, true); err != nil {
+		// the mark first. It does not count as executed: what came before it may be
+		// replayed, and then it has to be executed again, by its own replay or its
+		// log record.
+		t.log.Info("repeating a truncate that was interrupted", "fid", o.key.fid, "size", h.PunchSize)
+		o.logID = h.SureLog
+		if err := t.truncateTo(o, h.PunchSize, h.SureLog, true); err != nil {
 			return err
 		}
 		if h.PunchEnd > h.PunchSize {
-			if err := t.truncateTo(o, h.PunchEnd, h.LogID, true); err != nil {
+			if err := t.truncateTo(o, h.PunchEnd, h.SureLog, true); err != nil {
 				return err
 			}
 		}
-		o.version = t.track.mark(o)
+		o.puncher = unknownClient
+		o.version = max(o.version, t.startTransno)
+		t.track.link(o)
 	} else if o.segDirNew {
 		// A segment was made anew: its name has to become durable even if this
 		// object is closed before anything is written to it.
-		t.track.mark(o)
+		t.track.link(o)
 	}
 	return nil
 }
@@ -391,8 +421,9 @@ func (t *Target) writeHeader(o *object) error {
 		return fmt.Errorf("write object header: %w", unix.EBADF)
 	}
 	h := header{
-		FID: o.key.fid, Stripe: o.key.stripe, LastSeg: o.lastSeg, Multi: o.multi,
+		FID: o.key.fid, Stripe: o.key.stripe, LastSeg: o.lastSeg, Multi: o.multi, Replay: o.by.replayable(),
 		Version: o.version, LogID: o.logID, PunchSize: o.punchSize, PunchEnd: o.punchEnd, PunchInst: o.punchInst,
+		SureLog: o.sureLog, Durable: o.sure,
 		Mtime: o.mtime, Ctime: o.ctime,
 	}
 	if err := t.putHeader(s.fd, &h); err != nil {
@@ -515,7 +546,8 @@ func (t *Target) createFirst(o *object) (*seg, error) {
 	}
 	s := &seg{fd: fd, used: headerSize}
 	o.addSeg(s)
-	o.size, o.lastSeg, o.multi, o.logID, o.punchInst = 0, 0, false, 0, 0
+	o.size, o.lastSeg, o.multi, o.logID, o.punchInst, o.sureLog = 0, 0, false, 0, 0, 0
+	o.sure, o.by = 0, writers{}
 	o.present, o.segDirMade = nil, false
 	if err := t.writeHeader(o); err != nil {
 		t.fs.Remove(o.key.path())
@@ -621,8 +653,12 @@ func (t *Target) truncateTo(o *object, size, logID uint64, pending bool) error {
 	s.dirty.Store(true)
 	oldLast := o.lastSeg
 	o.lastSeg, o.size = last, size
+	sureLog := o.logID
 	o.logID = max(o.logID, logID)
 	if pending {
+		if o.punchInst == 0 {
+			o.sureLog = sureLog
+		}
 		if o.punchInst == 0 || size < o.punchSize {
 			o.punchSize = size
 		}

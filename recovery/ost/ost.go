@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/baton-nfs/baton/recovery/ost/objfs"
+	"github.com/baton-nfs/baton/recovery/ost/slots"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -72,10 +74,11 @@ type Options struct {
 	// MinFreeBytes are kept free for others on the same file system: writes
 	// that need space get ErrNoSpc before.
 	MinFreeBytes uint64
-	// OnLost is called by Open when acknowledged data that were not flushed may
-	// be lost, before the store forgets that; an error ends Open. OnFlushError is
-	// called after a failed flush, before anything can tell of it in a reply.
-	// Both have to make the write verifiers change, durably.
+	// OnLost is called by Open when data that were not flushed may be lost, before
+	// the store forgets that; an error ends Open. Frontends elsewhere have copies
+	// and replay them; those that were in this process have none. OnFlushError is
+	// called after a failed flush, before anything can tell of it in a reply. Both
+	// have to make the write verifiers change, durably, of those concerned.
 	OnLost       func() error
 	OnFlushError func()
 	// OnFail is called once when the target cannot go on; it must not block.
@@ -88,7 +91,7 @@ type Options struct {
 // ErrLocked says that another process has the store open.
 var ErrLocked = errors.New("object store is in use by another process")
 
-// Target is an object storage target. It implements wire.Target.
+// Target is an object storage target. It implements front.Body.
 type Target struct {
 	fs       objfs.FS
 	log      *slog.Logger
@@ -105,6 +108,12 @@ type Target struct {
 	lost     map[uint64]bool
 	lostData bool
 
+	// base is the transno up to which what the last run did is durable; prev and
+	// kept are what it has left for recovery.
+	base uint64
+	prev recov.TargetRecord
+	kept []slots.Kept
+	// startTransno is one that the last run did not exceed.
 	startTransno uint64
 	// unclean: the run before this one, which began at startedAt, was not
 	// stopped in an orderly way.
@@ -114,23 +123,32 @@ type Target struct {
 	track         tracker
 	queue, gather flushQueue
 	admit         admission
-	blocks        sync.Pool
-	openFDs       atomic.Int64
-	dirtyBytes    atomic.Int64
-	flushErrors   atomic.Uint64
-	damaged       atomic.Uint64
-	noNowait      atomic.Bool
-	space         spaceBudget
-	stats         counters
+	gate          gate
+	drained       drainQueue
+	commits       commits
+	state         state
+	slots         *slots.File // nil: cannot be had
+	slotsBad      atomic.Bool
+	begun         atomic.Bool // recovery is over
+	ended         atomic.Bool // stopped in order: nothing is changed any more
+	// epochs of files that may be replayed to; nil: not known.
+	epochs      atomic.Pointer[map[wire.EpochInfo]struct{}]
+	blocks      sync.Pool
+	openFDs     atomic.Int64
+	dirtyBytes  atomic.Int64
+	flushErrors atomic.Uint64
+	damaged     atomic.Uint64
+	noNowait    atomic.Bool
+	space       spaceBudget
+	stats       counters
 
 	down     atomic.Bool
 	failOnce sync.Once
-	smu      sync.Mutex // the superblock
-	sb       *super
 
-	wg   sync.WaitGroup
-	kick chan struct{}
-	stop chan struct{}
+	wg       sync.WaitGroup // those that may wait for the flushers
+	flushing sync.WaitGroup // flushers and grouper
+	kick     chan struct{}
+	stop     chan struct{}
 }
 
 type counters struct {
@@ -151,8 +169,6 @@ type Stats struct {
 	LostUnflushed, Failed bool
 }
 
-var _ wire.Target = (*Target)(nil)
-
 func bootID() (string, error) {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -163,7 +179,8 @@ func bootID() (string, error) {
 
 // Open opens the store, making it if the directory is empty, and starts the
 // target. When the last one did not stop cleanly but the kernel is the same,
-// everything that it wrote is made durable first.
+// everything that it wrote is made durable first. Nothing but replays is executed
+// before Begin.
 func Open(opts Options) (*Target, error) {
 	t := &Target{
 		fs: opts.FS, log: opts.Logger, clock: opts.Clock, rootFD: -1,
@@ -207,6 +224,10 @@ func Open(opts Options) (*Target, error) {
 	}
 	t.opts = opts
 	t.blocks.New = func() any { return new([headerSize]byte) }
+	t.state.wake = make(chan struct{}, 1)
+	t.gate.cond.L = &t.gate.mu
+	t.drained.cond.L = &t.drained.mu
+	t.commits.cond.L = &t.commits.mu
 	t.queue.cond.L = &t.queue.mu
 	t.gather.cond.L = &t.gather.mu
 	t.table.init(opts.MaxOpenFiles)
@@ -225,13 +246,16 @@ func Open(opts Options) (*Target, error) {
 		t.closeFiles()
 		return nil, fmt.Errorf("open ost %d: %w", opts.Index, err)
 	}
+	t.flushing.Add(flushers + 1)
 	for range flushers {
-		t.wg.Add(1)
 		go t.flusher()
 	}
-	t.wg.Add(2)
 	go t.grouper()
+	t.wg.Add(4)
 	go t.committer()
+	go t.stateWriter()
+	go t.drainer()
+	go t.commitLoop()
 	return t, nil
 }
 
@@ -268,50 +292,93 @@ func (t *Target) start() error {
 		}
 	}
 	t.unclean, t.startedAt = !sb.Clean, t.clock()
-	if !sb.Clean {
-		lost := sb.BootID != t.opts.BootID
-		if !lost {
-			if err := t.fs.Syncfs(); err != nil {
-				t.log.Error("data of the last run could not be made durable", "err", err)
-				t.flushErrors.Add(1)
-				lost = true
-			}
-		}
-		if lost {
+	if err := t.takeOver(sb); err != nil {
+		return err
+	}
+	t.refreshSpace(0)
+	return nil
+}
+
+// takeOver finds out what is left of the run before and begins a new one.
+func (t *Target) takeOver(sb *super) error {
+	if !sb.Clean && sb.BootID == t.opts.BootID {
+		if err := t.fs.Syncfs(); err != nil {
+			t.log.Error("data of the last run could not be made durable", "err", err)
+			t.flushErrors.Add(1)
 			t.lostData = true
+		}
+	} else if !sb.Clean {
+		t.lostData = true
+	}
+	t.startTransno, t.base = sb.Ceiling, sb.Ceiling
+	if t.lostData || !sb.Began {
+		// What is above is lost, or was not repeated yet when recovery ended.
+		t.base = sb.LastCommitted
+		if !sb.Clean {
 			if len(sb.Lost) >= maxLost {
 				sb.Lost = sb.Lost[1:]
 			}
 			sb.Lost = append(sb.Lost, sb.Instance)
-			t.log.Warn("the store was not closed before power was lost: unflushed data may be gone")
-			if t.opts.OnLost != nil {
-				if err := t.opts.OnLost(); err != nil {
-					return fmt.Errorf("tell of lost data: %w", err)
-				}
+		}
+	}
+	if t.lostData {
+		t.log.Warn("the store was not closed before power was lost: unflushed data may be gone")
+		if t.opts.OnLost != nil {
+			if err := t.opts.OnLost(); err != nil {
+				return fmt.Errorf("tell of lost data: %w", err)
 			}
-		} else {
-			sb.LastCommitted = sb.Ceiling
 		}
 	}
 	t.lost = make(map[uint64]bool, len(sb.Lost))
 	for _, i := range sb.Lost {
 		t.lost[i] = true
 	}
-	t.track.next = sb.Ceiling
-	t.track.lc.Store(sb.LastCommitted)
-	t.startTransno = sb.Ceiling
+	t.prev = sb.Target
+	t.prev.Clean = t.prev.Clean && sb.Clean
+	t.openSlots(sb)
 	sb.Instance++
-	sb.Clean, sb.BootID = false, t.opts.BootID
-	sb.Ceiling += transnoStep
-	t.instance = sb.Instance
-	t.sb = sb
-	if err := writeSuper(t.fs, t.rootFD, sb); err != nil {
+	sb.Clean, sb.Began, sb.BootID = false, false, t.opts.BootID
+	sb.LastCommitted = t.base
+	if err := writeSuper(t.fs, t.rootFD, sb.encode()); err != nil {
 		return err
 	}
-	t.track.ceiling = sb.Ceiling
-	t.admit.set(sb)
-	t.refreshSpace(0)
+	t.instance = sb.Instance
+	t.state.sb = sb
+	t.state.recorded.Store(t.base)
+	t.track.start(t.base, t.base)
+	t.publish()
 	return nil
+}
+
+// openSlots reads the reply slots if they are of the run before and nothing that
+// they tell of is lost. Without slots, requests resent after a crash may be
+// executed twice, which is no reason not to start.
+func (t *Target) openSlots(sb *super) {
+	f, err := slots.Open(t.fs, "slots", maxClients)
+	if err == nil {
+		t.kept, err = f.Load(slots.Start{Instance: sb.Instance + 1, Boot: t.opts.BootID}, func(s slots.Start) bool {
+			// A start that failed before it wrote the superblock has done nothing.
+			mine := s.Instance == sb.Instance || s.Instance == sb.Instance+1
+			return mine && !t.lostData && (sb.Clean || s.Boot == t.opts.BootID)
+		}, func(id wire.ClientID) (uint64, bool) {
+			r, ok := sb.Clients[id]
+			return r.Gen, ok
+		})
+	}
+	if err != nil {
+		t.log.Warn("no reply slots", "err", err)
+		if f != nil {
+			f.Close()
+		}
+		t.kept = nil
+		return
+	}
+	t.slots = f
+	for _, r := range sb.Clients {
+		if !r.Local {
+			t.attach(r)
+		}
+	}
 }
 
 // format makes the directories and a first superblock, in this order, so that a
@@ -345,7 +412,7 @@ func (t *Target) format() (*super, error) {
 	}
 	s := &super{
 		Index: t.opts.Index, SegShift: t.opts.SegShift, Clean: true, BootID: t.opts.BootID,
-		Epochs: map[uint32]uint64{}, Clients: map[wire.ClientID]uint64{},
+		Epochs: map[uint32]uint64{}, Clients: map[wire.ClientID]recov.ClientRecord{}, Fences: map[wire.ClientID]uint64{},
 	}
 	if _, err := rand.Read(s.UUID[:]); err != nil {
 		return nil, fmt.Errorf("format: %w", err)
@@ -360,26 +427,31 @@ func (t *Target) Close() error {
 	if t.down.Swap(true) && t.isStopped() {
 		return nil
 	}
-	close(t.stop)
-	err := t.flushDirty(^uint64(0), true)
-	t.queue.close()
-	t.gather.close()
-	t.wg.Wait()
-	if err == nil && t.track.n.Load() == 0 && t.flushErrors.Load() == 0 {
-		t.smu.Lock()
-		t.sb.Clean = true
-		t.sb.Ceiling = t.track.last()
-		t.sb.LastCommitted = t.track.lc.Load()
-		err = writeSuper(t.fs, t.rootFD, t.sb)
-		t.smu.Unlock()
-	} else if err == nil {
-		err = errors.New("some data could not be flushed")
+	err := t.flushAll()
+	t.halt()
+	if err == nil {
+		s := t.state.sb
+		s.Clean, s.LastCommitted = true, t.track.lc.Load()
+		if t.begun.Load() {
+			s.Ceiling = t.track.last()
+		}
+		err = writeSuper(t.fs, t.rootFD, s.encode())
 	}
 	t.closeFiles()
 	if err != nil {
 		return fmt.Errorf("close ost %d: %w", t.opts.Index, err)
 	}
 	return nil
+}
+
+// halt ends the target's goroutines after what they have to do.
+func (t *Target) halt() {
+	close(t.stop)
+	t.commits.close()
+	t.wg.Wait()
+	t.queue.close()
+	t.gather.close()
+	t.flushing.Wait()
 }
 
 func (t *Target) isStopped() bool {
@@ -410,6 +482,11 @@ func (t *Target) closeFiles() {
 	}
 	if t.rootFD >= 0 {
 		t.fs.Close(t.rootFD)
+	}
+	if t.slots != nil {
+		if err := t.slots.Close(); err != nil {
+			t.log.Error("close of the reply slots failed", "err", err)
+		}
 	}
 	if t.unlock != nil {
 		t.unlock()
@@ -465,12 +542,15 @@ func (t *Target) committer() {
 		case <-t.kick:
 		case <-tick:
 		}
-		if t.track.room() < transnoStep/2 {
+		if t.begun.Load() && t.track.room() < transnoStep/2 {
 			if err := t.reserve(); err != nil {
-				t.fail(err)
+				if !t.isStopped() {
+					t.fail(err)
+				}
 				return
 			}
 		}
+		t.retryState()
 		t.refreshSpace(0)
 		if t.opts.CommitInterval > 0 {
 			// Errors are counted where they happen.
@@ -481,17 +561,16 @@ func (t *Target) committer() {
 
 // reserve raises the durable ceiling of transnos.
 func (t *Target) reserve() error {
-	t.smu.Lock()
-	defer t.smu.Unlock()
-	next := *t.sb
-	next.Ceiling += transnoStep
-	next.LastCommitted = t.track.lc.Load()
-	if err := writeSuper(t.fs, t.rootFD, &next); err != nil {
+	var ceiling uint64
+	if err := t.changeNow(func(s *super) bool {
+		s.Ceiling += transnoStep
+		ceiling = s.Ceiling
+		return true
+	}); err != nil {
 		return err
 	}
-	*t.sb = next
 	t.track.mu.Lock()
-	t.track.ceiling = next.Ceiling
+	t.track.ceiling = ceiling
 	t.track.mu.Unlock()
 	return nil
 }

@@ -38,7 +38,16 @@ func newClock() *tickClock {
 }
 func (c *tickClock) now() int64 { return c.t.Add(1e6) }
 
+// open gives a target that serves.
 func open(t testing.TB, o Options) *Target {
+	t.Helper()
+	g := openOnly(t, o)
+	g.Begin(0)
+	return g
+}
+
+// openOnly gives a target whose recovery is not over.
+func openOnly(t testing.TB, o Options) *Target {
 	t.Helper()
 	if o.Logger == nil {
 		o.Logger = quiet
@@ -59,10 +68,7 @@ func open(t testing.TB, o Options) *Target {
 // abandon stops the target's goroutines and nothing else, as kill -9 does.
 func abandon(g *Target) {
 	g.down.Store(true)
-	close(g.stop)
-	g.queue.close()
-	g.gather.close()
-	g.wg.Wait()
+	g.halt()
 }
 
 func call(g *Target, req *wire.Request) *wire.Reply {

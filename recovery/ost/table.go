@@ -99,7 +99,7 @@ func (t *table) get(k objKey, victims []*object) (*object, []*object) {
 		o.used.Store(true)
 		return o, victims
 	}
-	o := &object{key: k}
+	o := newObject(k)
 	o.refs.Store(1)
 	s.m[k] = o
 	s.push(o)

@@ -28,39 +28,69 @@ type tracker struct {
 	lc atomic.Uint64 // last_committed
 }
 
-// transno gives a number to an operation that dirties no object.
-func (k *tracker) transno() uint64 {
+// transno gives a number to an operation that dirties no object: the next one,
+// or, if no is not 0, that of a replay.
+func (k *tracker) transno(no uint64) uint64 {
 	k.mu.Lock()
-	k.next++
-	t := k.next
+	t := k.number(no)
 	k.raise()
 	k.mu.Unlock()
 	return t
 }
 
-// mark gives a number to a change of o that the kernel has and the disk has
-// not. Called with o.mu held, after the change was made: a flush that begins
-// later covers it.
-func (k *tracker) mark(o *object) uint64 {
-	k.mu.Lock()
-	k.next++
-	t := k.next
-	n := &o.nodes[o.active]
-	if !n.linked {
-		n.obj, n.transno, n.linked = o, t, true
-		n.prev, n.next = k.tail, nil
-		if k.tail != nil {
-			k.tail.next = n
-		} else {
-			k.head = n
-		}
-		k.tail = n
-		k.n.Add(1)
-		o.refs.Add(1)
+// number gives the next number or moves on to a replay's, which is higher than
+// all before it.
+func (k *tracker) number(no uint64) uint64 {
+	if no == 0 {
+		k.next++
+		return k.next
 	}
+	k.next = max(k.next, no)
+	return no
+}
+
+// mark gives a number, as transno does, to a change of o that the kernel has and
+// the disk has not. Called with o.mu held, after the change was made: a flush
+// that begins later covers it.
+func (k *tracker) mark(o *object, no uint64) uint64 {
+	k.mu.Lock()
+	t := k.number(no)
+	k.add(o)
 	k.raise()
 	k.mu.Unlock()
 	return t
+}
+
+// link has o flushed as mark does, for a change that has no number.
+func (k *tracker) link(o *object) {
+	k.mu.Lock()
+	k.add(o)
+	k.mu.Unlock()
+}
+
+func (k *tracker) add(o *object) {
+	n := &o.nodes[o.active]
+	if n.linked {
+		return
+	}
+	n.obj, n.transno, n.linked = o, k.next, true
+	n.prev, n.next = k.tail, nil
+	if k.tail != nil {
+		k.tail.next = n
+	} else {
+		k.head = n
+	}
+	k.tail = n
+	k.n.Add(1)
+	o.refs.Add(1)
+}
+
+// start lets new numbers begin above next, up to ceiling.
+func (k *tracker) start(next, ceiling uint64) {
+	k.mu.Lock()
+	k.next, k.ceiling = next, ceiling
+	k.raise()
+	k.mu.Unlock()
 }
 
 // begin starts a flush of o: changes from now on are collected in the other
@@ -106,7 +136,7 @@ func (k *tracker) dirty(o *object) bool {
 func (k *tracker) raise() {
 	if k.head == nil {
 		k.lc.Store(k.next)
-	} else if k.head.transno-1 > k.lc.Load() {
+	} else if k.head.transno > k.lc.Load()+1 {
 		k.lc.Store(k.head.transno - 1)
 	}
 }

@@ -418,9 +418,11 @@ type Reply struct {
 	EOF               bool
 	Statfs            Statfs
 
-	Count       uint32
-	ObjPre      PreAttr
-	Obj         ObjAttr
+	Count  uint32
+	ObjPre PreAttr
+	Obj    ObjAttr
+	// FlushErrors is in every reply of an OST: the number of its start in the upper
+	// 32 bits, and how many flushes have failed since, at most MaxUint32.
 	FlushErrors uint64
 	Port        uint16 // with ErrPortMismatch: the recorded port
 

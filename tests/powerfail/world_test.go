@@ -157,6 +157,7 @@ func start(d *disks, clk *clock.Strict, gen uint64) (*node, error) {
 		if err != nil {
 			return nil, err
 		}
+		n.osts[i].Begin(0)
 		conns[i] = wire.InProc(n.osts[i])
 	}
 	n.fs, err = client.New(client.Options{

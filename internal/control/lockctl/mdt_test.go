@@ -41,6 +41,7 @@ func TestRealTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer o.Close()
+	o.Begin(0)
 	fs, err := client.New(client.Options{MDT: wire.InProc(m), OSTs: []wire.Conn{wire.InProc(o)}, ID: wire.ClientID{1}, Gen: 1, Clock: clk.Now})
 	if err != nil {
 		t.Fatal(err)

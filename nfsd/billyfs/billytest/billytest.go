@@ -48,6 +48,7 @@ func Open(t testing.TB, o Options) *client.FS {
 	for i := range max(o.OSTs, 1) {
 		x, err := ost.Open(ost.Options{Index: uint16(i), Dir: mkdir(t, dir, "ost"+strconv.Itoa(i)), Clock: clk.Now, Logger: log})
 		check(err)
+		x.Begin(0)
 		t.Cleanup(func() {
 			if err := x.Close(); err != nil {
 				t.Error(err)

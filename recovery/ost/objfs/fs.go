@@ -73,6 +73,29 @@ type FS interface {
 	// EWOULDBLOCK when somebody else has it. The lock ends with unlock or the
 	// process.
 	Lock(path string) (unlock func() error, err error)
+	// OpenMemory opens a file as memory, making it if there is none.
+	OpenMemory(path string) (Memory, error)
 	// Shut releases what the FS itself holds.
 	Shut() error
+}
+
+// MemoryChunk is the step in which a Memory grows, in bytes.
+const MemoryChunk = 256 << 10
+
+// Memory is a file that is used like memory: what Put has stored survives the
+// process without a system call. Of what was not synced a power failure leaves
+// anything. Calls are safe for concurrent use; those of Put and Get on the same
+// bytes are the caller's to order.
+type Memory interface {
+	// Size is the room there is, a multiple of MemoryChunk.
+	Size() int64
+	// Grow makes room for size bytes; what is new reads as zeros.
+	Grow(size int64) error
+	// Put and Get copy to and from the room at off. The bytes lie in one chunk.
+	// An error means that the memory is not to be had any more.
+	Put(p []byte, off int64) error
+	Get(p []byte, off int64) error
+	// Sync makes everything stored before the call durable.
+	Sync() error
+	Close() error
 }

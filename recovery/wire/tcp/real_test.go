@@ -30,6 +30,7 @@ func realTargets(t testing.TB, clk *clock.Strict, osts int) map[string]wire.Targ
 		if err != nil {
 			t.Fatal(err)
 		}
+		x.Begin(0)
 		t.Cleanup(func() { x.Close() })
 		targets[fmt.Sprintf("ost%d", i)] = x
 		states = append(states, mdt.OSTState{Index: uint16(i), Up: true, Free: 1 << 40})
