@@ -3,7 +3,6 @@ package fsck
 import (
 	"fmt"
 
-	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/ost"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -80,7 +79,7 @@ func (c *checker) object(s ObjectStore, i *ost.ObjectInfo) error {
 		return nil
 	}
 	n.flags |= fObject
-	n.end = max(n.end, client.FileEnd(l, i.Stripe, i.Size))
+	n.end = max(n.end, l.FileEnd(i.Stripe, i.Size))
 	return nil
 }
 
@@ -305,7 +304,7 @@ func (c *checker) file(n *node, in *mdt.Inode, ec *cursor) (write bool) {
 			break
 		}
 		c.counts.Epochs++
-		if _, err := u64Record(ec.v); err != nil {
+		if _, err := mdt.DecodeEpoch(ec.v); err != nil {
 			badEpochs = true
 			if c.bad(EpochDamaged, a.FID, "removed", "client %x: %v", ec.k[17:], err) {
 				c.fix.do().DeleteRaw(ec.k)

@@ -42,7 +42,7 @@ func nameKey(dir wire.FID, name []byte) []byte {
 	return append(dir.Append([]byte{keyName}), name...)
 }
 
-// u64Record decodes the value of epochs and VIPs.
+// u64Record decodes the value of VIP epochs.
 func u64Record(v []byte) (uint64, error) {
 	if len(v) != 9 || v[0] != 1 {
 		return 0, errFormat

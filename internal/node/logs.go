@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -56,7 +55,7 @@ func (t *targets) recover(ctx context.Context) error {
 			}
 		}
 	}
-	left, err := t.mdt.OpenEpochs()
+	left, _, err := t.mdt.StaleEpochs(wire.FID{}, 1<<20)
 	if err != nil {
 		return err
 	}
@@ -64,7 +63,7 @@ func (t *targets) recover(ctx context.Context) error {
 	for i := range left {
 		open[i] = left[i].FID
 	}
-	if err := t.fs.CloseLeftEpochs(ctx, open); err != nil {
+	if _, err := t.fs.CloseLeftEpochs(ctx, open); err != nil {
 		return err
 	}
 	if punched > 0 || len(open) > 0 {
@@ -90,7 +89,7 @@ func (t *targets) punch(ctx context.Context, l *mdt.LogRec) error {
 		}
 		req := wire.Request{
 			Header: wire.Header{Op: wire.OpPunch, Flags: wire.FlagWaitCommit},
-			FID:    l.FID, Stripe: s, Size: client.ObjectSize(&l.Layout, s, l.Size), LogID: l.ID, Time: in.Attr.Ctime,
+			FID:    l.FID, Stripe: s, Size: l.Layout.ObjectSize(s, l.Size), LogID: l.ID, Time: in.Attr.Ctime,
 		}
 		var rep wire.Reply
 		if st := t.call(ctx, t.osts[i], &req, &rep); st != wire.OK {
@@ -167,7 +166,6 @@ func (t *targets) destroy(recs []mdt.LogRec) error {
 	var jobs []*job
 	for i := range recs {
 		l := &recs[i]
-		t.fs.Unlinked(l.FID)
 		for s := uint8(0); s < l.Layout.Count; s++ {
 			o := int(l.Layout.OST[s])
 			if o >= len(t.osts) {

@@ -334,7 +334,7 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		m.rep.Reset()
 		m.req.Op = wire.OpPunch
 		m.req.FID, m.req.Stripe = a.FID, s
-		m.req.Size = ObjectSize(&a.Layout, s, t.Size)
+		m.req.Size = a.Layout.ObjectSize(s, t.Size)
 		m.req.LogID = t.LogID
 		m.req.Time = a.Ctime
 		f.header(o, &m.req)

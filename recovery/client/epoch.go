@@ -19,9 +19,6 @@ type epoch struct {
 	refs int // under the shard's lock
 	// closing is not nil while the closer works on the epoch; closed at its end.
 	closing chan struct{}
-	// gone is not nil when the file was unlinked and the epoch taken out of the
-	// table; closed when the last reference is given back. Under the shard's lock.
-	gone chan struct{}
 	last int64 // UnixNano of the last release, under the shard's lock
 	// untouched: opened by the create and not used since, so there are no objects.
 	// Under the shard's lock, or closing being set.
@@ -166,11 +163,7 @@ func (t *epochTable) release(f *FS, e *epoch) {
 	s.mu.Lock()
 	e.refs--
 	e.last = time.Now().UnixNano()
-	switch {
-	case e.refs > 0:
-	case e.gone != nil:
-		close(e.gone)
-	case !e.open.Load():
+	if e.refs == 0 && !e.open.Load() {
 		delete(s.m, e.fid)
 		t.n.Add(-1)
 	}
@@ -245,39 +238,6 @@ func (t *epochTable) untouched(fid wire.FID) bool {
 	s.mu.Unlock()
 	return yes
 }
-
-// forget takes an unlinked file's epoch out of the table and waits until it is
-// not used any more. Who comes later asks the MDT, which refuses.
-func (t *epochTable) forget(fid wire.FID) {
-	s := &t.shards[t.shard(fid)]
-	for {
-		s.mu.Lock()
-		e := s.m[fid]
-		if e == nil {
-			s.mu.Unlock()
-			return
-		}
-		wait := e.closing
-		if wait == nil {
-			delete(s.m, fid)
-			t.n.Add(-1)
-			if e.refs == 0 {
-				s.mu.Unlock()
-				return
-			}
-			e.gone = make(chan struct{})
-			wait = e.gone
-		}
-		s.mu.Unlock()
-		<-wait
-	}
-}
-
-// Unlinked tells that a file was removed for good, and returns when none of this
-// client's writes to it is under way any more. Its objects may be destroyed
-// then: a write that came later would make them anew, and nobody would ever
-// destroy them again.
-func (f *FS) Unlinked(fid wire.FID) { f.epochs.forget(fid) }
 
 // closeBatch is how many epochs are closed in one MDT transaction.
 const closeBatch = 512

@@ -452,48 +452,6 @@ func TestTruncateRecords(t *testing.T) {
 	}
 }
 
-// After Unlinked no write can make an object anew.
-func TestUnlinked(t *testing.T) {
-	b := newBed(t, 1, Options{})
-	a, _ := b.create("f", false)
-	b.write(a.FID, 0, []byte("x"))
-	reached, goOn := make(chan struct{}), make(chan struct{})
-	b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
-		if req.Op == wire.OpWrite {
-			close(reached)
-			<-goOn
-		}
-		return false
-	})
-	late := a
-	done := make(chan wire.Status)
-	go func() {
-		_, st := b.fs.Write(ctx, Owner{}, &late, 0, []byte("late"), wire.Unstable)
-		done <- st
-	}()
-	<-reached
-	b.remove("f")
-	unlinked := make(chan struct{})
-	go func() { b.fs.Unlinked(a.FID); close(unlinked) }()
-	wait(t, "the epoch to leave the table", func() bool { return b.fs.OpenEpochs() == 0 })
-	select {
-	case <-unlinked:
-		t.Fatal("Unlinked returned while a write was under way")
-	default:
-	}
-	later := a
-	if _, st := b.fs.Write(ctx, Owner{}, &later, 0, []byte("later"), wire.Unstable); st != wire.ErrStale {
-		t.Errorf("write after the unlink: %v", st)
-	}
-	close(goOn)
-	if st := <-done; st != wire.OK {
-		t.Error(st)
-	}
-	<-unlinked
-	b.setHook(nil)
-	b.fs.Unlinked(a.FID) // unknown: nothing to wait for
-}
-
 // A failed flush is told once, and before the reply that brought the news.
 func TestFlushErrors(t *testing.T) {
 	var told []uint64

@@ -367,7 +367,7 @@ func (g *merger) add(l *wire.Layout, s uint8, ob *wire.ObjAttr) {
 		return
 	}
 	g.exists = true
-	g.size = max(g.size, FileEnd(l, s, ob.Size))
+	g.size = max(g.size, l.FileEnd(s, ob.Size))
 	g.used += ob.Used
 	if ob.Ctime > g.ctime {
 		g.ctime, g.mtime = ob.Ctime, ob.Mtime

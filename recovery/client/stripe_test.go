@@ -28,10 +28,10 @@ func TestStripeMappingAgainstNaive(t *testing.T) {
 		}
 		var end uint64
 		for s := uint8(0); s < l.Count; s++ {
-			if got := ObjectSize(&l, s, size); got != objs[s] {
+			if got := l.ObjectSize(s, size); got != objs[s] {
 				t.Fatalf("layout %+v size %d stripe %d: object size %d, want %d", l, size, s, got, objs[s])
 			}
-			end = max(end, FileEnd(&l, s, objs[s]))
+			end = max(end, l.FileEnd(s, objs[s]))
 		}
 		if end != size {
 			t.Fatalf("layout %+v: file end %d, want %d", l, end, size)
@@ -61,7 +61,7 @@ func TestStripeSizeLimits(t *testing.T) {
 	l := wire.Layout{StripeSize: 1 << 20, Count: 3}
 	var end uint64
 	for s := uint8(0); s < 3; s++ {
-		end = max(end, FileEnd(&l, s, ObjectSize(&l, s, wire.MaxFileSize)))
+		end = max(end, l.FileEnd(s, l.ObjectSize(s, wire.MaxFileSize)))
 	}
 	if end != wire.MaxFileSize {
 		t.Fatalf("end %d, want %d", end, uint64(wire.MaxFileSize))

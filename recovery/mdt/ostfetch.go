@@ -139,6 +139,26 @@ func fetchLog(m *MDT, o *wire.OSTInfo, ost uint16, k, v []byte) error {
 	if l.Kind == LogUnlink && hasStripe(&l.Layout, ost) && l.ID <= m.com.LastCommitted() {
 		o.Unlinked = append(o.Unlinked, l.FID)
 	}
+	if l.Kind != LogTruncate || !hasStripe(&l.Layout, ost) {
+		return nil
+	}
+	m.seq.Lock()
+	current := m.current(l.Client, l.Tenure)
+	m.seq.Unlock()
+	if current {
+		return nil // its client punches
+	}
+	in, _ := m.inode(l.FID, false)
+	if in == nil {
+		return nil // removed since the iterator was made, or not readable
+	}
+	for s, i := range l.Layout.OST[:l.Layout.Count] {
+		if i == ost {
+			o.Truncates = append(o.Truncates, wire.ObjTruncate{
+				FID: l.FID, Stripe: uint8(s), Size: l.Layout.ObjectSize(uint8(s), l.Size), LogID: l.ID, Time: in.Attr.Ctime,
+			})
+		}
+	}
 	return nil
 }
 

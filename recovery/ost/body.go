@@ -381,6 +381,7 @@ func (t *Target) Begin(transno uint64) {
 	t.track.start(start, start+transnoStep)
 	t.begun.Store(true)
 	t.epochs.Store(nil)
+	t.finishTruncates()
 	t.CommitSoon()
 }
 

@@ -217,6 +217,7 @@ func powerFail(t *testing.T, seed uint64) {
 			}
 			rep := call(g, req)
 			ok(rep)
+			forgetGone(g)
 			c.state = model{data: map[uint64]byte{}, log: 0}
 			c.after(rep.Transno)
 			if req.Flags != 0 {

@@ -143,9 +143,13 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply, by wire.ClientID, no 
 			o.mu.Lock()
 			if !o.exists {
 				created = true
-				t.firstTouch(o, req.Time)
+				if err = t.gone.check(o.key); err == nil {
+					t.firstTouch(o, req.Time)
+				}
 			}
-			s, err = t.openSeg(o, idx, true)
+			if err == nil {
+				s, err = t.openSeg(o, idx, true)
+			}
 			o.mu.Unlock()
 			if err != nil {
 				break
@@ -356,6 +360,8 @@ func (t *Target) punch(req *wire.Request, rep *wire.Reply, by wire.ClientID, no 
 		}
 	case o.exists && req.LogID != 0 && req.LogID <= o.logID:
 		rep.Transno = t.track.transno(no)
+	case !o.exists && t.gone.check(o.key) != nil:
+		err = wire.ErrStale
 	default:
 		// Before the header is written, so that a process crash keeps it.
 		mtime, ctime := o.mtime, o.ctime
@@ -402,6 +408,7 @@ func (t *Target) destroy(req *wire.Request, rep *wire.Reply, by wire.ClientID, n
 		o.io.Unlock()
 		t.release(o)
 	}
+	t.gone.add(k)
 	o.mu.Lock()
 	removed, err := t.removeFiles(o)
 	if removed {

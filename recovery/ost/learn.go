@@ -1,6 +1,7 @@
 package ost
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -66,7 +67,27 @@ func (t *Target) Learn(info *wire.OSTInfo) error {
 		epochs[e] = struct{}{}
 	}
 	t.epochs.Store(&epochs)
+	t.truncates = info.Truncates
 	return nil
+}
+
+// finishTruncates does what Learn was told of truncates, in order. That they are
+// not done now is no reason not to serve: the MDT does them later, at the risk
+// that they cut off what was written meanwhile.
+func (t *Target) finishTruncates() {
+	c := wire.InProc(t)
+	for i := range t.truncates {
+		x := &t.truncates[i]
+		req := wire.Request{
+			Header: wire.Header{Op: wire.OpPunch, Flags: wire.FlagWaitCommit},
+			FID:    x.FID, Stripe: x.Stripe, Size: x.Size, LogID: x.LogID, Time: x.Time,
+		}
+		var rep wire.Reply
+		if _ = c.Call(context.Background(), &req, &rep); rep.Status != wire.OK {
+			t.log.Error("a truncate of a client that is gone could not be finished", "fid", x.FID, "stripe", x.Stripe, "size", x.Size, "err", rep.Status)
+		}
+	}
+	t.truncates = nil
 }
 
 // destroyUnlinked destroys all objects of the files, durably.

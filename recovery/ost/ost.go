@@ -122,6 +122,7 @@ type Target struct {
 	table         table
 	track         tracker
 	queue, gather flushQueue
+	gone          gone
 	admit         admission
 	gate          gate
 	drained       drainQueue
@@ -133,6 +134,7 @@ type Target struct {
 	ended         atomic.Bool // stopped in order: nothing is changed any more
 	// epochs of files that may be replayed to; nil: not known.
 	epochs      atomic.Pointer[map[wire.EpochInfo]struct{}]
+	truncates   []wire.ObjTruncate // learnt, for Begin
 	blocks      sync.Pool
 	openFDs     atomic.Int64
 	dirtyBytes  atomic.Int64

@@ -196,6 +196,13 @@ func TestBasics(t *testing.T) {
 			if op(g, wire.OpObjAttr, f).Obj.Exists {
 				t.Fatal("destroyed object exists")
 			}
+			want(t, write(g, f, 1, []byte("y"), wire.DataSync), wire.ErrStale)
+			want(t, punch(g, f, 2, 99), wire.ErrStale)
+			want(t, punch(g, f, 0, 100), wire.OK)
+			if op(g, wire.OpObjAttr, f).Obj.Exists {
+				t.Fatal("a late write has made a destroyed object anew")
+			}
+			forgetGone(g)
 			want(t, write(g, f, 1, []byte("y"), wire.DataSync), wire.OK)
 			b, _ = read(g, f, 0, 10)
 			if string(b) != "\x00y" {
@@ -398,6 +405,28 @@ func TestDifferential(t *testing.T) {
 	}
 }
 
+// forgetGone lets destroyed objects be made again, so that tests meet what the old
+// ones may have left on the disk.
+func forgetGone(g *Target) {
+	g.gone.mu.Lock()
+	g.gone.m, g.gone.ring, g.gone.at = nil, nil, 0
+	g.gone.mu.Unlock()
+}
+
+func TestGoneIsBounded(t *testing.T) {
+	var g gone
+	for i := range uint32(maxGone + 10) {
+		g.add(objKey{fid: fid(i)})
+		g.add(objKey{fid: fid(i)})
+	}
+	if len(g.m) != maxGone || len(g.ring) != maxGone {
+		t.Errorf("%d and %d remembered", len(g.m), len(g.ring))
+	}
+	if g.check(objKey{fid: fid(9)}) != nil || g.check(objKey{fid: fid(10)}) != wire.ErrStale || g.check(objKey{fid: fid(maxGone + 9)}) != wire.ErrStale {
+		t.Error("not the newest are remembered")
+	}
+}
+
 func differential(t *testing.T, seed uint64, shift uint8) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	clk := newClock()
@@ -464,6 +493,7 @@ func differential(t *testing.T, seed uint64, shift uint8) {
 		case x == 17:
 			what = "destroy"
 			rep = op(g, wire.OpDestroy, f)
+			forgetGone(g)
 			*mo = model{data: map[uint64]byte{}}
 		case x == 18:
 			what = "restart"
@@ -589,6 +619,7 @@ func TestErrors(t *testing.T) {
 		t.Fatal("damage not reported")
 	}
 	want(t, op(g, wire.OpDestroy, fid(1)), wire.OK)
+	forgetGone(g)
 	want(t, write(g, fid(1), 0, []byte("abc"), wire.FileSync), wire.OK)
 	for _, c := range []struct {
 		e unix.Errno

@@ -18,6 +18,9 @@ type OSTInfo struct {
 	Epochs []EpochInfo
 	// Unlinked are removed files whose objects may still exist.
 	Unlinked []FID
+	// Truncates are logged size changes whose clients are gone. What is left of them
+	// is done after all replays and before anything else.
+	Truncates []ObjTruncate
 	// Next is the cursor of the request that continues, empty at the end.
 	Next []byte
 }
@@ -46,9 +49,20 @@ type EpochInfo struct {
 	Client ClientID
 }
 
+// ObjTruncate is a logged size change of one object.
+type ObjTruncate struct {
+	FID    FID
+	Stripe uint8
+	Size   uint64 // of the object
+	LogID  uint64
+	Time   int64
+}
+
+const objTruncateSize = FIDSize + 25
+
 // Size is the length of the encoded OSTInfo in bytes, without Next's own.
 func (o *OSTInfo) Size() int {
-	return 5*4 + 2 + 12*len(o.VIPs) + 32*len(o.Clients) + 24*len(o.Fences) + 32*len(o.Epochs) + FIDSize*len(o.Unlinked)
+	return 6*4 + 2 + 12*len(o.VIPs) + 32*len(o.Clients) + 24*len(o.Fences) + 32*len(o.Epochs) + FIDSize*len(o.Unlinked) + objTruncateSize*len(o.Truncates)
 }
 
 // AppendOSTInfo appends the encoded o to b. With Next it must stay below MaxData.
@@ -73,6 +87,12 @@ func AppendOSTInfo(b []byte, o *OSTInfo) []byte {
 	b = be.AppendUint32(b, uint32(len(o.Unlinked)))
 	for _, f := range o.Unlinked {
 		b = f.Append(b)
+	}
+	b = be.AppendUint32(b, uint32(len(o.Truncates)))
+	for i := range o.Truncates {
+		t := &o.Truncates[i]
+		b = append(t.FID.Append(b), t.Stripe)
+		b = appendI64(be.AppendUint64(be.AppendUint64(b, t.Size), t.LogID), t.Time)
 	}
 	return appendBytes(b, o.Next)
 }
@@ -99,6 +119,9 @@ func DecodeOSTInfo(b []byte, o *OSTInfo) error {
 	}
 	for range d.count(MaxData, FIDSize) {
 		o.Unlinked = append(o.Unlinked, d.fid())
+	}
+	for range d.count(MaxData, objTruncateSize) {
+		o.Truncates = append(o.Truncates, ObjTruncate{d.fid(), d.u8(), d.u64(), d.u64(), d.i64()})
 	}
 	o.Next = append([]byte(nil), d.bytes(MaxNameLen)...)
 	if err := d.end(); err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/baton-nfs/baton/internal/fsck"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mdt"
+	"github.com/baton-nfs/baton/recovery/mdt/ostsync"
 	"github.com/baton-nfs/baton/recovery/ost"
 	"github.com/baton-nfs/baton/recovery/ost/objfs"
 	"github.com/baton-nfs/baton/recovery/store/local"
@@ -131,6 +132,7 @@ type node struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	logErr error
+	sync   *ostsync.Sync
 }
 
 // start opens the targets on the disks and connects a client, without recovery.
@@ -166,6 +168,7 @@ func start(d *disks, clk *clock.Strict, gen uint64) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
+	n.sync = ostsync.New(n.mdt, n.fs, nil)
 	return n, n.fs.Connect(ctx)
 }
 
@@ -173,51 +176,7 @@ func start(d *disks, clk *clock.Strict, gen uint64) (*node, error) {
 // epochs that were left open. Then it starts to destroy the objects of removed
 // files.
 func (n *node) recover() error {
-	recs, err := n.mdt.PendingLogs(0, 1<<20)
-	if err != nil {
-		return err
-	}
-	for _, l := range recs {
-		if l.Kind != mdt.LogTruncate {
-			continue
-		}
-		var a wire.Reply
-		n.fs.Call(ctx, client.Owner{}, &wire.Request{Header: wire.Header{Op: wire.OpGetattr}, FID: l.FID}, &a)
-		if a.Status != wire.OK {
-			return fmt.Errorf("truncate record %d of %v: %w", l.ID, l.FID, a.Status)
-		}
-		for s := uint8(0); s < l.Layout.Count; s++ {
-			if err := n.ostCall(&l.Layout, wire.Request{
-				Header: wire.Header{Op: wire.OpPunch, Flags: wire.FlagWaitCommit}, FID: l.FID, Stripe: s,
-				Size: client.ObjectSize(&l.Layout, s, l.Size), LogID: l.ID, Time: a.Attr.Ctime,
-			}); err != nil {
-				return err
-			}
-		}
-		if err := n.mdt.LogDone([]uint64{l.ID}); err != nil {
-			return err
-		}
-	}
-	left, err := n.mdt.OpenEpochs()
-	if err != nil {
-		return err
-	}
-	var fids []wire.FID
-	for _, o := range left {
-		fids = append(fids, o.FID)
-	}
-	return n.fs.CloseLeftEpochs(ctx, fids)
-}
-
-func (n *node) ostCall(l *wire.Layout, req wire.Request) error {
-	var rep wire.Reply
-	if err := wire.InProc(n.osts[l.OST[req.Stripe]]).Call(ctx, &req, &rep); err != nil {
-		return err
-	}
-	if rep.Status != wire.OK {
-		return fmt.Errorf("operation %d on %v stripe %d: %w", req.Op, req.FID, req.Stripe, rep.Status)
-	}
-	return nil
+	return n.sync.Once(ctx)
 }
 
 // serve starts the destroyer.
@@ -232,35 +191,12 @@ func (n *node) serve() {
 			case <-c.Done():
 				return
 			case <-tick.C:
-				n.logErr = n.runLogs()
+				if err := n.sync.Once(c); c.Err() == nil {
+					n.logErr = err
+				}
 			}
 		}
 	})
-}
-
-// runLogs destroys the objects of files whose removal is durable.
-func (n *node) runLogs() error {
-	recs, err := n.mdt.PendingLogs(0, 64)
-	if err != nil {
-		return err
-	}
-	for _, l := range recs {
-		if l.Kind != mdt.LogUnlink {
-			continue
-		}
-		n.fs.Unlinked(l.FID)
-		for s := uint8(0); s < l.Layout.Count; s++ {
-			if err := n.ostCall(&l.Layout, wire.Request{
-				Header: wire.Header{Op: wire.OpDestroy, Flags: wire.FlagWaitCommit}, FID: l.FID, Stripe: s,
-			}); err != nil {
-				return err
-			}
-		}
-		if err := n.mdt.LogDone([]uint64{l.ID}); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // crash takes what a power failure, or a kill of the process, leaves on the
@@ -296,19 +232,17 @@ func (n *node) stop() error {
 		n.cancel()
 		n.wg.Wait()
 	}
-	if err := n.fs.Close(ctx); err != nil {
-		return err
-	}
 	if n.logErr != nil {
 		return fmt.Errorf("destroyer: %w", n.logErr)
 	}
-	for range 2 { // the last closing may be just before
-		if err := n.mdt.Sync(); err != nil {
-			return err
-		}
-		if err := n.runLogs(); err != nil {
-			return err
-		}
+	if err := n.mdt.Sync(); err != nil {
+		return err
+	}
+	if err := n.sync.Once(ctx); err != nil {
+		return err
+	}
+	if err := n.fs.Close(ctx); err != nil {
+		return err
 	}
 	if err := n.mdt.Close(); err != nil {
 		return err

@@ -284,7 +284,7 @@ func (s *Sync) punch(ctx context.Context, l *mdt.LogRec, jobs []*job) error {
 	}
 	for _, j := range jobs {
 		j.req.Op, j.req.LogID, j.req.Time = wire.OpPunch, l.ID, in.Attr.Ctime
-		j.req.Size = client.ObjectSize(&l.Layout, j.req.Stripe, l.Size)
+		j.req.Size = l.Layout.ObjectSize(j.req.Stripe, l.Size)
 	}
 	if err := s.run(jobs); err != nil {
 		return fmt.Errorf("truncate: %w", err)
