@@ -96,6 +96,7 @@ type Server struct {
 	pool   workers
 	mem    gauge
 	bulk   bulkGate
+	room   roomGate
 	clock  atomic.Int64 // coarse, UnixNano
 	connID atomic.Uint64
 	wg     sync.WaitGroup // everything but workers
@@ -103,7 +104,7 @@ type Server struct {
 	log    limiter
 
 	waitMu  sync.Mutex
-	waiters map[*Conn]struct{}
+	waiters map[*Conn]struct{} // readers that wait for admission
 	waiting atomic.Int64
 	short   chan struct{} // to the janitor, capacity 1: readers wait for memory
 
@@ -112,7 +113,7 @@ type Server struct {
 	listeners map[*listener]struct{}
 	udps      map[*udpSocket]struct{}
 	conns     map[*Conn]struct{}
-	perClient map[netip.Addr]int
+	peers     map[netip.Addr]*peer // that have connections
 	endpoints map[endpointKey]*endpoint
 	connsGone chan struct{} // closed and replaced when a connection ends
 }
@@ -188,11 +189,11 @@ func NewServer(cfg Config) *Server {
 		cfg: cfg, stop: make(chan struct{}), short: make(chan struct{}, 1),
 		waiters: make(map[*Conn]struct{}), listeners: make(map[*listener]struct{}),
 		udps: make(map[*udpSocket]struct{}), conns: make(map[*Conn]struct{}),
-		perClient: make(map[netip.Addr]int), endpoints: make(map[endpointKey]*endpoint),
+		peers: make(map[netip.Addr]*peer), endpoints: make(map[endpointKey]*endpoint),
 		connsGone: make(chan struct{}),
 	}
 	s.pool.max = cfg.Workers
-	s.mem.freed = s.memFreed
+	s.mem.freed = s.bufFreed
 	s.log.next = make(map[string]logState)
 	s.clock.Store(cfg.Now().UnixNano())
 	for _, p := range cfg.Programs {
@@ -380,11 +381,17 @@ func (s *Server) admit(ep *endpoint, nc *net.TCPConn) {
 	if err == nil {
 		client := c.remote.Addr()
 		s.mu.Lock()
-		if s.closed || len(s.conns) >= s.cfg.MaxConns || s.perClient[client] >= s.cfg.MaxConnsPerClient {
+		p := s.peers[client]
+		if s.closed || len(s.conns) >= s.cfg.MaxConns || p != nil && p.conns >= s.cfg.MaxConnsPerClient {
 			err = errTooMany
 		} else {
+			if p == nil {
+				p = new(peer)
+				s.peers[client] = p
+			}
+			p.conns++
+			c.peer = p
 			s.conns[c] = struct{}{}
-			s.perClient[client]++
 			ep.conns.Add(1)
 			ep.accepted.Add(1)
 			s.wg.Add(1)
@@ -407,11 +414,10 @@ func (s *Server) connDone(c *Conn) {
 	if s.cfg.OnClose != nil {
 		s.cfg.OnClose(c)
 	}
-	client := c.remote.Addr()
 	s.mu.Lock()
 	delete(s.conns, c)
-	if s.perClient[client]--; s.perClient[client] <= 0 {
-		delete(s.perClient, client)
+	if c.peer.conns--; c.peer.conns == 0 {
+		delete(s.peers, c.remote.Addr())
 	}
 	c.ep.conns.Add(-1)
 	close(s.connsGone)
@@ -420,7 +426,7 @@ func (s *Server) connDone(c *Conn) {
 	s.wg.Done()
 }
 
-// Close ends everything at once: connections are reset, calls that were submitted to workers still run
+// Close ends everything at once: connections are reset, calls that were submitted to workers still end
 // and their replies are discarded. It returns when all goroutines of the server have ended; handlers
 // that finish calls from goroutines of their own may still do so later.
 func (s *Server) Close() error {
@@ -452,16 +458,30 @@ func (s *Server) Close() error {
 	return nil
 }
 
-func (s *Server) memFreed() {
-	s.bulkFreed()
+// bufFreed looks who can go on after the memory in use has fallen by n to now.
+func (s *Server) bufFreed(now, n int64) {
+	s.memFreed()
 	if s.waiting.Load() == 0 {
+		return
+	}
+	// Waking all of them for every buffer would be most of the work. See Conn.ready and outLimit.
+	fell := func(to int64) bool { return now < to && to <= now+n }
+	if !fell(int64(s.cfg.MaxInflightBytes/2)+1) && !fell(s.part(admitMore)) && !fell(s.part(admitAny)) {
 		return
 	}
 	s.waitMu.Lock()
 	for c := range s.waiters {
-		c.nudge()
+		if c.ready(awaitAdmission, 0) {
+			c.nudge()
+		}
 	}
 	s.waitMu.Unlock()
+}
+
+// memFreed looks who can go on after memory was freed or promises were taken back.
+func (s *Server) memFreed() {
+	s.bulkFreed()
+	s.roomFreed()
 }
 
 func (s *Server) addWaiter(c *Conn) {
@@ -474,7 +494,7 @@ func (s *Server) addWaiter(c *Conn) {
 
 // memShort tells whether somebody waits for memory, or soon may.
 func (s *Server) memShort() bool {
-	return s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes)/8*5 || s.bulk.n.Load() > 0
+	return s.mem.used.Load() >= s.part(recordsTaken) || s.bulk.n.Load() > 0 || s.room.n.Load() > 0
 }
 
 // callJanitor gets the connections that hold memory without reading looked at soon.
@@ -527,7 +547,7 @@ func (s *Server) janitor() {
 			}
 		}
 		s.sweep(s.cfg.Now())
-		if s.waiting.Load() > 0 || s.bulk.n.Load() > 0 {
+		if s.waiting.Load() > 0 || s.bulk.n.Load() > 0 || s.room.n.Load() > 0 {
 			s.callJanitor()
 		}
 	}
@@ -580,7 +600,7 @@ func (s *Server) sweep(now time.Time) {
 	}
 	slices.SortFunc(hogs, func(a, b *Conn) int { return cmp.Compare(size[b], size[a]) })
 	for _, c := range hogs {
-		if s.mem.used.Load() < int64(s.cfg.MaxInflightBytes)/4*3 && s.bulk.n.Load() == 0 {
+		if s.mem.used.Load() < int64(s.cfg.MaxInflightBytes)/4*3 && s.bulk.n.Load() == 0 && s.room.n.Load() == 0 {
 			break
 		}
 		c.fail(errPressure, true)

@@ -82,7 +82,6 @@ func (c *Conn) enqueue(call *Call) {
 		c.pushCopy(padding[:p])
 	}
 	n := len(out) + len(payload) + xdr.Pad(len(payload))
-	c.srv.bulk.out.Add(int64(n))
 	if c.outBytes.Add(int64(n)) == int64(n) {
 		c.lastWrite.Store(c.srv.clock.Load())
 	}
@@ -296,8 +295,6 @@ func (c *Conn) advance(n int) {
 		c.wi++
 	}
 	c.outBytes.Add(int64(-n))
-	c.srv.bulk.out.Add(int64(-n))
-	c.srv.bulkFreed()
 	c.nudge()
 }
 
@@ -320,8 +317,7 @@ func (c *Conn) dropOutput() {
 	}
 	c.tailOpen = false
 	c.handoff = false
-	c.srv.bulk.out.Add(-c.outBytes.Swap(0))
-	c.srv.bulkFreed()
+	c.outBytes.Store(0)
 }
 
 // hold keeps a call whose worker would only add to a queue that the peer does not read; it is
