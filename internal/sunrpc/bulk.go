@@ -47,6 +47,14 @@ func (c *Call) chooseLine() int {
 // the connection has been closed meanwhile the call is dropped without running f: its work is the reply.
 func (c *Call) GoReply(n int, f func(*Call)) {
 	c.weight = min(n, MaxPayload)
+	if c.Conn != nil {
+		c.Conn.bulk.Add(int64(c.weight))
+		if c.Conn.hold(c) {
+			// It must not make others wait for a worker that would find out no more.
+			c.fn = f
+			return
+		}
+	}
 	c.Go(f)
 }
 
@@ -73,7 +81,6 @@ func (s *Server) admitBulk(c *Call) bool {
 		line = c.chooseLine()
 	}
 	g.mu.Lock()
-	c.Conn.bulk.Add(int64(c.weight))
 	if g.closing || g.lines[line].empty() && s.bulkRoom(c, line) || s.bulkSpare(c, line) {
 		g.let(c)
 		g.mu.Unlock()
@@ -146,12 +153,11 @@ func (c *Call) charge(b *buf) {
 
 // bulkEnd gives back what c has reserved: its reply is queued next, or there is none.
 func (c *Call) bulkEnd() {
-	if !c.admitted {
+	if c.weight == 0 || c.Conn == nil {
 		return
 	}
-	c.admitted = false
 	c.Conn.bulk.Add(-int64(c.weight))
-	c.weight = 0
+	c.admitted, c.weight = false, 0
 	if c.reserved > 0 {
 		c.srv.bulk.promise(c.Conn.peer, -c.reserved)
 		c.reserved = 0

@@ -58,7 +58,7 @@ type Conn struct {
 	inflight   atomic.Int64 // calls handed to a handler and not finished
 	inBytes    atomic.Int64 // record bytes of those
 	outBytes   atomic.Int64 // reply bytes queued and not yet taken by the kernel
-	bulk       atomic.Int64 // reply bytes of calls that came to the server's bulkGate and are not queued yet
+	bulk       atomic.Int64 // reply bytes of GoReply's calls that are neither held nor queued yet
 	replies    atomic.Int64
 	lastRead   atomic.Int64 // coarse clock, ns
 	lastWrite  atomic.Int64 // coarse clock of the last progress, ns
@@ -528,7 +528,7 @@ func (c *Conn) fail(err error, reset bool) {
 	default:
 	}
 	for _, call := range held {
-		c.srv.pool.submit(call)
+		c.unhold(call)
 	}
 }
 

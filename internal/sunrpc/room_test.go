@@ -54,7 +54,6 @@ func TestGoodClientAmongBad(t *testing.T) {
 					Now: func() time.Time { return begin.Add(time.Duration(passed.Load())) },
 				}, newTestHandler())
 				good := dialRaw(t, a)
-				_ = good.SetDeadline(time.Now().Add(60 * time.Second))
 				mustWrite(t, good, record(callMsg(1, 0)))
 				mustRecord(t, good)
 				for i := range 150 {
@@ -86,15 +85,21 @@ func TestGoodClientAmongBad(t *testing.T) {
 				full()
 				for round := range 3 {
 					for _, call := range [][]byte{record(callMsg(2, procSink, long...)), record(callMsg(3, procReadGo, words(1<<20)...))} {
-						go func() { _, _ = good.Write(call) }()
+						answered := make(chan error, 1)
+						go func() {
+							_ = good.SetDeadline(time.Now().Add(10 * time.Second))
+							_, err := good.Write(call)
+							if err == nil {
+								_, err = readRecord(good)
+							}
+							answered <- err
+						}()
 						if !own {
+							eventually(t, "the good client's call to wait", func() bool { return len(answered) > 0 || s.inLine(good.LocalAddr().String()) })
 							full()
 							passed.Add(int64(4 * time.Second))
 						}
-						if err := good.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
-							t.Fatal(err)
-						}
-						if _, err := readRecord(good); err != nil {
+						if err := <-answered; err != nil {
 							t.Fatalf("round %d, call of %d bytes: %v; %d bytes of buffers in use", round, len(call), err, s.mem.used.Load())
 						}
 						if !own && s.Stats().Addrs[0].Conns < 50 {
@@ -108,6 +113,29 @@ func TestGoodClientAmongBad(t *testing.T) {
 			})
 		}
 	}
+}
+
+// inLine tells whether a connection waits for memory.
+func (s *Server) inLine(remote string) bool {
+	is := func(c *Conn) bool { return c.remote.String() == remote }
+	s.room.mu.Lock()
+	for _, q := range s.room.line.ring {
+		if slices.ContainsFunc(q.l, is) {
+			s.room.mu.Unlock()
+			return true
+		}
+	}
+	s.room.mu.Unlock()
+	s.bulk.mu.Lock()
+	defer s.bulk.mu.Unlock()
+	for i := range s.bulk.lines {
+		for _, q := range s.bulk.lines[i].ring {
+			if slices.ContainsFunc(q.l, func(c *Call) bool { return is(c.Conn) }) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // TestNoWorkForClosed: long replies that wait when their connection is closed are not made.
@@ -127,10 +155,8 @@ func TestNoWorkForClosed(t *testing.T) {
 			}),
 		}},
 	}, h)
-	var ncs []*net.TCPConn
 	for range 20 {
 		nc := dialRaw(t, a)
-		ncs = append(ncs, nc)
 		if err := nc.SetReadBuffer(4096); err != nil {
 			t.Fatal(err)
 		}
