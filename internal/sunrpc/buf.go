@@ -111,8 +111,8 @@ func (b *buf) release() {
 	g.freed(g.used.Add(int64(-n)), int64(n))
 }
 
-// trimBufs gives back half of what was not needed since the last call.
-func trimBufs() {
+// trimBufs gives back half of what was not needed since the last call, and returns how many bytes that are.
+func trimBufs() (bytes int64) {
 	for i := range classes {
 		c := &classes[i]
 		c.mu.Lock()
@@ -122,8 +122,10 @@ func trimBufs() {
 			copy(c.free, c.free[n:])
 			clear(c.free[l-n:])
 			c.free = c.free[:l-n]
+			bytes += int64(n * classSizes[i])
 		}
 		c.low = len(c.free)
 		c.mu.Unlock()
 	}
+	return bytes
 }

@@ -515,8 +515,12 @@ func (s *Server) removeWaiter(c *Conn) {
 }
 
 // giveBack is by how much the memory in use must have fallen for the rest to be given back to the system
-// at once, in bytes.
-const giveBack = 32 << 20
+// at once, in bytes. While it stays below that, giveBackPool is how much of the pool's buffers must have been
+// dropped since.
+const (
+	giveBack     = 32 << 20
+	giveBackPool = 16 << 20
+)
 
 // janitor enforces the time-outs and keeps the coarse clock.
 func (s *Server) janitor() {
@@ -525,16 +529,18 @@ func (s *Server) janitor() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	var peak, before int64 // of the memory in use, in this period and the one before
+	var dropped int64      // bytes of buffers that the pool gave up and that were not given back yet
 	for n := 0; ; n++ {
 		select {
 		case <-s.stop:
 			return
 		case <-t.C:
 			if n%8 == 7 {
-				trimBufs()
-				if before-peak >= giveBack {
+				dropped += trimBufs()
+				if before-peak >= giveBack || peak < giveBack && dropped >= giveBackPool {
 					// An idle process collects no garbage for minutes.
 					debug.FreeOSMemory()
+					dropped = 0
 				}
 				before, peak = peak, 0
 			}
