@@ -133,8 +133,11 @@ file = %q
 address = ""
 [control]
 socket = %q
+[locks]
+nlm_port = %d
+statd_port = %d
 %s
-`, s.o.dataDir, s.nfs.Port(), s.mount.Port(), s.o.nfs, filepath.Join(s.dir, "exports"), filepath.Join(s.dir, "ctl"), s.o.toml)
+`, s.o.dataDir, s.nfs.Port(), s.mount.Port(), s.o.nfs, filepath.Join(s.dir, "exports"), filepath.Join(s.dir, "ctl"), s.mount.Port(), s.mount.Port(), s.o.toml)
 	if !strings.Contains(s.o.toml, "[rpcbind]") {
 		toml += "[rpcbind]\nmode = \"off\"\n"
 	} else {
