@@ -23,12 +23,15 @@ type buf struct {
 	refs  atomic.Int32
 	class int // index into classSizes; -1: not pooled
 	gauge *gauge
+	// share and peer are of whom the memory is, if a gate gave it.
+	share *share
+	peer  *peer
 }
 
-// gauge is the memory in use by one server, in bytes. freed is called after a decrease.
+// gauge is the memory in use by one server, in bytes. freed is called after a decrease, by n to now.
 type gauge struct {
 	used  atomic.Int64
-	freed func()
+	freed func(now, n int64)
 }
 
 // class is one size class: a LIFO stack, because the buffer used last is still in the CPU's cache.
@@ -49,6 +52,14 @@ func classFor(n int) int {
 		}
 	}
 	return -1
+}
+
+// bufSize is the size of the buffer that getBuf returns for n bytes.
+func bufSize(n int) int {
+	if ci := classFor(n); ci >= 0 {
+		return classSizes[ci]
+	}
+	return n
 }
 
 // getBuf returns a buffer of at least n bytes with one reference. Its content is arbitrary.
@@ -82,8 +93,8 @@ func (b *buf) release() {
 	if b.refs.Add(-1) != 0 {
 		return
 	}
-	g := b.gauge
-	b.gauge = nil
+	g, a, p := b.gauge, b.share, b.peer
+	b.gauge, b.share, b.peer = nil, nil, nil
 	n := len(b.b)
 	if b.class >= 0 {
 		c := &classes[b.class]
@@ -93,12 +104,15 @@ func (b *buf) release() {
 		}
 		c.mu.Unlock()
 	}
-	g.used.Add(int64(-n))
-	g.freed()
+	if a != nil {
+		a.used.Add(int64(-n))
+		p.held.Add(int64(-n))
+	}
+	g.freed(g.used.Add(int64(-n)), int64(n))
 }
 
-// trimBufs gives back half of what was not needed since the last call.
-func trimBufs() {
+// trimBufs gives back half of what was not needed since the last call, and returns how many bytes that are.
+func trimBufs() (bytes int64) {
 	for i := range classes {
 		c := &classes[i]
 		c.mu.Lock()
@@ -108,8 +122,10 @@ func trimBufs() {
 			copy(c.free, c.free[n:])
 			clear(c.free[l-n:])
 			c.free = c.free[:l-n]
+			bytes += int64(n * classSizes[i])
 		}
 		c.low = len(c.free)
 		c.mu.Unlock()
 	}
+	return bytes
 }

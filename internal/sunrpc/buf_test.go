@@ -7,7 +7,7 @@ import (
 
 func TestBufs(t *testing.T) {
 	freed := 0
-	g := &gauge{freed: func() { freed++ }}
+	g := &gauge{freed: func(int64, int64) { freed++ }}
 	for _, n := range []int{1, 4096, 5000, 16 << 10, 33 << 10, MaxPayload, MaxPayload + 1, 3 << 20, 5 << 20} {
 		for range 3 {
 			b := getBuf(g, n)

@@ -11,12 +11,11 @@ import (
 // call's own record is small, so that many can be admitted before any of their replies exists; without
 // the gate every connection could get one such reply that it never reads.
 type bulkGate struct {
-	reserved atomic.Int64 // bytes of replies that were let through and have no buffer yet
-	out      atomic.Int64 // bytes of replies queued on all connections
-	n        atomic.Int64 // calls in lines
+	share
+	n atomic.Int64 // calls in lines
 
 	mu      sync.Mutex
-	lines   [2][]*Call // first come, first served: of peers that read, and of backlogged ones
+	lines   [2]line[*Call] // of peers that read, and of backlogged ones
 	closing bool
 }
 
@@ -29,9 +28,9 @@ const (
 // backlog is how much the kernel may have left to send for a peer that counts as reading, in bytes.
 const backlog = 128 << 10
 
-// line finds the line for c: a peer that has not taken its last replies yet must not keep memory from one
+// chooseLine finds the line for c: a peer that has not taken its last replies yet must not keep memory from one
 // that has.
-func (c *Call) line() int {
+func (c *Call) chooseLine() int {
 	n := 0
 	err := c.Conn.rc.Control(func(fd uintptr) {
 		if v, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
@@ -44,27 +43,34 @@ func (c *Call) line() int {
 	return lineReading
 }
 
-// GoReply is Go for a call whose reply takes about n bytes. It is started when there is memory for them.
+// GoReply is Go for a call whose reply takes about n bytes. It is started when there is memory for them. When
+// the connection has been closed meanwhile the call is dropped without running f: its work is the reply.
 func (c *Call) GoReply(n int, f func(*Call)) {
 	c.weight = min(n, MaxPayload)
+	if c.Conn != nil {
+		c.Conn.bulk.Add(int64(c.weight))
+		if c.Conn.hold(c) {
+			// It must not make others wait for a worker that would find out no more.
+			c.fn = f
+			return
+		}
+	}
 	c.Go(f)
 }
 
-// bulkRoom tells whether a reply of w bytes may be made. Replies always get a part of the memory, whatever
-// holds the rest, because they are sure to go away (they are sent, or their connection is closed), and at
-// least one is always let through. The caller holds the gate's mu.
-func (s *Server) bulkRoom(w int64, line int) bool {
-	g := &s.bulk
-	limit := int64(s.cfg.MaxInflightBytes)
-	reserved := g.reserved.Load()
-	replies := reserved + g.out.Load()
+// bulkRoom tells whether the reply of c may be made. At least one always is. Replies are sure to go away (they
+// are sent, or their connection is closed), but those of many peers that do not read take a while. The
+// caller holds the gate's mu.
+func (s *Server) bulkRoom(c *Call, line int) bool {
+	w := int64(c.weight)
+	replies := s.bulk.total()
 	switch {
 	case replies == 0:
 		return true
-	case line == lineBacklog:
-		return replies+w <= limit/4
+	case line == lineBacklog && replies+w > s.part(repliesSlow):
+		return false
 	}
-	return s.mem.used.Load()+reserved+w <= limit || replies+w <= limit/8*3
+	return s.taken()+w <= s.part(repliesTaken)
 }
 
 // admitBulk lets c through or keeps it until there is room.
@@ -72,16 +78,15 @@ func (s *Server) admitBulk(c *Call) bool {
 	g := &s.bulk
 	line := lineReading
 	if s.mem.used.Load() > int64(s.cfg.MaxInflightBytes/4) {
-		line = c.line()
+		line = c.chooseLine()
 	}
 	g.mu.Lock()
-	c.Conn.bulk.Add(int64(c.weight))
-	if g.closing || len(g.lines[line]) == 0 && s.bulkRoom(int64(c.weight), line) {
+	if g.closing || g.lines[line].empty() && s.bulkRoom(c, line) || s.bulkSpare(c, line) {
 		g.let(c)
 		g.mu.Unlock()
 		return true
 	}
-	g.lines[line] = append(g.lines[line], c)
+	g.lines[line].push(c.Conn.lineKey(), c)
 	g.n.Add(1)
 	g.mu.Unlock()
 	s.callJanitor()
@@ -89,10 +94,14 @@ func (s *Server) admitBulk(c *Call) bool {
 	return false
 }
 
+func (s *Server) bulkSpare(c *Call, line int) bool {
+	return line == lineReading && s.spare(c.Conn.peer, &s.bulk.share, repliesMost, int64(c.weight))
+}
+
 func (g *bulkGate) let(c *Call) {
 	c.admitted = true
 	c.reserved = int64(c.weight)
-	g.reserved.Add(c.reserved)
+	g.promise(c.Conn.peer, c.reserved)
 }
 
 // bulkFreed starts held calls that there is room for now.
@@ -104,15 +113,18 @@ func (s *Server) bulkFreed() {
 	var start []*Call
 	g.mu.Lock()
 	for i := range g.lines {
-		l := g.lines[i]
-		for len(l) > 0 && (g.closing || s.bulkRoom(int64(l[0].weight), i)) {
-			g.let(l[0])
-			start = append(start, l[0])
-			l[0] = nil
-			l = l[1:]
+		for {
+			c, ok := g.lines[i].next(
+				func(c *Call) bool { return g.closing || s.bulkRoom(c, i) },
+				func(c *Call) bool { return c.Conn.closed.Load() || s.bulkSpare(c, i) },
+			)
+			if !ok {
+				break
+			}
+			g.let(c)
+			start = append(start, c)
 			g.n.Add(-1)
 		}
-		g.lines[i] = l
 	}
 	g.mu.Unlock()
 	for _, c := range start {
@@ -128,25 +140,27 @@ func (s *Server) closeBulk() {
 	s.bulkFreed()
 }
 
-// charged moves n bytes of c's reservation to the buffer that it just got.
-func (c *Call) charged(n int) {
-	if k := min(int64(n), c.reserved); k > 0 {
-		c.reserved -= k
-		c.srv.bulk.reserved.Add(-k)
+// charge accounts for b, which c just got for its reply: what was promised is a buffer now.
+func (c *Call) charge(b *buf) {
+	if !c.admitted {
+		return
 	}
+	c.srv.bulk.charge(b, c.Conn.peer)
+	k := min(int64(len(b.b)), c.reserved)
+	c.reserved -= k
+	c.srv.bulk.promise(c.Conn.peer, -k)
 }
 
 // bulkEnd gives back what c has reserved: its reply is queued next, or there is none.
 func (c *Call) bulkEnd() {
-	if !c.admitted {
+	if c.weight == 0 || c.Conn == nil {
 		return
 	}
-	c.admitted = false
 	c.Conn.bulk.Add(-int64(c.weight))
-	c.weight = 0
+	c.admitted, c.weight = false, 0
 	if c.reserved > 0 {
-		c.srv.bulk.reserved.Add(-c.reserved)
+		c.srv.bulk.promise(c.Conn.peer, -c.reserved)
 		c.reserved = 0
-		c.srv.bulkFreed()
+		c.srv.memFreed()
 	}
 }

@@ -54,7 +54,7 @@ func TestLongRepliesNeedMemory(t *testing.T) {
 		c.Close()
 	}
 	eventually(t, "everything given back", func() bool {
-		return s.bulk.n.Load() == 0 && s.bulk.reserved.Load() == 0 && s.bulk.out.Load() == 0
+		return s.bulk.n.Load() == 0 && s.bulk.total() == 0
 	})
 	mustWrite(t, good, ask)
 	mustRecord(t, good)
@@ -85,6 +85,6 @@ func TestCloseWithHeldReplies(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "all calls to end", func() bool {
-		return s.bulk.n.Load() == 0 && s.bulk.reserved.Load() == 0 && s.bulk.out.Load() == 0 && s.mem.used.Load() == 0
+		return s.bulk.n.Load() == 0 && s.bulk.total() == 0 && s.mem.used.Load() == 0
 	})
 }

@@ -86,7 +86,7 @@ func (c *Call) GrowOut(n int) {
 	m := copy(b.b, c.Out.Buf)
 	c.outBuf = b
 	c.Out.Buf = b.b[:m]
-	c.charged(len(b.b))
+	c.charge(b)
 }
 
 // Go runs f(c) on the server's bounded worker pool. It may wait there for a free worker and, when the
@@ -98,6 +98,10 @@ func (c *Call) Go(f func(*Call)) {
 }
 
 func (c *Call) run() {
+	if c.Conn != nil && c.weight > 0 && c.Conn.closed.Load() {
+		c.discard()
+		return
+	}
 	if c.Conn != nil && !c.admitted && (c.Conn.hold(c) || c.weight > 0 && !c.srv.admitBulk(c)) {
 		return
 	}
@@ -111,7 +115,7 @@ func (c *Call) run() {
 func (c *Call) Bulk(n int) []byte {
 	b := getBuf(&c.srv.mem, min(n, MaxPayload))
 	c.bulks = append(c.bulks, b)
-	c.charged(len(b.b))
+	c.charge(b)
 	return b.b[:n:n]
 }
 

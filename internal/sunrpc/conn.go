@@ -19,6 +19,7 @@ const (
 	// inPlaceMax is the largest record for whose missing part the reader waits inside its chunk. A
 	// longer one gets a buffer of its own, into which the kernel writes the rest.
 	inPlaceMax = 8 << 10
+	chunkTiny  = 4 << 10 // while memory is short
 	chunkMin   = 16 << 10
 	chunkMax   = 128 << 10
 	// flushBytes is the length of the reply queue at which a batch is flushed early, in bytes.
@@ -44,6 +45,7 @@ type Conn struct {
 	nc     *net.TCPConn
 	rc     syscall.RawConn
 	id     uint64
+	peer   *peer
 	remote netip.AddrPort
 	local  netip.AddrPort
 	value  atomic.Pointer[any]
@@ -56,7 +58,7 @@ type Conn struct {
 	inflight   atomic.Int64 // calls handed to a handler and not finished
 	inBytes    atomic.Int64 // record bytes of those
 	outBytes   atomic.Int64 // reply bytes queued and not yet taken by the kernel
-	bulk       atomic.Int64 // reply bytes of calls that came to the server's bulkGate and are not queued yet
+	bulk       atomic.Int64 // reply bytes of GoReply's calls that are neither held nor queued yet
 	replies    atomic.Int64
 	lastRead   atomic.Int64 // coarse clock, ns
 	lastWrite  atomic.Int64 // coarse clock of the last progress, ns
@@ -83,6 +85,10 @@ type Conn struct {
 	rerr      error
 	readFn    func(uintptr) bool
 	graceEnd  time.Time
+
+	roomWant int64       // what the connection stands in the server's roomGate for
+	roomKey  lineKey     // and where
+	roomGot  atomic.Bool // and whether it was promised
 
 	mu sync.Mutex
 	outQueue
@@ -265,14 +271,14 @@ func (c *Conn) space() []byte {
 				c.r, c.w = 0, have
 			} else {
 				old := c.chunk
-				c.chunk = getBuf(&c.srv.mem, max(c.chunkSize, c.want))
+				c.chunk = c.newChunk()
 				copy(c.chunk.b, old.b[c.r:c.w])
 				c.r, c.w = 0, have
 				old.release()
 			}
 		}
 	} else {
-		c.chunk = getBuf(&c.srv.mem, max(c.chunkSize, c.want))
+		c.chunk = c.newChunk()
 		c.r, c.w = 0, 0
 	}
 	dst := c.chunk.b[c.w:]
@@ -284,6 +290,18 @@ func (c *Conn) space() []byte {
 		dst, c.limited = dst[:inPlaceMax], true
 	}
 	return dst
+}
+
+// newChunk keeps the chunks of readers that wait, which nothing else limits, from taking the memory.
+func (c *Conn) newChunk() *buf {
+	n, mem := c.chunkSize, c.srv.mem.used.Load()
+	switch limit := int64(c.srv.cfg.MaxInflightBytes); {
+	case mem > limit/2:
+		n = chunkTiny
+	case mem > limit/4:
+		n = chunkMin
+	}
+	return getBuf(&c.srv.mem, max(n, c.want))
 }
 
 // parse cuts records (RFC 5531 §11) out of what was read and delivers them.
@@ -303,7 +321,7 @@ func (c *Conn) parse() error {
 			}
 			c.inFrag = false
 			if c.fragLast {
-				own, n := c.asm, c.asmLen
+				own, n := c.fitRecord(c.asm, c.asmLen), c.asmLen
 				c.asm, c.asmLen, c.frags = nil, 0, 0
 				c.large = n > inPlaceMax
 				if err := c.deliver(own.b[:n], own); err != nil {
@@ -340,14 +358,15 @@ func (c *Conn) parse() error {
 		if c.frags++; c.frags > c.srv.cfg.MaxFragments {
 			return errFragments
 		}
-		if c.asm == nil || c.asmLen+n > len(c.asm.b) {
-			if err := c.await(awaitRoom, int64(n)); err != nil {
-				return err
+		if c.asm == nil {
+			size := max(n, 1)
+			if !last {
+				// Room for whatever follows: who holds the memory of a part must not wait for more.
+				size = c.srv.cfg.MaxRecord
 			}
-			b := getBuf(&c.srv.mem, max(c.asmLen+n, 1))
-			if c.asm != nil {
-				copy(b.b, c.asm.b[:c.asmLen])
-				c.asm.release()
+			b, err := c.recordBuf(size)
+			if err != nil {
+				return err
 			}
 			c.asm = b
 		}
@@ -379,7 +398,8 @@ func (c *Conn) deliver(rec []byte, own *buf) error {
 // What the reader waits for.
 const (
 	awaitAdmission = iota // room for one more call
-	awaitRoom             // room for a buffer of n bytes
+	awaitShare            // room for a record of n bytes among the connection's own
+	awaitRoom             // that the roomGate has promised the memory
 	awaitQuiet            // every call finished, every reply with the kernel
 )
 
@@ -389,14 +409,14 @@ func (c *Conn) ready(what int, n int64) bool {
 	mem := c.srv.mem.used.Load()
 	switch what {
 	case awaitAdmission:
-		// A connection with nothing in progress may go a quarter beyond: that much can be held by the
-		// chunks of waiting readers, and must not stop everything.
-		return calls+out == 0 && mem < int64(cfg.MaxInflightBytes)/4*5 ||
+		// What the gates gave to others must not stop a connection with nothing in progress.
+		return calls+out == 0 && mem < c.srv.part(admitAny) ||
 			calls < int64(cfg.MaxInflightCallsPerConn) && in < int64(cfg.MaxInflightBytesPerConn) &&
-				out < c.outLimit() && mem < int64(cfg.MaxInflightBytes)
+				out < c.outLimit() && mem < c.srv.part(admitMore)
+	case awaitShare:
+		return calls == 0 || in+n <= int64(cfg.MaxInflightBytesPerConn)
 	case awaitRoom:
-		// The rest is for replies, see bulkGate.
-		return (calls == 0 || in+n <= int64(cfg.MaxInflightBytesPerConn)) && mem+n <= int64(cfg.MaxInflightBytes)/4*3
+		return c.roomGot.Load()
 	default:
 		return calls == 0 && out == 0
 	}
@@ -409,13 +429,21 @@ func (c *Conn) await(what int, n int64) error {
 		return nil
 	}
 	c.endBatch()
-	c.srv.addWaiter(c)
+	if what == awaitAdmission {
+		c.srv.addWaiter(c)
+	}
 	c.parked.Store(true)
 	for !c.ready(what, n) && !c.closed.Load() {
 		<-c.wake
 	}
+	// The peer was not read from and may have time now.
+	now := c.srv.clock.Load()
+	c.lastRead.Store(now)
+	c.partialAt.Store(now)
 	c.parked.Store(false)
-	c.srv.removeWaiter(c)
+	if what == awaitAdmission {
+		c.srv.removeWaiter(c)
+	}
 	if c.closed.Load() {
 		return errConnClosed
 	}
@@ -500,7 +528,7 @@ func (c *Conn) fail(err error, reset bool) {
 	default:
 	}
 	for _, call := range held {
-		c.srv.pool.Submit(call)
+		c.unhold(call)
 	}
 }
 

@@ -98,6 +98,7 @@ type Server struct {
 	pool   *workers.Pool[*Call]
 	mem    gauge
 	bulk   bulkGate
+	room   roomGate
 	clock  atomic.Int64 // coarse, UnixNano
 	connID atomic.Uint64
 	wg     sync.WaitGroup // everything but workers
@@ -105,7 +106,7 @@ type Server struct {
 	log    limiter
 
 	waitMu  sync.Mutex
-	waiters map[*Conn]struct{}
+	waiters map[*Conn]struct{} // readers that wait for admission
 	waiting atomic.Int64
 	short   chan struct{} // to the janitor, capacity 1: readers wait for memory
 
@@ -114,7 +115,7 @@ type Server struct {
 	listeners map[*listener]struct{}
 	udps      map[*udpSocket]struct{}
 	conns     map[*Conn]struct{}
-	perClient map[netip.Addr]int
+	peers     map[netip.Addr]*peer // that have connections
 	endpoints map[endpointKey]*endpoint
 	connsGone chan struct{} // closed and replaced when a connection ends
 }
@@ -190,11 +191,11 @@ func NewServer(cfg Config) *Server {
 		cfg: cfg, stop: make(chan struct{}), short: make(chan struct{}, 1),
 		waiters: make(map[*Conn]struct{}), listeners: make(map[*listener]struct{}),
 		udps: make(map[*udpSocket]struct{}), conns: make(map[*Conn]struct{}),
-		perClient: make(map[netip.Addr]int), endpoints: make(map[endpointKey]*endpoint),
+		peers: make(map[netip.Addr]*peer), endpoints: make(map[endpointKey]*endpoint),
 		connsGone: make(chan struct{}),
 	}
 	s.pool = workers.New(cfg.Workers, (*Call).run)
-	s.mem.freed = s.memFreed
+	s.mem.freed = s.bufFreed
 	s.log.next = make(map[string]logState)
 	s.clock.Store(cfg.Now().UnixNano())
 	for _, p := range cfg.Programs {
@@ -382,11 +383,17 @@ func (s *Server) admit(ep *endpoint, nc *net.TCPConn) {
 	if err == nil {
 		client := c.remote.Addr()
 		s.mu.Lock()
-		if s.closed || len(s.conns) >= s.cfg.MaxConns || s.perClient[client] >= s.cfg.MaxConnsPerClient {
+		p := s.peers[client]
+		if s.closed || len(s.conns) >= s.cfg.MaxConns || p != nil && p.conns >= s.cfg.MaxConnsPerClient {
 			err = errTooMany
 		} else {
+			if p == nil {
+				p = new(peer)
+				s.peers[client] = p
+			}
+			p.conns++
+			c.peer = p
 			s.conns[c] = struct{}{}
-			s.perClient[client]++
 			ep.conns.Add(1)
 			ep.accepted.Add(1)
 			s.wg.Add(1)
@@ -409,11 +416,10 @@ func (s *Server) connDone(c *Conn) {
 	if s.cfg.OnClose != nil {
 		s.cfg.OnClose(c)
 	}
-	client := c.remote.Addr()
 	s.mu.Lock()
 	delete(s.conns, c)
-	if s.perClient[client]--; s.perClient[client] <= 0 {
-		delete(s.perClient, client)
+	if c.peer.conns--; c.peer.conns == 0 {
+		delete(s.peers, c.remote.Addr())
 	}
 	c.ep.conns.Add(-1)
 	close(s.connsGone)
@@ -422,7 +428,7 @@ func (s *Server) connDone(c *Conn) {
 	s.wg.Done()
 }
 
-// Close ends everything at once: connections are reset, calls that were submitted to workers still run
+// Close ends everything at once: connections are reset, calls that were submitted to workers still end
 // and their replies are discarded. It returns when all goroutines of the server have ended; handlers
 // that finish calls from goroutines of their own may still do so later.
 func (s *Server) Close() error {
@@ -454,16 +460,30 @@ func (s *Server) Close() error {
 	return nil
 }
 
-func (s *Server) memFreed() {
-	s.bulkFreed()
+// bufFreed looks who can go on after the memory in use has fallen by n to now.
+func (s *Server) bufFreed(now, n int64) {
+	s.memFreed()
 	if s.waiting.Load() == 0 {
+		return
+	}
+	// Waking all of them for every buffer would be most of the work. See Conn.ready and outLimit.
+	fell := func(to int64) bool { return now < to && to <= now+n }
+	if !fell(int64(s.cfg.MaxInflightBytes/2)+1) && !fell(s.part(admitMore)) && !fell(s.part(admitAny)) {
 		return
 	}
 	s.waitMu.Lock()
 	for c := range s.waiters {
-		c.nudge()
+		if c.ready(awaitAdmission, 0) {
+			c.nudge()
+		}
 	}
 	s.waitMu.Unlock()
+}
+
+// memFreed looks who can go on after memory was freed or promises were taken back.
+func (s *Server) memFreed() {
+	s.bulkFreed()
+	s.roomFreed()
 }
 
 func (s *Server) addWaiter(c *Conn) {
@@ -476,7 +496,7 @@ func (s *Server) addWaiter(c *Conn) {
 
 // memShort tells whether somebody waits for memory, or soon may.
 func (s *Server) memShort() bool {
-	return s.mem.used.Load() >= int64(s.cfg.MaxInflightBytes)/8*5 || s.bulk.n.Load() > 0
+	return s.mem.used.Load() >= s.part(recordsTaken) || s.bulk.n.Load() > 0 || s.room.n.Load() > 0
 }
 
 // callJanitor gets the connections that hold memory without reading looked at soon.
@@ -497,8 +517,12 @@ func (s *Server) removeWaiter(c *Conn) {
 }
 
 // giveBack is by how much the memory in use must have fallen for the rest to be given back to the system
-// at once, in bytes.
-const giveBack = 32 << 20
+// at once, in bytes. While it stays below that, giveBackPool is how much of the pool's buffers must have been
+// dropped since.
+const (
+	giveBack     = 32 << 20
+	giveBackPool = 16 << 20
+)
 
 // janitor enforces the time-outs and keeps the coarse clock.
 func (s *Server) janitor() {
@@ -507,16 +531,18 @@ func (s *Server) janitor() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	var peak, before int64 // of the memory in use, in this period and the one before
+	var dropped int64      // bytes of buffers that the pool gave up and that were not given back yet
 	for n := 0; ; n++ {
 		select {
 		case <-s.stop:
 			return
 		case <-t.C:
 			if n%8 == 7 {
-				trimBufs()
-				if before-peak >= giveBack {
+				dropped += trimBufs()
+				if before-peak >= giveBack || peak < giveBack && dropped >= giveBackPool {
 					// An idle process collects no garbage for minutes.
 					debug.FreeOSMemory()
+					dropped = 0
 				}
 				before, peak = peak, 0
 			}
@@ -529,7 +555,7 @@ func (s *Server) janitor() {
 			}
 		}
 		s.sweep(s.cfg.Now())
-		if s.waiting.Load() > 0 || s.bulk.n.Load() > 0 {
+		if s.waiting.Load() > 0 || s.bulk.n.Load() > 0 || s.room.n.Load() > 0 {
 			s.callJanitor()
 		}
 	}
@@ -582,7 +608,7 @@ func (s *Server) sweep(now time.Time) {
 	}
 	slices.SortFunc(hogs, func(a, b *Conn) int { return cmp.Compare(size[b], size[a]) })
 	for _, c := range hogs {
-		if s.mem.used.Load() < int64(s.cfg.MaxInflightBytes)/4*3 && s.bulk.n.Load() == 0 {
+		if s.mem.used.Load() < int64(s.cfg.MaxInflightBytes)/4*3 && s.bulk.n.Load() == 0 && s.room.n.Load() == 0 {
 			break
 		}
 		c.fail(errPressure, true)

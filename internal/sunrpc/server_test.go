@@ -373,7 +373,7 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// TestStalledWriter: who never reads is closed after WriteTimeout, and calls held for it still run.
+// TestStalledWriter: who never reads is closed after WriteTimeout, and calls held for it end.
 func TestStalledWriter(t *testing.T) {
 	now := time.Now()
 	s, a := startServer(t, Config{

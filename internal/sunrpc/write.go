@@ -3,6 +3,7 @@ package sunrpc
 import (
 	"errors"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"github.com/baton-nfs/baton/internal/xdr"
@@ -82,7 +83,6 @@ func (c *Conn) enqueue(call *Call) {
 		c.pushCopy(padding[:p])
 	}
 	n := len(out) + len(payload) + xdr.Pad(len(payload))
-	c.srv.bulk.out.Add(int64(n))
 	if c.outBytes.Add(int64(n)) == int64(n) {
 		c.lastWrite.Store(c.srv.clock.Load())
 	}
@@ -296,8 +296,6 @@ func (c *Conn) advance(n int) {
 		c.wi++
 	}
 	c.outBytes.Add(int64(-n))
-	c.srv.bulk.out.Add(int64(-n))
-	c.srv.bulkFreed()
 	c.nudge()
 }
 
@@ -320,40 +318,50 @@ func (c *Conn) dropOutput() {
 	}
 	c.tailOpen = false
 	c.handoff = false
-	c.srv.bulk.out.Add(-c.outBytes.Swap(0))
-	c.srv.bulkFreed()
+	c.outBytes.Store(0)
 }
 
 // hold keeps a call whose worker would only add to a queue that the peer does not read; it is
 // resubmitted when half of the queue has left, or the connection is closed.
 func (c *Conn) hold(call *Call) bool {
-	if !c.full() {
+	if c.waiting(call) < c.outLimit() {
 		return false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed.Load() || !c.full() {
+	if c.closed.Load() || c.waiting(call) < c.outLimit() {
 		return false
 	}
+	c.bulk.Add(-int64(call.weight))
 	c.held = append(c.held, call)
 	return true
 }
 
-// full reports whether the replies that wait are enough. When memory is short those in the making count,
-// too, so that one connection does not stand in the gate's line many times.
-func (c *Conn) full() bool {
+// waiting is the length of the replies that wait before call's. When memory is short those in the making
+// count, too, so that one connection does not stand in the gate's line many times.
+func (c *Conn) waiting(call *Call) int64 {
 	n := c.outBytes.Load()
 	if c.srv.mem.used.Load() > int64(c.srv.cfg.MaxInflightBytes/2) {
-		n += c.bulk.Load()
+		n += c.bulk.Load() - int64(call.weight)
 	}
-	return n >= c.outLimit()
+	return n
 }
 
-// resubmit gives held calls another try. The caller holds c.mu.
+// resubmit gives held calls another try, as many as there is room for in the queue. Whenever one has ended
+// there is another occasion. The caller holds c.mu.
 func (c *Conn) resubmit() {
-	for i, call := range c.held {
-		c.srv.pool.Submit(call)
-		c.held[i] = nil
+	if len(c.held) == 0 {
+		return
 	}
-	c.held = c.held[:0]
+	n, limit := 0, c.outLimit()
+	for bytes := c.outBytes.Load() + c.bulk.Load(); n < len(c.held) && bytes < limit; n++ {
+		bytes += int64(c.held[n].weight)
+		c.unhold(c.held[n])
+	}
+	c.held = slices.Delete(c.held, 0, n)
+}
+
+func (c *Conn) unhold(call *Call) {
+	c.bulk.Add(int64(call.weight))
+	c.srv.pool.Submit(call)
 }

@@ -7,6 +7,7 @@ package hostile
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/tests/bed"
 )
 
@@ -131,8 +133,11 @@ file = %q
 address = ""
 [control]
 socket = %q
+[locks]
+nlm_port = %d
+statd_port = %d
 %s
-`, s.o.dataDir, s.nfs.Port(), s.mount.Port(), s.o.nfs, filepath.Join(s.dir, "exports"), filepath.Join(s.dir, "ctl"), s.o.toml)
+`, s.o.dataDir, s.nfs.Port(), s.mount.Port(), s.o.nfs, filepath.Join(s.dir, "exports"), filepath.Join(s.dir, "ctl"), s.mount.Port(), s.mount.Port(), s.o.toml)
 	if !strings.Contains(s.o.toml, "[rpcbind]") {
 		toml += "[rpcbind]\nmode = \"off\"\n"
 	} else {
@@ -290,6 +295,27 @@ func (s *server) run(args ...string) (string, error) {
 	defer cancel()
 	out, err := exec.CommandContext(ctx, s.bin, append(args, "--config", s.configFile())...).CombinedOutput()
 	return string(out), err
+}
+
+// conns asks the server how many TCP connections it has, and how many it has
+// refused.
+func (s *server) conns() (open int, refused uint64) {
+	s.t.Helper()
+	out, err := s.run("status", "--json")
+	var st status.Status
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &st)
+	}
+	if err != nil {
+		s.t.Fatalf("status: %v\n%s", err, out)
+	}
+	for _, a := range st.Addresses {
+		if a.Net == "tcp" {
+			open += a.Conns
+			refused += a.Refused
+		}
+	}
+	return open, refused
 }
 
 // fsck checks the store of a stopped server.

@@ -25,7 +25,8 @@ type fake struct {
 	held  []held // requests that wait for release
 	hold  map[wire.Op]bool
 	count map[wire.Op]int
-	later bool // answer from another goroutine
+	later bool           // answer from another goroutine
+	wg    sync.WaitGroup // those goroutines
 }
 
 type held struct {
@@ -47,7 +48,7 @@ func (f *fake) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 		f.mu.Unlock()
 	case f.later:
 		f.mu.Unlock()
-		go answer()
+		f.wg.Go(answer)
 	default:
 		f.mu.Unlock()
 		answer()
@@ -183,6 +184,7 @@ func (b *bed) start(targets map[string]wire.Target, o ServerOptions) {
 			b.t.Error(err)
 		}
 		b.fake.release() // polls
+		b.fake.wg.Wait() // Close does not wait for requests of connections that were cut
 		if st := b.srv.Stats(); st.MemoryInUse != 0 || st.Conns != 0 {
 			b.t.Errorf("after close: %+v", st)
 		}

@@ -425,9 +425,9 @@ func (s *Server) Stats() ServerStats {
 
 // Close stops accepting and reading, tells the clients, lets the requests that
 // were read finish and their replies leave until ctx ends, and then closes the
-// connections. Waiting OpLockPoll requests are not waited for; their targets
-// must still answer them some time. The error is ctx's if requests were cut
-// off. The targets are not closed.
+// connections. Waiting OpLockPoll requests are not waited for, nor those of
+// connections that broke before; their targets must still answer them some
+// time. The error is ctx's if requests were cut off. The targets are not closed.
 func (s *Server) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closing = true
