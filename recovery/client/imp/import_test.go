@@ -49,7 +49,7 @@ func (t *fakeTarget) dial(context.Context, string) (wire.Conn, error) {
 	if t.down {
 		return nil, errDown
 	}
-	c := &fakeConn{t: t, in: make(chan fakeMsg, 1024), quit: make(chan struct{}), gone: make(chan struct{})}
+	c := &fakeConn{t: t, instance: t.instance, in: make(chan fakeMsg, 1024), quit: make(chan struct{}), gone: make(chan struct{})}
 	t.conns[c] = true
 	c.wg.Add(1)
 	go c.serve()
@@ -58,14 +58,15 @@ func (t *fakeTarget) dial(context.Context, string) (wire.Conn, error) {
 
 // fakeConn has one goroutine, which answers in order.
 type fakeConn struct {
-	t    *fakeTarget
-	in   chan fakeMsg
-	quit chan struct{}
-	once sync.Once
-	gone chan struct{}
-	wg   sync.WaitGroup
-	mu   sync.RWMutex
-	shut bool
+	t        *fakeTarget
+	instance uint64 // to which it leads
+	in       chan fakeMsg
+	quit     chan struct{}
+	once     sync.Once
+	gone     chan struct{}
+	wg       sync.WaitGroup
+	mu       sync.RWMutex
+	shut     bool
 }
 
 type fakeMsg struct {
@@ -117,7 +118,7 @@ func (c *fakeConn) serve() {
 	for {
 		select {
 		case m := <-c.in:
-			if c.t.handle(m.req, m.rep) && rand.IntN(100) > 0 {
+			if c.t.handle(c.instance, m.req, m.rep) && rand.IntN(100) > 0 {
 				m.done()
 			} else {
 				hold = append(hold, m) // the reply is lost
@@ -151,7 +152,7 @@ func (c *fakeConn) serve() {
 }
 
 // handle executes one request; false: the connection breaks.
-func (t *fakeTarget) handle(req *wire.Request, rep *wire.Reply) bool {
+func (t *fakeTarget) handle(instance uint64, req *wire.Request, rep *wire.Reply) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	rep.Reset()
@@ -159,7 +160,7 @@ func (t *fakeTarget) handle(req *wire.Request, rep *wire.Reply) bool {
 	defer func() { rep.LastCommitted = t.committed }()
 	slot := req.Slot
 	switch {
-	case t.down:
+	case t.down, t.instance != instance:
 		return false
 	case req.Op == wire.OpConnect:
 		rep.Instance, rep.Recovering, rep.Known, rep.Transno = t.instance, t.recovering, t.known, t.next-1
