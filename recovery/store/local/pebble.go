@@ -69,7 +69,8 @@ type Pebble struct {
 	log     *slog.Logger
 	onFail  func(error)
 	failed  atomic.Pointer[error]
-	fatal   atomic.Bool // Pebble's own goroutines may hang
+	fatal   chan struct{} // closed when Pebble's own goroutines may hang
+	hang    sync.Once     // closes it
 	ro      bool
 	applies atomic.Uint64
 	syncs   atomic.Uint64
@@ -92,7 +93,7 @@ func OpenPebble(dir string, o Options) (*Pebble, error) {
 	if fs == nil {
 		fs = vfs.Default
 	}
-	p := &Pebble{log: o.Logger, onFail: o.OnFail, ro: o.ReadOnly, usage: o.DiskUsage, now: o.Now, reserve: o.MinFreeBytes}
+	p := &Pebble{fatal: make(chan struct{}), log: o.Logger, onFail: o.OnFail, ro: o.ReadOnly, usage: o.DiskUsage, now: o.Now, reserve: o.MinFreeBytes}
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
 	}
@@ -146,6 +147,12 @@ func OpenPebble(dir string, o Options) (*Pebble, error) {
 			p.log.Warn("engine stalls writers", "reason", info.Reason)
 		},
 		BackgroundError: func(err error) { p.log.Error("engine background error", "err", err) },
+		// Once the file system is frozen, tables lack what was swallowed.
+		DataCorruption: func(info pebble.DataCorruptionInfo) {
+			if p.Failed() == nil {
+				p.fail(fmt.Errorf("%s is damaged: %w", info.Path, info.Details))
+			}
+		},
 	}
 	db, err := p.open(dir, opts)
 	if err == nil && p.Failed() != nil {
@@ -176,6 +183,18 @@ func (p *Pebble) fail(err error) {
 	}
 }
 
+// hangs notes that goroutines of Pebble may be blocked from now on.
+func (p *Pebble) hangs() { p.hang.Do(func() { close(p.fatal) }) }
+
+func (p *Pebble) hanging() bool {
+	select {
+	case <-p.fatal:
+		return true
+	default:
+		return false
+	}
+}
+
 // fatalPanic carries a Fatalf up a stack of ours.
 type fatalPanic struct{ error }
 
@@ -189,7 +208,7 @@ func (p *Pebble) recover(err *error) {
 	if !ok {
 		e = fmt.Errorf("%v", v)
 	}
-	p.fatal.Store(true)
+	p.hangs()
 	p.fail(e)
 	*err = p.Failed()
 }
@@ -211,7 +230,7 @@ func (l pebbleLog) Errorf(format string, args ...any) {
 
 func (l pebbleLog) Fatalf(format string, args ...any) {
 	err := fmt.Errorf(format, args...)
-	l.p.fatal.Store(true)
+	l.p.hangs()
 	l.p.fail(err)
 	pcs := make([]uintptr, 64)
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs)])
@@ -395,7 +414,7 @@ func (p *Pebble) spare(n int64) bool {
 // Metrics implements store.Engine.
 func (p *Pebble) Metrics() store.Metrics {
 	m := store.Metrics{Applies: p.applies.Load(), Syncs: p.syncs.Load(), BytesApplied: p.bytes.Load(), WriteStalls: p.stalls.Load()}
-	if p.fatal.Load() {
+	if p.hanging() {
 		return m // Pebble's mutex may be held by a blocked goroutine
 	}
 	pm := p.db.Metrics()
@@ -411,8 +430,19 @@ func (p *Pebble) Metrics() store.Metrics {
 // Close implements store.Engine. After a fatal error inside Pebble, goroutines
 // of it may be blocked for ever; then the store is abandoned as it is, with
 // its lock, until the process ends.
-func (p *Pebble) Close() (err error) {
-	if p.fatal.Load() {
+func (p *Pebble) Close() error {
+	closed := make(chan error, 1)
+	go func() { closed <- p.closeDB() }()
+	select {
+	case err := <-closed:
+		return err
+	case <-p.fatal:
+		return p.Failed()
+	}
+}
+
+func (p *Pebble) closeDB() (err error) {
+	if p.hanging() {
 		return p.Failed()
 	}
 	defer p.recover(&err)

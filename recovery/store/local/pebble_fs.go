@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -205,6 +206,15 @@ func (f *freezeFile) SyncTo(n int64) (bool, error) {
 	return full, err
 }
 
+// Stat is asked of a log that is used again.
+func (f *freezeFile) Stat() (vfs.FileInfo, error) {
+	fi, err := f.File.Stat()
+	if err != nil && (f.fs.frozen.Load() || f.check(err) == nil) {
+		return sinkInfo{}, nil
+	}
+	return fi, err
+}
+
 func (f *freezeFile) Close() error {
 	err := f.File.Close()
 	if f.fs.frozen.Load() {
@@ -222,9 +232,20 @@ func (sinkFile) ReadAt([]byte, int64) (int, error)      { return 0, io.EOF }
 func (sinkFile) Write(p []byte) (int, error)            { return len(p), nil }
 func (sinkFile) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
 func (sinkFile) Preallocate(int64, int64) error         { return nil }
-func (sinkFile) Stat() (vfs.FileInfo, error)            { return nil, os.ErrNotExist }
+func (sinkFile) Stat() (vfs.FileInfo, error)            { return sinkInfo{}, nil }
 func (sinkFile) Sync() error                            { return nil }
 func (sinkFile) SyncTo(int64) (bool, error)             { return true, nil }
 func (sinkFile) SyncData() error                        { return nil }
 func (sinkFile) Prefetch(int64, int64) error            { return nil }
 func (sinkFile) Fd() uintptr                            { return vfs.InvalidFd }
+
+// sinkInfo describes a sinkFile: an empty file.
+type sinkInfo struct{}
+
+func (sinkInfo) Name() string           { return "" }
+func (sinkInfo) Size() int64            { return 0 }
+func (sinkInfo) Mode() os.FileMode      { return 0o600 }
+func (sinkInfo) ModTime() time.Time     { return time.Time{} }
+func (sinkInfo) IsDir() bool            { return false }
+func (sinkInfo) Sys() any               { return nil }
+func (sinkInfo) DeviceID() vfs.DeviceID { return vfs.DeviceID{} }

@@ -141,6 +141,7 @@ func TestFailures(t *testing.T) {
 			return op.Kind == errorfs.OpFileSync || op.Kind == errorfs.OpFileSyncData || op.Kind == errorfs.OpFileSyncTo
 		},
 		"create": func(op errorfs.Op) bool { return op.Kind == errorfs.OpCreate || op.Kind == errorfs.OpReuseForWrite },
+		"stat":   func(op errorfs.Op) bool { return op.Kind == errorfs.OpFileStat },
 		"all":    func(op errorfs.Op) bool { return op.Kind.ReadOrWrite() == errorfs.OpIsWrite },
 	}
 	for _, file := range []string{".log", "MANIFEST"} {
@@ -159,7 +160,7 @@ func TestFailures(t *testing.T) {
 				})
 				var failed atomic.Int32
 				done := make(chan struct{})
-				p := open(t, Options{FS: errorfs.Wrap(mem, inj), MemTableBytes: 256 << 10, OnFail: func(error) {
+				p := open(t, Options{FS: reuseFS{errorfs.Wrap(mem, inj)}, MemTableBytes: 256 << 10, OnFail: func(error) {
 					if failed.Add(1) == 1 {
 						close(done)
 					}
@@ -167,8 +168,17 @@ func TestFailures(t *testing.T) {
 				if err := errors.Join(put(t, p, "a", "1"), p.Sync()); err != nil {
 					t.Fatal(err)
 				}
-				armed.Store(true)
+				// Logs that were rotated are there to be used again.
 				big := strings.Repeat("x", 4000)
+				for i := range 200 {
+					if err := put(t, p, fmt.Sprint("before", i), big); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := errors.Join(p.db.Flush(), p.Sync()); err != nil {
+					t.Fatal(err)
+				}
+				armed.Store(true)
 				var err error
 				for i := 0; err == nil && i < 5000; i++ {
 					if err = put(t, p, fmt.Sprint("b", i), big); err == nil && i%10 == 0 {
@@ -201,6 +211,20 @@ func TestFailures(t *testing.T) {
 			})
 		}
 	}
+}
+
+// reuseFS has errors in files that are used again, too.
+type reuseFS struct{ *errorfs.FS }
+
+func (f reuseFS) ReuseForWrite(old, name string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	file, err := f.FS.ReuseForWrite(old, name, c)
+	if err != nil {
+		return nil, err
+	}
+	if err := file.Close(); err != nil {
+		return nil, err
+	}
+	return f.OpenReadWrite(name, c)
 }
 
 // TestFatalf: Pebble's fatal errors unwind our calls and block its goroutines.
