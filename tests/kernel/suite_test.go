@@ -59,6 +59,12 @@ func newWorld(t *testing.T) *world {
 // configuration, what every world has is filled in.
 func newWorldOf(t *testing.T, server string, c bed.Config) *world {
 	t.Helper()
+	return newWorldWith(t, c, func(c bed.Config) (bed.Server, error) { return bed.NewServer(server, c) })
+}
+
+// newWorldWith makes a node and starts the server that mk makes for it.
+func newWorldWith(t *testing.T, c bed.Config, mk func(bed.Config) (bed.Server, error)) *world {
+	t.Helper()
 	if os.Getenv("BATON_KERNEL") != "1" {
 		t.Skip("SKIPPED, reason: the kernel client's suite runs only with BATON_KERNEL=1 (make test)")
 	}
@@ -76,7 +82,7 @@ func newWorldOf(t *testing.T, server string, c bed.Config) *world {
 	}
 	w := &world{node: n}
 	c.Node, c.Dir, c.Addr, c.Exports = n, bed.Dir(t), netip.MustParseAddr(serverAddr), exports
-	w.srv, err = bed.NewServer(server, c)
+	w.srv, err = mk(c)
 	bed.Need(t, err)
 	if w.work, err = bed.Build("./tests/kernel/work"); err != nil {
 		t.Fatal(err)

@@ -23,6 +23,7 @@ type crashWorker struct {
 	files map[string]*crashFile // base name -> content; hard links share it
 	dirs  map[string]bool
 	ops   atomic.Int64
+	slow  atomic.Int64 // longest operation in nanoseconds
 	next  int
 }
 
@@ -191,7 +192,9 @@ func crash(args []string) error {
 		wg.Go(func() {
 			for !stop.Load() {
 				gate.RLock()
+				start := time.Now()
 				err := w.step()
+				w.slow.Store(max(w.slow.Load(), int64(time.Since(start))))
 				gate.RUnlock()
 				if err != nil {
 					errs[i] = fmt.Errorf("worker %d after %d operations: %w", i, w.ops.Load(), err)
@@ -208,14 +211,15 @@ func crash(args []string) error {
 			return err
 		}
 		var errs []error
-		total := int64(0)
+		var total, slow int64
 		for i, w := range ws {
 			if err := w.verify(); err != nil {
 				errs = append(errs, fmt.Errorf("worker %d: %w", i, err))
 			}
 			total += w.ops.Load()
+			slow = max(slow, w.slow.Swap(0))
 		}
-		fmt.Printf("verified after %d operations\n", total)
+		fmt.Printf("verified after %d operations, the longest lately %v\n", total, time.Duration(slow).Round(time.Millisecond))
 		return errors.Join(errs...)
 	}
 	var verr error
