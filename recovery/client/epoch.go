@@ -19,7 +19,7 @@ type epoch struct {
 	refs int // under the shard's lock
 	// closing is not nil while the closer works on the epoch; closed at its end.
 	closing chan struct{}
-	last int64 // UnixNano of the last release, under the shard's lock
+	last    int64 // UnixNano of the last release, under the shard's lock
 	// untouched: opened by the create and not used since, so there are no objects.
 	// Under the shard's lock, or closing being set.
 	untouched bool
