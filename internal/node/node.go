@@ -137,7 +137,6 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	}
 	run, cancel := context.WithCancel(context.Background())
 	n.cancel = cancel
-	n.wg.Go(func() { n.targets.destroyer(run) })
 
 	n.nfs, err = nfsd.New(nfsd.Config{
 		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
@@ -155,7 +154,6 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	if err = n.startLockd(); err != nil {
 		return err
 	}
-	n.wg.Go(func() { n.lockTicker(run) })
 	if err = n.listen(ctx); err != nil {
 		return err
 	}
@@ -225,7 +223,7 @@ func (n *Node) listen(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := n.targets.raiseEpoch(ctx, vip); err != nil {
+		if err := n.fs.RaiseEpoch(ctx, client.Owner{VIP: vip.Index, Epoch: vip.Epoch}); err != nil {
 			return err
 		}
 		forgotten, err := n.beginLocks(ctx, &vip, n.cfg.ForgetLocks)
@@ -416,7 +414,7 @@ func (n *Node) teardown(ctx context.Context) error {
 		errs = append(errs, n.fs.Close(ctx))
 	}
 	if n.targets != nil {
-		errs = append(errs, n.targets.close())
+		errs = append(errs, n.targets.close(ctx))
 	}
 	if n.orderly && errors.Join(errs...) == nil {
 		// Everything is durable: the next start need not ask clients for their locks.

@@ -19,6 +19,8 @@ import (
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/host"
+	"github.com/baton-nfs/baton/recovery/target/front"
 )
 
 // rateKeeper turns counters into rates over the last seconds.
@@ -99,35 +101,56 @@ func (n *Node) minFree() uint64 { return uint64(n.cfg.FS.MinFree) }
 
 func (n *Node) targetStatus(s *status.Status) {
 	t := n.targets
-	ms := t.mdt.Stats()
+	s.Targets = append(s.Targets, n.mdtStatus(t.mdt, t.fails.get(mdtName)))
+	for i, o := range t.osts {
+		s.Targets = append(s.Targets, n.ostStatus(o, n.cfg.OST[i].Dir, t.fails.get(ostName(i))))
+	}
+}
+
+// clients counts the entries of a target's table, without the MDT's own.
+func clients(f *front.Front) int {
+	agent, k := host.AgentID(mdtName), 0
+	for _, c := range f.Status().Clients {
+		if c.Client != agent {
+			k++
+		}
+	}
+	return k
+}
+
+// mdtStatus describes a running MDT; failure is empty if it has none.
+func (n *Node) mdtStatus(t *host.MDT, failure string) status.Target {
+	ms := t.Body().Stats()
 	m := status.Target{
-		Name: mdtName, Kind: status.KindMDT, State: status.StateUp, Dir: t.mdtDir,
-		Transno: ms.Transno, LastCommitted: ms.LastCommitted, Clients: ms.Clients,
+		Name: mdtName, Kind: status.KindMDT, Dir: n.cfg.MDT.Dir, Free: dirFree(n.cfg.MDT.Dir),
+		Transno: ms.Transno, LastCommitted: ms.LastCommitted, Clients: clients(t.Front()),
 		Bytes: ms.Engine.DiskBytes, Files: ms.Inodes, LogRecords: uint64(ms.PendingTruncates), Ops: ms.Ops + ms.TryHits,
 	}
-	m.Free = dirFree(t.mdtDir)
-	if m.Free < n.minFree() {
-		m.State, m.Reason = status.StateFull, "less than min_free left on the disk"
+	n.condition(&m, t.Front(), ms.Down, failure)
+	return m
+}
+
+func (n *Node) ostStatus(t *host.OST, dir, failure string) status.Target {
+	os := t.Body().Stats()
+	x := status.Target{
+		Name: t.Name(), Kind: status.KindOST, Dir: dir, Free: dirFree(dir),
+		Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: clients(t.Front()), Dirty: uint64(max(os.DirtyBytes, 0)),
+		FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes,
 	}
-	if why := t.fails.get(mdtName); ms.Down || why != "" {
-		m.State, m.Reason = status.StateFailed, why
-	}
-	s.Targets = append(s.Targets, m)
-	free := t.ostStates()
-	for i, o := range t.osts {
-		os := o.Stats()
-		x := status.Target{
-			Name: ostName(i), Kind: status.KindOST, State: status.StateUp, Dir: t.dirs[i],
-			Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: 1, Dirty: uint64(max(os.DirtyBytes, 0)),
-			FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes, Free: free[i].Free,
-		}
-		if x.Free < n.minFree() {
-			x.State, x.Reason = status.StateFull, "less than min_free left on the disk"
-		}
-		if why := t.fails.get(ostName(i)); os.Failed || why != "" {
-			x.State, x.Reason = status.StateFailed, why
-		}
-		s.Targets = append(s.Targets, x)
+	n.condition(&x, t.Front(), os.Failed, failure)
+	return x
+}
+
+// condition fills in a running target's state.
+func (n *Node) condition(x *status.Target, f *front.Front, failed bool, failure string) {
+	x.State = status.StateUp
+	switch {
+	case failed || failure != "":
+		x.State, x.Reason = status.StateFailed, failure
+	case !f.Status().Serving:
+		x.State, x.Reason = status.StateRecovering, "waits for its clients to repeat what was not on its disk"
+	case x.Free < n.minFree():
+		x.State, x.Reason = status.StateFull, "less than min_free left on the disk"
 	}
 }
 

@@ -60,6 +60,8 @@ type MDT struct {
 	fs     *client.FS // the MDT's own client
 	sync   *ostsync.Sync
 	states atomic.Pointer[[]mdt.OSTState]
+	seen   sync.Once
+	all    chan struct{} // closed when all OSTs have answered at a time
 	fail   failure
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -120,7 +122,7 @@ func StartMDT(ctx context.Context, o MDTOptions) (m *MDT, err error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	m = &MDT{o: o, log: o.Logger.With("target", o.Name)}
+	m = &MDT{o: o, log: o.Logger.With("target", o.Name), all: make(chan struct{})}
 	if o.OnFail != nil {
 		m.fail.then(o.OnFail)
 	}
@@ -195,7 +197,7 @@ func takeStore(ctx context.Context, o *owner.Options, owned func(context.Context
 // agent makes the MDT's own client: it works at the OSTs as any other client does.
 func (m *MDT) agent() error {
 	fs, err := client.NewRemote(client.Options{
-		ID: AgentID(m.o.Name), Gen: m.front.Status().Recovery.Instance, Clock: m.o.Clock, Logger: m.log,
+		ID: AgentID(m.o.Name), Gen: m.front.Status().Recovery.Instance, Clock: m.o.Clock, Logger: m.o.Logger.With("client", m.o.Name),
 	}, client.Remote{
 		MDT: client.Target{Name: m.o.Name, Addrs: []string{"here"}, Dial: func(context.Context, string) (wire.Conn, error) {
 			return wire.Local(m.front, wire.NextSession()), nil
@@ -272,6 +274,9 @@ func (m *MDT) askOSTs(away []bool) {
 		states[i] = mdt.OSTState{Index: uint16(i), Up: qs[i].rep.Status == wire.OK, Free: qs[i].rep.Statfs.Avail}
 	}
 	m.states.Store(&states)
+	if !slices.ContainsFunc(states, func(s mdt.OSTState) bool { return !s.Up }) {
+		m.seen.Do(func() { close(m.all) })
+	}
 }
 
 // ticks lets windows of the lock table end.
@@ -304,6 +309,9 @@ func (m *MDT) Sync() *ostsync.Sync { return m.sync }
 
 // OSTs is what the target knows of the object targets, by index.
 func (m *MDT) OSTs() []mdt.OSTState { return slices.Clone(*m.states.Load()) }
+
+// AllThere is closed once all OSTs have answered: then files are made on all.
+func (m *MDT) AllThere() <-chan struct{} { return m.all }
 
 // FS is the target's own client.
 func (m *MDT) FS() *client.FS { return m.fs }
