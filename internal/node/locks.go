@@ -139,7 +139,7 @@ func (n *Node) lockMappings() []rpcbind.Mapping {
 
 // Locks is the administrator's way to the lock table, nil when locks are off.
 func (n *Node) Locks() *lockctl.Admin {
-	if n.lockd == nil {
+	if !n.up.Load() || n.lockd == nil {
 		return nil
 	}
 	return lockctl.New(n.fs, n.reg.VIPs, time.Now)

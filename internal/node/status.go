@@ -54,18 +54,21 @@ func (r *rateKeeper) apply(s *status.Status) {
 func (n *Node) Status() status.Status {
 	now := time.Now()
 	s := status.Status{
-		Version: status.Version, Node: n.cfg.Node, PID: os.Getpid(), Boot: n.boot, Now: now,
-		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Rpcbind: n.rpcMode, Stopping: n.stopping.Load(),
+		Version: status.Version, Node: n.cfg.Node, PID: os.Getpid(), Now: now,
+		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Stopping: n.stopping.Load(),
 	}
 	n.targetStatus(&s)
-	n.serviceStatus(&s)
-	n.lockStatus(&s)
-	for _, e := range n.nfs.Exports().Exports() {
-		x := status.Export{Path: e.Path, Dir: e.Dir, FSID: strconv.FormatUint(e.FSID, 16)}
-		for i := range e.Clients {
-			x.Clients = append(x.Clients, status.ExportClient{Spec: e.Clients[i].Spec(), Options: e.Clients[i].Options.String()})
+	if n.up.Load() {
+		s.Boot, s.Rpcbind = n.boot, n.rpcMode
+		n.serviceStatus(&s)
+		n.lockStatus(&s)
+		for _, e := range n.nfs.Exports().Exports() {
+			x := status.Export{Path: e.Path, Dir: e.Dir, FSID: strconv.FormatUint(e.FSID, 16)}
+			for i := range e.Clients {
+				x.Clients = append(x.Clients, status.ExportClient{Spec: e.Clients[i].Spec(), Options: e.Clients[i].Options.String()})
+			}
+			s.Exports = append(s.Exports, x)
 		}
-		s.Exports = append(s.Exports, x)
 	}
 	var ms runtime.MemStats
 	runtime.ReadMemStats(&ms)
@@ -101,10 +104,38 @@ func (n *Node) minFree() uint64 { return uint64(n.cfg.FS.MinFree) }
 
 func (n *Node) targetStatus(s *status.Status) {
 	t := n.targets
+	if n.cluster != nil {
+		for _, h := range n.cluster.hosted {
+			if h.MayRun(n.cluster.name) {
+				s.Targets = append(s.Targets, n.hostedStatus(h))
+			}
+		}
+		return
+	}
 	s.Targets = append(s.Targets, n.mdtStatus(t.mdt, t.fails.get(mdtName)))
 	for i, o := range t.osts {
 		s.Targets = append(s.Targets, n.ostStatus(o, n.cfg.OST[i].Dir, t.fails.get(ostName(i))))
 	}
+}
+
+// hostedStatus describes a target that runs here or may.
+func (n *Node) hostedStatus(h *hosted) status.Target {
+	h.mu.Lock()
+	state, reason, t, o := h.state, h.reason, h.mdt, h.ost
+	h.mu.Unlock()
+	x := status.Target{Name: h.Name, Kind: h.kind, Dir: h.Dir}
+	switch {
+	case t != nil:
+		x = n.mdtStatus(t, "")
+	case o != nil:
+		x = n.ostStatus(o, h.Dir, "")
+	}
+	if state != status.StateUp {
+		x.State, x.Reason = state, reason
+	} else if x.State == "" {
+		x.State = state
+	}
+	return x
 }
 
 // clients counts the entries of a target's table, without the MDT's own.

@@ -51,6 +51,10 @@ const (
 	StateFull       = "full" // below min_free: no new data
 	StateFailed     = "failed"
 	StateDown       = "down"
+	// Of targets in a cluster, on a node that may run them.
+	StateStopped  = "stopped"
+	StateStarting = "starting"
+	StateStopping = "stopping"
 )
 
 // Kinds of targets.

@@ -216,6 +216,8 @@ func (f *FS) disconnect(ctx context.Context) error {
 		switch err := c.Call(ctx, &m.req, &m.rep); {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("client: disconnect: %w", err))
+		case m.rep.Status == wire.ErrTargetDown && im != nil:
+			// It is away; what this client has done there is durable.
 		case m.rep.Status != wire.OK:
 			errs = append(errs, fmt.Errorf("client: disconnect: %w", m.rep.Status))
 		}

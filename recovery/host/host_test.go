@@ -24,7 +24,14 @@ func TestTargetsRestart(t *testing.T) {
 	files := map[string]wire.Attr{}
 	for i, restart := range []func(){
 		func() {}, func() { b.stopMDT(); b.startMDT() }, func() { b.stopOST(0); b.startOST(0) },
-		func() { b.stopOST(1); b.stopOST(0); b.stopMDT(); b.startMDT(); b.startOST(0); b.startOST(1) },
+		func() {
+			b.stopOST(1)
+			b.stopOST(0)
+			b.stopMDT()
+			b.startMDT()
+			b.startOST(0)
+			b.startOST(1)
+		},
 	} {
 		for _, how := range []wire.StableHow{wire.Unstable, wire.FileSync} {
 			name := strings.Repeat("x", 1+i) + string('0'+rune(how))

@@ -261,12 +261,13 @@ func (m *MDT) askOSTs(away []bool) {
 	qs := make([]question, len(m.o.OSTs))
 	for i := range qs {
 		q := &qs[i]
-		q.rep.Status = wire.ErrTargetDown
-		if !away[i] {
-			q.req.Op, q.req.Flags = wire.OpStatfs, wire.FlagNoWait
-			wg.Add(1)
-			m.fs.SubmitOST(i, &q.req, &q.rep, wg.Done)
+		if away[i] {
+			q.rep.Status = wire.ErrTargetDown
+			continue
 		}
+		q.req.Op, q.req.Flags = wire.OpStatfs, wire.FlagNoWait
+		wg.Add(1)
+		m.fs.SubmitOST(i, &q.req, &q.rep, wg.Done)
 	}
 	wg.Wait()
 	states := make([]mdt.OSTState, len(qs))
