@@ -320,38 +320,3 @@ func adopt(ctx context.Context, reg mgs.Registry) error {
 	}
 	return reg.SetMade(ctx, mdtName)
 }
-
-// target finds a target that this node may have to do with.
-func (n *Node) target(name string) (*cluster, *hosted, error) {
-	if n.cluster == nil {
-		return nil, nil, errors.New("this node is alone: its targets start and stop with it")
-	}
-	h := n.cluster.byName[name]
-	if h == nil {
-		return nil, nil, fmt.Errorf("there is no target %q; \"baton target list\" shows them", name)
-	}
-	return n.cluster, h, nil
-}
-
-// StartTarget starts a target on this node and waits until it serves or recovers.
-// fenced names a node that can do nothing to its store any more.
-func (n *Node) StartTarget(ctx context.Context, name, fenced string) error {
-	c, h, err := n.target(name)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(c.ctx, cancel)()
-	return c.start(ctx, h, fenced)
-}
-
-// StopTarget stops a target on this node in order, or breaks its start off.
-func (n *Node) StopTarget(ctx context.Context, name string) error {
-	c, h, err := n.target(name)
-	if err != nil {
-		return err
-	}
-	h.wanted.Store(false)
-	return c.stop(ctx, h)
-}

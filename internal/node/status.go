@@ -19,6 +19,7 @@ import (
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/client/imp"
 	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/target/front"
 )
@@ -60,6 +61,7 @@ func (n *Node) Status() status.Status {
 	n.targetStatus(&s)
 	if n.up.Load() {
 		s.Boot, s.Rpcbind = n.boot, n.rpcMode
+		n.importStatus(&s)
 		n.serviceStatus(&s)
 		n.lockStatus(&s)
 		for _, e := range n.nfs.Exports().Exports() {
@@ -121,7 +123,7 @@ func (n *Node) targetStatus(s *status.Status) {
 // hostedStatus describes a target that runs here or may.
 func (n *Node) hostedStatus(h *hosted) status.Target {
 	h.mu.Lock()
-	state, reason, t, o := h.state, h.reason, h.mdt, h.ost
+	state, reason, m, t, o := h.state, h.reason, h.mgs, h.mdt, h.ost
 	h.mu.Unlock()
 	x := status.Target{Name: h.Name, Kind: h.kind, Dir: h.Dir}
 	switch {
@@ -129,6 +131,9 @@ func (n *Node) hostedStatus(h *hosted) status.Target {
 		x = n.mdtStatus(t, "")
 	case o != nil:
 		x = n.ostStatus(o, h.Dir, "")
+	}
+	if m != nil || t != nil || o != nil {
+		x.Node = n.cluster.name
 	}
 	if state != status.StateUp {
 		x.State, x.Reason = state, reason
@@ -138,15 +143,21 @@ func (n *Node) hostedStatus(h *hosted) status.Target {
 	return x
 }
 
-// clients counts the entries of a target's table, without the MDT's own.
-func clients(f *front.Front) int {
-	agent, k := host.AgentID(mdtName), 0
-	for _, c := range f.Status().Clients {
-		if c.Client != agent {
-			k++
-		}
+func (n *Node) importStatus(s *status.Status) {
+	if n.cluster == nil {
+		return
 	}
-	return k
+	add := func(name string, im *imp.Import) {
+		state, node, st := im.Status()
+		s.Imports = append(s.Imports, status.Import{
+			Target: name, State: state.String(), Node: node, Away: st.Away, Reason: st.Reason, Inactive: st.Inactive, Waiting: st.Waiting,
+			Unanswered: st.Unanswered, Uncommitted: st.Uncommitted, Kept: uint64(max(st.HeldBytes, 0)),
+		})
+	}
+	add(mdtName, n.fs.MDTImport())
+	for i := range n.fs.OSTs() {
+		add(ostName(i), n.fs.OSTImport(i))
+	}
 }
 
 // mdtStatus describes a running MDT; failure is empty if it has none.
@@ -154,10 +165,12 @@ func (n *Node) mdtStatus(t *host.MDT, failure string) status.Target {
 	ms := t.Body().Stats()
 	m := status.Target{
 		Name: mdtName, Kind: status.KindMDT, Dir: n.cfg.MDT.Dir, Free: dirFree(n.cfg.MDT.Dir),
-		Transno: ms.Transno, LastCommitted: ms.LastCommitted, Clients: clients(t.Front()),
+		Transno: ms.Transno, LastCommitted: ms.LastCommitted,
 		Bytes: ms.Engine.DiskBytes, Files: ms.Inodes, LogRecords: uint64(ms.PendingTruncates), Ops: ms.Ops + ms.TryHits,
 	}
 	n.condition(&m, t.Front(), ms.Down, failure)
+	work := t.Sync().Status()
+	m.Fences, m.WaitingLogs = work.Fences, work.Waiting
 	return m
 }
 
@@ -165,21 +178,34 @@ func (n *Node) ostStatus(t *host.OST, dir, failure string) status.Target {
 	os := t.Body().Stats()
 	x := status.Target{
 		Name: t.Name(), Kind: status.KindOST, Dir: dir, Free: dirFree(dir),
-		Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: clients(t.Front()), Dirty: uint64(max(os.DirtyBytes, 0)),
+		Transno: os.Transno, LastCommitted: os.LastCommitted, Dirty: uint64(max(os.DirtyBytes, 0)),
 		FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes,
 	}
 	n.condition(&x, t.Front(), os.Failed, failure)
 	return x
 }
 
-// condition fills in a running target's state.
+// condition fills in what the front knows of a running target, and its state.
+// The MDT's own client is not counted.
 func (n *Node) condition(x *status.Target, f *front.Front, failed bool, failure string) {
+	st, agent := f.Status(), host.AgentID(mdtName)
+	r := &st.Recovery
+	x.Instance, x.Known, x.Connected, x.Evicted = r.Instance, r.Clients, r.Connected, r.Evicted
+	for _, c := range st.Clients {
+		if c.Client != agent {
+			x.Clients++
+			x.Table = append(x.Table, status.TargetClient{ID: fmt.Sprintf("%x", c.Client[:]), Generation: c.Gen, Node: c.Node})
+		}
+	}
 	x.State = status.StateUp
 	switch {
 	case failed || failure != "":
 		x.State, x.Reason = status.StateFailed, failure
-	case !f.Status().Serving:
+	case !st.Serving:
 		x.State, x.Reason = status.StateRecovering, "waits for its clients to repeat what was not on its disk"
+		if !r.Deadline.IsZero() {
+			x.WindowLeft = max(time.Until(r.Deadline), 0)
+		}
 	case x.Free < n.minFree():
 		x.State, x.Reason = status.StateFull, "less than min_free left on the disk"
 	}
