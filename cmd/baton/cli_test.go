@@ -5,10 +5,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,6 +40,9 @@ type fakeNode struct {
 	block    chan struct{} // Start waits for it
 	stop     func(context.Context) error
 	locks    *lockctltest.Table // nil: no locks are served
+
+	order      error         // result of orders for targets
+	startTakes time.Duration // the start of one
 }
 
 func (f *fakeNode) note(s string) {
@@ -87,6 +92,43 @@ func (f *fakeNode) Locks() *lockctl.Admin {
 		return nil
 	}
 	return lockctl.New(f.locks, lockctltest.ListVIPs, func() time.Time { return lockctltest.Now })
+}
+
+// Failed never tells anything.
+func (f *fakeNode) Failed() <-chan error { return nil }
+
+func (f *fakeNode) ListTargets() []status.Target {
+	return []status.Target{
+		{Name: "MGS", State: status.StateUp, Node: "n1", Owner: "n1, owned, generation 3"},
+		{Name: "MDT0000", State: status.StateRecovering, Reason: "waits", Node: "n1", Instance: 7, Known: 3, Connected: 1, WindowLeft: 9 * time.Second, Clients: 3},
+		{Name: "OST0000", State: status.StateStarting, Reason: "waits for MDT0000"},
+	}
+}
+
+func (f *fakeNode) StartTarget(_ context.Context, name, fenced string) error {
+	f.note("start " + name + " " + fenced)
+	time.Sleep(f.startTakes)
+	return f.order
+}
+
+func (f *fakeNode) StopTarget(_ context.Context, name string) error {
+	f.note("stop " + name)
+	return f.order
+}
+
+func (f *fakeNode) AbortRecovery(name string) error {
+	f.note("abort " + name)
+	return f.order
+}
+
+func (f *fakeNode) EvictClient(name, client string) error {
+	f.note("evict " + name + " " + client)
+	return f.order
+}
+
+func (f *fakeNode) Deactivate(name string, activate bool) error {
+	f.note(fmt.Sprint("activate ", name, " ", activate))
+	return f.order
 }
 
 func (f *fakeNode) Metrics() prometheus.Collector {
@@ -241,6 +283,36 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// Orders for targets reach the node, their failures the administrator, and a start
+// that takes long says what it waits for.
+func TestTargetOrders(t *testing.T) {
+	b := newBed(t)
+	_, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	seen := len(b.node.log)
+	for _, args := range [][]string{
+		{"start", "OST0001", "--fenced", "n2"}, {"stop", "OST0001"}, {"abort-recovery", "MDT0000"}, {"evict", "MDT0000", "n3"},
+		{"deactivate", "OST0001"}, {"activate", "OST0001"},
+	} {
+		if code, out, errs := b.run(append(append([]string{"target"}, args...), "--data", b.dir)...); code != 0 || out+errs != "" {
+			t.Errorf("%v: %d, %q", args, code, out+errs)
+		}
+	}
+	want := []string{"start OST0001 n2", "stop OST0001", "abort MDT0000", "evict MDT0000 n3", "activate OST0001 false", "activate OST0001 true"}
+	if got := b.node.log[seen:]; !slices.Equal(got, want) {
+		t.Errorf("the node was told %q", got)
+	}
+	b.node.order, b.node.startTakes = errors.New("it runs elsewhere"), 3*startProgress
+	code, out, errs := b.run("target", "start", "OST0000", "--data", b.dir)
+	if code != exitFailure || out != "" || errs != "OST0000: waits for MDT0000\nbaton: it runs elsewhere\n" {
+		t.Errorf("%d, %q, %q", code, out, errs)
+	}
+	b.signals <- syscall.SIGTERM
+	if code := <-end; code != 0 {
+		t.Errorf("serve ended with %d", code)
+	}
+}
+
 // A long lock table goes through the socket in pages.
 func TestManyLocks(t *testing.T) {
 	b := newBed(t)
@@ -284,7 +356,7 @@ func TestNoLocks(t *testing.T) {
 	b.waitFor("readiness", b.notified("READY=1"))
 	for _, args := range [][]string{{"locks"}, {"locks", "hosts"}, {"locks", "release", "1"}, {"locks", "release", "--client", "c"}} {
 		code, out, errs := b.run(append(args, "--data", b.dir)...)
-		if code != exitFailure || out != "" || errs != "baton: the running baton serves no locks (locks.enabled)\n" {
+		if code != exitFailure || out != "" || errs != "baton: the running baton serves no locks (locks.enabled), or not yet\n" {
 			t.Errorf("%v: %d %s %s", args, code, out, errs)
 		}
 	}

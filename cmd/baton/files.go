@@ -12,6 +12,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -49,16 +50,31 @@ var (
 // function returned closes them.
 type openFSFunc func(context.Context, *config.Config, *slog.Logger) (*client.FS, func() error, error)
 
-// handleFiles lets the commands below work on a running node.
-func handleFiles(ctl *control.Server, c *client.FS, durable bool) error {
-	f, err := billyfs.New(c, billyfs.Options{Durable: durable})
-	if err != nil {
-		return err
+// handleFiles lets the commands below work on a running node. get gives its file
+// system, nil as long as there is none.
+func handleFiles(ctl *control.Server, get func() *client.FS) {
+	var mu sync.Mutex
+	var f *billyfs.FS
+	open := func() (*billyfs.FS, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		c := get()
+		if c == nil {
+			return nil, errors.New("this node serves no addresses, or not yet: \"baton status\" and its log say what it waits for")
+		}
+		var err error
+		if f == nil {
+			f, err = billyfs.New(c, billyfs.Options{Durable: true})
+		}
+		return f, err
 	}
 	ctl.Handle(billyfs.ControlCommand, func(ctx context.Context, args json.RawMessage) (any, error) {
+		f, err := open()
+		if err != nil {
+			return nil, err
+		}
 		return f.ServeControl(ctx, args)
 	})
-	return nil
 }
 
 // open gives the file system of a running baton through its control socket, or

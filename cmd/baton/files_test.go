@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"github.com/baton-nfs/baton/recovery/client"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -91,9 +92,7 @@ func (f *files) serve() {
 		}
 	})
 	ctl := control.NewServer(nil)
-	if err := handleFiles(ctl, c, true); err != nil {
-		f.t.Fatal(err)
-	}
+	handleFiles(ctl, func() *client.FS { return c })
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		f.t.Fatal(err)
 	}

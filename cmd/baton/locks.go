@@ -33,12 +33,7 @@ func (t *target) pager(ctx context.Context, a *app) (func(cmd string, args, resu
 	return func(cmd string, args, result any) error {
 		ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 		defer cancel()
-		err := c.Call(ctx, cmd, args, result)
-		var re *control.RemoteError
-		if errors.As(err, &re) && re.Code == control.CodeUnknown {
-			return errors.New("the running baton serves no locks (locks.enabled)")
-		}
-		return err
+		return c.Call(ctx, cmd, args, result)
 	}, c.Close, nil
 }
 

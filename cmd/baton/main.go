@@ -73,9 +73,9 @@ func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "baton",
 		Short: "A clustered NFS version 3 file service",
-		Long: `baton serves a file system to standard NFS version 3 clients. One process holds
-everything: the metadata target, the object storage targets and the NFS
-frontend.
+		Long: `baton serves a file system to standard NFS version 3 clients. A node that is alone
+holds everything in one process: the metadata target, the object storage targets and
+the NFS frontend; in a cluster they are spread over several nodes.
 
 Exit codes: 0 success, 1 failure, 2 wrong usage.`,
 		Example: `  baton serve --data /srv/baton --export /home=/
@@ -89,7 +89,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.`,
 	root.SuggestionsMinimumDistance = 2
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.locksCmd(), a.configCmd(), a.caCmd(), a.versionCmd()} {
+	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.locksCmd(), a.targetCmd(), a.configCmd(), a.caCmd(), a.versionCmd()} {
 		root.AddCommand(c)
 	}
 	root.AddCommand(a.fileCmds(node.OpenFS)...)

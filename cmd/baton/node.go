@@ -28,6 +28,9 @@ type service interface {
 	FS() *client.FS
 	// Locks is the administrator's way to the lock table, nil when locks are off.
 	Locks() *lockctl.Admin
+	// Failed tells, once and after Start, that the addresses cannot be served.
+	Failed() <-chan error
+	targetAdmin
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

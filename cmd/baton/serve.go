@@ -13,6 +13,7 @@ import (
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control"
+	"github.com/baton-nfs/baton/internal/control/lockctl"
 	"github.com/baton-nfs/baton/internal/metrics"
 	"github.com/baton-nfs/baton/internal/status"
 	sd "github.com/coreos/go-systemd/v22/daemon"
@@ -149,6 +150,7 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 	endWatchdog := s.watchdog(ctx)
 
 	var got os.Signal
+	var failure error
 	for got == nil {
 		select {
 		case sig := <-signals:
@@ -161,12 +163,15 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 		case <-ctx.Done():
 			got = os.Interrupt
 			log.Info("stopping", "reason", ctx.Err())
+		case failure = <-n.Failed():
+			got = os.Interrupt
+			log.Error("stopping, because the service addresses cannot be served", "err", failure)
 		}
 	}
 	a.daemon.notify(sd.SdNotifyStopping + "\nSTATUS=stopping")
 	endWatchdog()
 	surround()
-	return s.stop(ctx, time.Duration(cfg.NFS.DrainTimeout), signals)
+	return errors.Join(failure, s.stop(ctx, time.Duration(cfg.NFS.DrainTimeout), signals))
 }
 
 // checkTLS says what is or will be wrong with the connections between nodes.
@@ -224,14 +229,9 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 		}
 		return s.node.Status().Exports, nil
 	})
-	if fs := s.node.FS(); fs != nil {
-		if err := handleFiles(ctl, fs, true); err != nil {
-			return nil, err
-		}
-	}
-	if locks := s.node.Locks(); locks != nil {
-		locks.Register(ctl)
-	}
+	handleFiles(ctl, s.node.FS)
+	lockctl.Register(ctl, s.node.Locks)
+	handleTargets(ctl, s.node)
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
 	}

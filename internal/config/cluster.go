@@ -13,12 +13,15 @@ import (
 // Cluster names the nodes of a service of several nodes, and this one.
 type Cluster struct {
 	// Node is empty when everything is in one process.
-	Node   string        `toml:"node"`
-	Listen string        `toml:"listen"`
-	TLS    string        `toml:"tls"`
-	TLSDir string        `toml:"tls_dir"`
-	Start  []string      `toml:"start"`
-	Nodes  []ClusterNode `toml:"nodes"`
+	Node   string   `toml:"node"`
+	Listen string   `toml:"listen"`
+	TLS    string   `toml:"tls"`
+	TLSDir string   `toml:"tls_dir"`
+	Start  []string `toml:"start"`
+	// FileLocks guards the stores by locks of their file systems as well.
+	FileLocks bool `toml:"file_locks"`
+
+	Nodes []ClusterNode `toml:"nodes"`
 }
 
 // ClusterNode is one node of the cluster.
@@ -73,6 +76,9 @@ func withPort(s string) string {
 	}
 	return s
 }
+
+// MayRun tells whether a node is among those that may run the target.
+func (t *Target) MayRun(node string) bool { return slices.Contains(t.Nodes, node) }
 
 // Addr is the address, with port, where the targets on a node are reached; empty
 // for a node that is not in the cluster.
@@ -225,7 +231,7 @@ func (v *validator) roles() {
 				v.bad(key, n, "listed twice", "remove one")
 			}
 		}
-		mine[t.Name] = slices.Contains(t.Nodes, k.Node)
+		mine[t.Name] = t.MayRun(k.Node)
 	}
 	for i, s := range k.Start {
 		may, known := mine[s]

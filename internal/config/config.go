@@ -275,7 +275,7 @@ func Default() *Config {
 			Atime:       AtimeRelatime,
 			MinFree:     64 * MiB,
 		},
-		Cluster: Cluster{TLS: TLSMutual, TLSDir: DefaultTLSDir},
+		Cluster: Cluster{TLS: TLSMutual, TLSDir: DefaultTLSDir, FileLocks: true},
 		MDT:     MDT{BlockCache: 64 * MiB, InodeCache: 100000},
 		Recovery: Recovery{
 			WindowMin:    Duration(15 * time.Second),
@@ -285,7 +285,7 @@ func Default() *Config {
 			PingTimeout:  Duration(30 * time.Second),
 			RetainSoft:   64 * MiB,
 			RetainHard:   256 * MiB,
-			Heartbeat:    Duration(time.Second),
+			Heartbeat:    Duration(2 * time.Second),
 			JukeboxAfter: Duration(25 * time.Second),
 		},
 		HTTP: HTTP{Address: "127.0.0.1:9633"},

@@ -83,11 +83,12 @@ var keyDocs = map[string]string{
 	"fs.atime":        "relatime: a read updates the access time if it is older than the last\nchange or than a day. off: never.",
 	"fs.min_free":     "Keep this much of the file systems under the targets free; writes get\nNFS3ERR_NOSPC before, removals still work.",
 
-	"cluster.node":    "This node's name as in its certificate. Empty: there is one node, which has\neverything in one process, and the other keys here mean nothing.",
-	"cluster.listen":  "Address and port where other nodes reach the targets on this node, port 7988\nif none is given. Empty: this node's address in [[cluster.nodes]].",
-	"cluster.tls":     "mutual: connections between nodes are encrypted, and both sides show a\ncertificate of the cluster. off: neither; whoever reaches the port can read\nand change everything.",
-	"cluster.tls_dir": "Directory with ca.pem and this node's NODE.pem and NODE.key, as \"baton ca\"\nmakes them.",
-	"cluster.start":   "Targets that this node starts by itself: \"MGS\", \"MDT0000\", \"OST0000\" ...\nOthers run here only after a take-over.",
+	"cluster.node":       "This node's name as in its certificate. Empty: there is one node, which has\neverything in one process, and the other keys here mean nothing.",
+	"cluster.listen":     "Address and port where other nodes reach the targets on this node, port 7988\nif none is given. Empty: this node's address in [[cluster.nodes]].",
+	"cluster.tls":        "mutual: connections between nodes are encrypted, and both sides show a\ncertificate of the cluster. off: neither; whoever reaches the port can read\nand change everything.",
+	"cluster.tls_dir":    "Directory with ca.pem and this node's NODE.pem and NODE.key, as \"baton ca\"\nmakes them.",
+	"cluster.start":      "Targets that this node starts by itself: \"MGS\", \"MDT0000\", \"OST0000\" ...\nOne that runs elsewhere stays there. Others run here only after\n\"baton target start\".",
+	"cluster.file_locks": "Besides the records of ownership, keep processes off the stores by locks on\nfiles (flock). So a target whose process has died starts again at once.\nfalse: for shared file systems without such locks.",
 
 	"cluster.nodes.name":    "Name of the node, as in its certificate.",
 	"cluster.nodes.address": "IP address where other nodes reach its targets, port 7988 if none is given.",
@@ -111,8 +112,8 @@ var keyDocs = map[string]string{
 	"recovery.commit_on_share": "What builds on another frontend's change waits until that is durable. So no\nfrontend depends on another one in recovery.",
 	"recovery.retain_soft":     "Bytes of writes that a frontend keeps for each OST until they are durable\nthere. Above, it asks the OST to make them durable.",
 	"recovery.retain_hard":     "Above, writes wait.",
-	"recovery.heartbeat":       "How often a target proves that its store is still its own. Another node\ntakes a store over when nothing was seen for several intervals.",
-	"recovery.jukebox_after":   "An NFS call that waits this long for a target, and has had no effect, is\nanswered NFS3ERR_JUKEBOX: the client asks again after some seconds.",
+	"recovery.heartbeat":       "How often a target proves that its store is still its own. A target whose\ndisk stalls for two intervals is given up; another node takes a store over\nwhen nothing was seen for three. The same on all nodes.",
+	"recovery.jukebox_after":   "An NFS call that waits this long for an OST that is away is answered\nNFS3ERR_JUKEBOX: the client asks again after some seconds.",
 
 	"control.socket": "Path, at most 107 bytes; made with mode 0600. Empty: DATA_DIR/control.sock.",
 

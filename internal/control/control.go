@@ -33,7 +33,25 @@ const (
 	CmdLocksRelease = "locks-release"
 	CmdLocksFree    = "locks-free"
 	CmdLockHosts    = "lock-hosts"
+
+	// Commands for the targets of a cluster; their argument is a TargetArgs.
+	CmdTargets          = "targets" // result: []status.Target
+	CmdTargetStart      = "target-start"
+	CmdTargetStop       = "target-stop"
+	CmdTargetAbort      = "target-abort-recovery"
+	CmdTargetEvict      = "target-evict"
+	CmdTargetDeactivate = "target-deactivate"
+	CmdTargetActivate   = "target-activate"
 )
+
+// TargetArgs name a target and what is to be done to it.
+type TargetArgs struct {
+	Name string `json:"name"`
+	// Fenced (CmdTargetStart) is a node that can do nothing to the store any more.
+	Fenced string `json:"fenced,omitempty"`
+	// Client (CmdTargetEvict) is a node's name, or a client's ID or its beginning.
+	Client string `json:"client,omitempty"`
+}
 
 // Bounds of messages in bytes.
 const (

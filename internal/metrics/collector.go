@@ -55,7 +55,8 @@ func NewCollector(get func() status.Status) *Collector {
 	add("target_state", "1 for the target's state, 0 for the others.", gauge, []string{"target", "kind", "state"},
 		func(s *status.Status, emit func(float64, ...string)) {
 			for _, t := range s.Targets {
-				for _, st := range []string{status.StateUp, status.StateRecovering, status.StateFull, status.StateFailed, status.StateDown} {
+				for _, st := range []string{status.StateUp, status.StateRecovering, status.StateFull, status.StateFailed, status.StateDown,
+					status.StateStopped, status.StateStarting, status.StateStopping} {
 					v := 0.0
 					if t.State == st {
 						v = 1
@@ -74,6 +75,32 @@ func NewCollector(get func() status.Status) *Collector {
 	target("log_records", "Unlink and truncate records not done yet.", gauge, func(t *status.Target) float64 { return float64(t.LogRecords) })
 	target("flush_errors_total", "Failed flushes.", counter, func(t *status.Target) float64 { return float64(t.FlushErrors) })
 	target("ops_total", "Requests executed.", counter, func(t *status.Target) float64 { return float64(t.Ops) })
+
+	target("recovery_seconds_left", "What is left of the recovery window.", gauge, func(t *status.Target) float64 { return t.WindowLeft.Seconds() })
+	target("recovery_clients", "Clients that the last recovery waited for.", gauge, func(t *status.Target) float64 { return float64(t.Known) })
+	target("connected_clients", "File system clients that are connected.", gauge, func(t *status.Target) float64 { return float64(t.Connected) })
+	target("evictions_total", "Clients that were evicted since the target's start.", counter, func(t *status.Target) float64 { return float64(t.Evicted) })
+	target("fences", "Evicted clients of which OSTs are yet to be told.", gauge, func(t *status.Target) float64 { return float64(t.Fences) })
+	target("waiting_log_records", "Log records that wait for OSTs which are away.", gauge, func(t *status.Target) float64 { return float64(t.WaitingLogs) })
+
+	importOf := func(name, help string, value func(*status.Import) float64) {
+		add("import_"+name, help, gauge, []string{"target"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Imports {
+				emit(value(&s.Imports[i]), s.Imports[i].Target)
+			}
+		})
+	}
+	importOf("full", "1 while requests to the target pass.", func(i *status.Import) float64 {
+		if i.State == status.ImportFull {
+			return 1
+		}
+		return 0
+	})
+	importOf("away_seconds", "How long requests to the target have not passed.", func(i *status.Import) float64 { return i.Away.Seconds() })
+	importOf("waiting_requests", "Requests that wait for the target or their turn.", func(i *status.Import) float64 { return float64(i.Waiting) })
+	importOf("unanswered_requests", "Requests on their way.", func(i *status.Import) float64 { return float64(i.Unanswered) })
+	importOf("uncommitted_requests", "Requests kept for replay.", func(i *status.Import) float64 { return float64(i.Uncommitted) })
+	importOf("kept_bytes", "Bytes kept for replay.", func(i *status.Import) float64 { return float64(i.Kept) })
 
 	addr := func(name, help string, kind prometheus.ValueType, value func(*status.Address) float64) {
 		add("rpc_"+name, help, kind, []string{"service", "address", "port", "net"}, func(s *status.Status, emit func(float64, ...string)) {

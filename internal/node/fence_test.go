@@ -41,7 +41,7 @@ func TestDamagedClientHoldsNothing(t *testing.T) {
 	}
 	n = start(t, c)
 	recovered(t, n)
-	if f := n.targets.mdt.PendingFences(); len(f) != 0 {
+	if f := n.targets.mdt.Body().PendingFences(); len(f) != 0 {
 		t.Errorf("fences: %+v", f)
 	}
 	if a := attr(t, n, a.FID); a.EpochOpen || a.Size != 0 {

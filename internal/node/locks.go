@@ -137,25 +137,9 @@ func (n *Node) lockMappings() []rpcbind.Mapping {
 	return append(l, rpcbind.Mappings(nsm.Program, []uint32{nsm.Version}, n.cfg.Addrs(), s, s)...)
 }
 
-// lockTicker lets reclaim windows end.
-func (n *Node) lockTicker(ctx context.Context) {
-	t := time.NewTicker(time.Second)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-		if err := n.targets.mdt.TickLocks(); err != nil && !n.targets.mdt.Down() {
-			n.log.Error("lock table", "err", err)
-		}
-	}
-}
-
 // Locks is the administrator's way to the lock table, nil when locks are off.
 func (n *Node) Locks() *lockctl.Admin {
-	if n.lockd == nil {
+	if !n.up.Load() || n.lockd == nil {
 		return nil
 	}
 	return lockctl.New(n.fs, n.reg.VIPs, time.Now)

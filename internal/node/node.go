@@ -43,7 +43,8 @@ type Node struct {
 
 	unlock  func()
 	reg     mgs.Registry
-	targets *targets
+	targets *targets // of a node that is alone
+	cluster *cluster // nil for one
 	fs      *client.FS
 	nfs     *nfsd.Server
 	lockd   *lockd.Server // nil without locks
@@ -56,11 +57,23 @@ type Node struct {
 	rpcMode  string
 	rpcReg   *rpcbind.Registrar
 
+	// run ends, by cancel, when nothing is served any more.
+	run      context.Context
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 	stopping atomic.Bool
 	orderly  bool          // Stop has drained all addresses
 	verifier atomic.Uint64 // changes of write verifiers since the start
+	verMu    sync.Mutex    // held while they change
+	// stale: data were lost and the verifiers could not be changed before the end.
+	stale atomic.Bool
+
+	// Of a cluster: the frontend comes up in the background; up is set when all
+	// fields of it are, failed tells that it cannot.
+	up         atomic.Bool
+	frontend   sync.WaitGroup
+	noFrontend context.CancelFunc
+	failed     chan error
 
 	rates rateKeeper
 }
@@ -80,22 +93,14 @@ func New(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	if err := alone(cfg); err != nil {
-		return nil, err
-	}
-	if len(cfg.Addrs()) == 0 {
+	if len(cfg.Addrs()) == 0 && !cfg.Clustered() {
 		return nil, errors.New("no service address: set nfs.addresses")
 	}
-	return &Node{cfg: cfg, log: log}, nil
+	return &Node{cfg: cfg, log: log, failed: make(chan error, 1)}, nil
 }
 
-// alone refuses to run the whole store of a cluster in one process.
-func alone(cfg *config.Config) error {
-	if cfg.Clustered() {
-		return fmt.Errorf("node %s is part of a cluster, which this version cannot run: it has everything in one process", cfg.Cluster.Node)
-	}
-	return nil
-}
+// Failed tells, once and after Start, that the node cannot serve its addresses.
+func (n *Node) Failed() <-chan error { return n.failed }
 
 // lockDir takes the lock that keeps a second process away from the node's data.
 func lockDir(dir string) (func(), error) {
@@ -125,6 +130,10 @@ func (n *Node) Start(ctx context.Context) (err error) {
 			n.teardown(context.Background())
 		}
 	}()
+	n.run, n.cancel = context.WithCancel(context.Background())
+	if n.cfg.Clustered() {
+		return n.startCluster()
+	}
 	if err = checkKey(ctx, n.cfg); err != nil {
 		return err
 	}
@@ -135,10 +144,91 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	if n.fs, n.reg, n.targets, n.boot, err = openFS(ctx, n.cfg, n.log, &n.clock, n.lostData); err != nil {
 		return err
 	}
-	run, cancel := context.WithCancel(context.Background())
-	n.cancel = cancel
-	n.wg.Go(func() { n.targets.destroyer(run) })
+	return n.serve(ctx, key)
+}
 
+// startCluster begins to run targets and to bring the frontend up. Both may wait for
+// other nodes, so it waits for neither.
+func (n *Node) startCluster() (err error) {
+	if n.cluster, err = newCluster(n.cfg, n.log, &n.clock); err != nil {
+		return err
+	}
+	n.reg = n.cluster.reg
+	n.cluster.boot()
+	ctx, cancel := context.WithCancel(n.run)
+	n.noFrontend = cancel
+	if len(n.cfg.Addrs()) == 0 {
+		return nil
+	}
+	n.frontend.Go(func() {
+		if err := n.startFrontend(ctx); err != nil && ctx.Err() == nil {
+			n.failed <- explain(err)
+		}
+	})
+	return nil
+}
+
+// startFrontend connects to the targets of the cluster and serves. It waits for
+// registry and MDT; files on OSTs that are there do not need the others.
+func (n *Node) startFrontend(ctx context.Context) error {
+	c := n.cluster
+	if err := c.meet(ctx); err != nil {
+		return err
+	}
+	key, err := c.loadKey(ctx)
+	if err != nil {
+		return err
+	}
+	id, gen, err := n.reg.StartClient(ctx, c.name)
+	if err != nil {
+		return err
+	}
+	n.boot = gen
+	lost := func() { n.lostData(n.reg) }
+	n.fs, err = client.NewRemote(client.Options{
+		ID: id, Gen: gen, Clock: n.clock.Now, Logger: n.log, Atime: n.cfg.FS.Atime == config.AtimeRelatime,
+		Patience:     time.Duration(n.cfg.Recovery.JukeboxAfter),
+		OnFlushError: func(int, uint64) { lost() },
+		OnLostData:   func(int, int) { lost() },
+		OnEvicted: func(k int) {
+			if k > 0 {
+				lost()
+			}
+		},
+	}, client.Remote{MDT: c.reach(mdtName), OSTs: c.osts(), Import: importConfig(n.cfg)})
+	if err != nil {
+		return err
+	}
+	connected := make(chan struct{})
+	n.frontend.Go(func() {
+		for t := time.NewTicker(tellWait); ; {
+			select {
+			case <-connected:
+				t.Stop()
+				return
+			case <-t.C:
+				_, addr, st := n.fs.MDTImport().Status()
+				n.log.Warn("waiting for the MDT before the service addresses are served", "target", mdtName, "nodes", n.cfg.MDT.Nodes, "next", addr, "why", st.Reason)
+			}
+		}
+	})
+	err = n.fs.Connect(ctx)
+	close(connected)
+	if err != nil {
+		return err
+	}
+	if err := n.serve(ctx, key); err != nil {
+		return err
+	}
+	n.log.Info("serving the service addresses", "addresses", n.cfg.NFS.Addresses)
+	return nil
+}
+
+// tellWait is how often it is told that a start waits.
+const tellWait = 10 * time.Second
+
+// serve brings the services on the addresses up over n.fs.
+func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	n.nfs, err = nfsd.New(nfsd.Config{
 		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
 		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax),
@@ -148,14 +238,13 @@ func (n *Node) Start(ctx context.Context) (err error) {
 		return err
 	}
 	n.names = exports.NewNameCache(exports.NameConfig{Resolver: exports.SystemResolver{}})
-	n.wg.Go(func() { n.names.Run(run) })
-	if err = n.ReloadExports(); err != nil {
+	n.wg.Go(func() { n.names.Run(n.run) })
+	if err = n.loadExports(ctx); err != nil {
 		return err
 	}
 	if err = n.startLockd(); err != nil {
 		return err
 	}
-	n.wg.Go(func() { n.lockTicker(run) })
 	if err = n.listen(ctx); err != nil {
 		return err
 	}
@@ -168,6 +257,7 @@ func (n *Node) Start(ctx context.Context) (err error) {
 			s.locks.start()
 		}
 	}
+	n.up.Store(true)
 	return nil
 }
 
@@ -197,13 +287,34 @@ func (n *Node) serving() []*service {
 }
 
 // lostData gives all write verifiers new values, because an OST has lost data
-// that were acknowledged as UNSTABLE. If the registry cannot store them the node
-// must not go on answering COMMIT, so it stops answering at all.
+// that were acknowledged as UNSTABLE. Nothing that depends on it is answered before
+// it returns. A node that is alone and cannot store them must not go on answering
+// COMMIT, so it stops answering at all; one of a cluster tries until it stops
+// serving, and then its next start changes them.
 func (n *Node) lostData(reg mgs.Registry) {
-	vips, err := reg.NewVerifiers(context.Background(), n.cfg.Cluster.Node)
-	if err != nil {
-		n.log.Error("new write verifiers could not be stored; this node stops", "err", err)
-		os.Exit(1)
+	n.verMu.Lock()
+	defer n.verMu.Unlock()
+	var vips []mgs.VIP
+	for told := false; ; told = true {
+		var err error
+		if vips, err = reg.NewVerifiers(n.run, n.cfg.Cluster.Node); err == nil {
+			break
+		}
+		if n.cluster == nil {
+			n.log.Error("new write verifiers could not be stored; this node stops", "err", err)
+			os.Exit(1)
+		}
+		if n.run.Err() != nil {
+			n.stale.Store(true)
+			return
+		}
+		if !told {
+			n.log.Error("new write verifiers cannot be stored; answers about the data wait for it", "err", err)
+		}
+		select {
+		case <-n.run.Done():
+		case <-time.After(maxPause):
+		}
 	}
 	n.verifier.Add(1)
 	n.svcMu.Lock()
@@ -218,14 +329,34 @@ func (n *Node) lostData(reg mgs.Registry) {
 	}
 }
 
+// takeAddress begins a period of service. What a process of a cluster had of data
+// that were not on a disk yet has died with it, and an OST may have died, too: then
+// clients have to send them again.
+func (n *Node) takeAddress(ctx context.Context, addr netip.Addr) (mgs.VIP, error) {
+	v, err := n.reg.Serve(ctx, addr, n.cfg.Cluster.Node)
+	if err != nil || n.cluster == nil || !v.Crashed {
+		return v, err
+	}
+	l, err := n.reg.NewVerifiers(ctx, n.cfg.Cluster.Node, v.Index)
+	if err != nil {
+		return v, err
+	}
+	for i := range l {
+		if l[i].Index == v.Index {
+			v.Verifier = l[i].Verifier
+		}
+	}
+	return v, nil
+}
+
 // listen opens the services of every address.
 func (n *Node) listen(ctx context.Context) error {
 	for _, addr := range n.cfg.Addrs() {
-		vip, err := n.reg.Serve(ctx, addr, n.cfg.Cluster.Node)
+		vip, err := n.takeAddress(ctx, addr)
 		if err != nil {
 			return err
 		}
-		if err := n.targets.raiseEpoch(ctx, vip); err != nil {
+		if err := n.fs.RaiseEpoch(ctx, client.Owner{VIP: vip.Index, Epoch: vip.Epoch}); err != nil {
 			return err
 		}
 		forgotten, err := n.beginLocks(ctx, &vip, n.cfg.ForgetLocks)
@@ -377,6 +508,10 @@ func (n *Node) startRpcbind(ctx context.Context) error {
 // answered, everything acknowledged is made durable. ctx bounds the drain.
 func (n *Node) Stop(ctx context.Context) error {
 	n.stopping.Store(true)
+	if n.cluster != nil {
+		n.noFrontend()
+		n.frontend.Wait()
+	}
 	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 	defer cancel()
 	var wg sync.WaitGroup
@@ -397,7 +532,15 @@ func (n *Node) Stop(ctx context.Context) error {
 	return n.teardown(ctx)
 }
 
+// leaveTime bounds the leave that a node takes of the other nodes, which may be
+// stopping, too: what it has left behind is then finished by the MDT.
+const leaveTime = 10 * time.Second
+
 func (n *Node) teardown(ctx context.Context) error {
+	if n.noFrontend != nil {
+		n.noFrontend()
+		n.frontend.Wait()
+	}
 	var errs []error
 	if n.rpcReg != nil {
 		errs = append(errs, n.rpcReg.Stop(ctx))
@@ -412,16 +555,18 @@ func (n *Node) teardown(ctx context.Context) error {
 		n.cancel()
 	}
 	n.wg.Wait()
-	if n.fs != nil {
-		errs = append(errs, n.fs.Close(ctx))
-	}
-	if n.targets != nil {
-		errs = append(errs, n.targets.close())
-	}
-	if n.orderly && errors.Join(errs...) == nil {
-		// Everything is durable: the next start need not ask clients for their locks.
-		for _, s := range n.serving() {
-			errs = append(errs, n.reg.Stopped(ctx, s.vip.Index, s.vip.Epoch))
+	if n.cluster != nil {
+		errs = append(errs, n.leave(ctx), n.cluster.close(ctx))
+	} else {
+		if n.fs != nil {
+			errs = append(errs, n.fs.Close(ctx))
+		}
+		if n.targets != nil {
+			errs = append(errs, n.targets.close(ctx))
+		}
+		if n.orderly && errors.Join(errs...) == nil {
+			// Everything is durable: the next start need not ask clients for their locks.
+			errs = append(errs, n.stopped(ctx))
 		}
 	}
 	if n.unlock != nil {
@@ -430,8 +575,45 @@ func (n *Node) teardown(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// stopped ends the periods of service.
+func (n *Node) stopped(ctx context.Context) error {
+	var errs []error
+	for _, s := range n.serving() {
+		if s.nfs != nil {
+			errs = append(errs, n.reg.Stopped(ctx, s.vip.Index, s.vip.Epoch))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// leave ends the part of a cluster's frontend in this node, while the targets here
+// still run. That others are away is no error: nothing acknowledged is lost, and
+// the next start acts as after a crash.
+func (n *Node) leave(ctx context.Context) error {
+	if n.fs == nil {
+		return nil
+	}
+	lctx, cancel := context.WithTimeout(ctx, leaveTime)
+	defer cancel()
+	err := n.fs.Close(lctx)
+	if err == nil && n.orderly && !n.stale.Load() {
+		err = n.stopped(lctx)
+	}
+	if err != nil {
+		n.log.Warn("the node could not take leave of the others in order; the next start acts as after a crash", "err", err)
+	}
+	return nil
+}
+
 // ReloadExports reads the exports again. On an error the old ones stay.
 func (n *Node) ReloadExports() error {
+	if !n.up.Load() {
+		return errors.New("the service addresses are not served yet, or there are none: nothing to reload")
+	}
+	return n.loadExports(context.Background())
+}
+
+func (n *Node) loadExports(ctx context.Context) error {
 	var b exports.Builder
 	if text := n.cfg.ExportsText(); text != "" {
 		from := n.cfg.File
@@ -455,7 +637,7 @@ func (n *Node) ReloadExports() error {
 	}
 	old := n.nfs.Exports()
 	n.names.SetHosts(t.Hosts())
-	if err := n.nfs.SetExports(context.Background(), t); err != nil {
+	if err := n.nfs.SetExports(ctx, t); err != nil {
 		n.names.SetHosts(old.Hosts())
 		return err
 	}
@@ -468,14 +650,26 @@ func (n *Node) ReloadExports() error {
 	return nil
 }
 
-// FS is the node's file system client, from Start to Stop.
-func (n *Node) FS() *client.FS { return n.fs }
+// FS is the node's file system client, from Start to Stop; in a cluster nil until
+// the service addresses are served.
+func (n *Node) FS() *client.FS {
+	if !n.up.Load() {
+		return nil
+	}
+	return n.fs
+}
 
 // Probe goes through the data path: an attribute read at the MDT and a status
-// from every OST.
+// from every OST. In a cluster a target that is away is a delay, not a failure of
+// this node.
 func (n *Node) Probe(ctx context.Context) error {
-	if n.stopping.Load() {
+	switch {
+	case n.stopping.Load():
 		return errors.New("stopping")
+	case n.cluster == nil:
+		return n.targets.probe(ctx, n.fs)
+	case n.up.Load() && n.fs.MDTImport().Ready():
+		return probeMDT(ctx, n.fs)
 	}
-	return n.targets.probe(ctx, n.fs)
+	return nil
 }

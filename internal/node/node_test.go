@@ -179,10 +179,10 @@ func content(t *testing.T, n *Node, f wire.FID) string {
 // recovered checks that nothing of what a crash leaves is left.
 func recovered(t *testing.T, n *Node) {
 	t.Helper()
-	if l, _, err := n.targets.mdt.StaleEpochs(wire.FID{}, 100); err != nil || len(l) != 0 {
+	if l, _, err := n.targets.mdt.Body().StaleEpochs(wire.FID{}, 100); err != nil || len(l) != 0 {
 		t.Errorf("IO epochs after the start: %v %v", l, err)
 	}
-	l, err := n.targets.mdt.PendingLogs(0, 100)
+	l, err := n.targets.mdt.Body().PendingLogs(0, 100)
 	if err != nil {
 		t.Error(err)
 	}

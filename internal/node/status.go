@@ -19,6 +19,9 @@ import (
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/client/imp"
+	"github.com/baton-nfs/baton/recovery/host"
+	"github.com/baton-nfs/baton/recovery/target/front"
 )
 
 // rateKeeper turns counters into rates over the last seconds.
@@ -52,18 +55,22 @@ func (r *rateKeeper) apply(s *status.Status) {
 func (n *Node) Status() status.Status {
 	now := time.Now()
 	s := status.Status{
-		Version: status.Version, Node: n.cfg.Node, PID: os.Getpid(), Boot: n.boot, Now: now,
-		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Rpcbind: n.rpcMode, Stopping: n.stopping.Load(),
+		Version: status.Version, Node: n.cfg.Node, PID: os.Getpid(), Now: now,
+		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Stopping: n.stopping.Load(),
 	}
 	n.targetStatus(&s)
-	n.serviceStatus(&s)
-	n.lockStatus(&s)
-	for _, e := range n.nfs.Exports().Exports() {
-		x := status.Export{Path: e.Path, Dir: e.Dir, FSID: strconv.FormatUint(e.FSID, 16)}
-		for i := range e.Clients {
-			x.Clients = append(x.Clients, status.ExportClient{Spec: e.Clients[i].Spec(), Options: e.Clients[i].Options.String()})
+	if n.up.Load() {
+		s.Boot, s.Rpcbind = n.boot, n.rpcMode
+		n.importStatus(&s)
+		n.serviceStatus(&s)
+		n.lockStatus(&s)
+		for _, e := range n.nfs.Exports().Exports() {
+			x := status.Export{Path: e.Path, Dir: e.Dir, FSID: strconv.FormatUint(e.FSID, 16)}
+			for i := range e.Clients {
+				x.Clients = append(x.Clients, status.ExportClient{Spec: e.Clients[i].Spec(), Options: e.Clients[i].Options.String()})
+			}
+			s.Exports = append(s.Exports, x)
 		}
-		s.Exports = append(s.Exports, x)
 	}
 	var ms runtime.MemStats
 	runtime.ReadMemStats(&ms)
@@ -99,35 +106,108 @@ func (n *Node) minFree() uint64 { return uint64(n.cfg.FS.MinFree) }
 
 func (n *Node) targetStatus(s *status.Status) {
 	t := n.targets
-	ms := t.mdt.Stats()
+	if n.cluster != nil {
+		for _, h := range n.cluster.hosted {
+			if h.MayRun(n.cluster.name) {
+				s.Targets = append(s.Targets, n.hostedStatus(h))
+			}
+		}
+		return
+	}
+	s.Targets = append(s.Targets, n.mdtStatus(t.mdt, t.fails.get(mdtName)))
+	for i, o := range t.osts {
+		s.Targets = append(s.Targets, n.ostStatus(o, n.cfg.OST[i].Dir, t.fails.get(ostName(i))))
+	}
+}
+
+// hostedStatus describes a target that runs here or may.
+func (n *Node) hostedStatus(h *hosted) status.Target {
+	h.mu.Lock()
+	state, reason, m, t, o := h.state, h.reason, h.mgs, h.mdt, h.ost
+	h.mu.Unlock()
+	x := status.Target{Name: h.Name, Kind: h.kind, Dir: h.Dir}
+	switch {
+	case t != nil:
+		x = n.mdtStatus(t, "")
+	case o != nil:
+		x = n.ostStatus(o, h.Dir, "")
+	}
+	if m != nil || t != nil || o != nil {
+		x.Node = n.cluster.name
+	}
+	if state != status.StateUp {
+		x.State, x.Reason = state, reason
+	} else if x.State == "" {
+		x.State = state
+	}
+	return x
+}
+
+func (n *Node) importStatus(s *status.Status) {
+	if n.cluster == nil {
+		return
+	}
+	add := func(name string, im *imp.Import) {
+		state, node, st := im.Status()
+		s.Imports = append(s.Imports, status.Import{
+			Target: name, State: state.String(), Node: node, Away: st.Away, Reason: st.Reason, Inactive: st.Inactive, Waiting: st.Waiting,
+			Unanswered: st.Unanswered, Uncommitted: st.Uncommitted, Kept: uint64(max(st.HeldBytes, 0)),
+		})
+	}
+	add(mdtName, n.fs.MDTImport())
+	for i := range n.fs.OSTs() {
+		add(ostName(i), n.fs.OSTImport(i))
+	}
+}
+
+// mdtStatus describes a running MDT; failure is empty if it has none.
+func (n *Node) mdtStatus(t *host.MDT, failure string) status.Target {
+	ms := t.Body().Stats()
 	m := status.Target{
-		Name: mdtName, Kind: status.KindMDT, State: status.StateUp, Dir: t.mdtDir,
-		Transno: ms.Transno, LastCommitted: ms.LastCommitted, Clients: ms.Clients,
+		Name: mdtName, Kind: status.KindMDT, Dir: n.cfg.MDT.Dir, Free: dirFree(n.cfg.MDT.Dir),
+		Transno: ms.Transno, LastCommitted: ms.LastCommitted,
 		Bytes: ms.Engine.DiskBytes, Files: ms.Inodes, LogRecords: uint64(ms.PendingTruncates), Ops: ms.Ops + ms.TryHits,
 	}
-	m.Free = dirFree(t.mdtDir)
-	if m.Free < n.minFree() {
-		m.State, m.Reason = status.StateFull, "less than min_free left on the disk"
+	n.condition(&m, t.Front(), ms.Down, failure)
+	work := t.Sync().Status()
+	m.Fences, m.WaitingLogs = work.Fences, work.Waiting
+	return m
+}
+
+func (n *Node) ostStatus(t *host.OST, dir, failure string) status.Target {
+	os := t.Body().Stats()
+	x := status.Target{
+		Name: t.Name(), Kind: status.KindOST, Dir: dir, Free: dirFree(dir),
+		Transno: os.Transno, LastCommitted: os.LastCommitted, Dirty: uint64(max(os.DirtyBytes, 0)),
+		FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes,
 	}
-	if why := t.fails.get(mdtName); ms.Down || why != "" {
-		m.State, m.Reason = status.StateFailed, why
+	n.condition(&x, t.Front(), os.Failed, failure)
+	return x
+}
+
+// condition fills in what the front knows of a running target, and its state.
+// The MDT's own client is not counted.
+func (n *Node) condition(x *status.Target, f *front.Front, failed bool, failure string) {
+	st, agent := f.Status(), host.AgentID(mdtName)
+	r := &st.Recovery
+	x.Instance, x.Known, x.Connected, x.Evicted = r.Instance, r.Clients, r.Connected, r.Evicted
+	for _, c := range st.Clients {
+		if c.Client != agent {
+			x.Clients++
+			x.Table = append(x.Table, status.TargetClient{ID: fmt.Sprintf("%x", c.Client[:]), Generation: c.Gen, Node: c.Node})
+		}
 	}
-	s.Targets = append(s.Targets, m)
-	free := t.ostStates()
-	for i, o := range t.osts {
-		os := o.Stats()
-		x := status.Target{
-			Name: ostName(i), Kind: status.KindOST, State: status.StateUp, Dir: t.dirs[i],
-			Transno: os.Transno, LastCommitted: os.LastCommitted, Clients: 1, Dirty: uint64(max(os.DirtyBytes, 0)),
-			FlushErrors: os.FlushErrors, Ops: os.Reads + os.FastReads + os.Writes, Free: free[i].Free,
+	x.State = status.StateUp
+	switch {
+	case failed || failure != "":
+		x.State, x.Reason = status.StateFailed, failure
+	case !st.Serving:
+		x.State, x.Reason = status.StateRecovering, "waits for its clients to repeat what was not on its disk"
+		if !r.Deadline.IsZero() {
+			x.WindowLeft = max(time.Until(r.Deadline), 0)
 		}
-		if x.Free < n.minFree() {
-			x.State, x.Reason = status.StateFull, "less than min_free left on the disk"
-		}
-		if why := t.fails.get(ostName(i)); os.Failed || why != "" {
-			x.State, x.Reason = status.StateFailed, why
-		}
-		s.Targets = append(s.Targets, x)
+	case x.Free < n.minFree():
+		x.State, x.Reason = status.StateFull, "less than min_free left on the disk"
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/target/owner"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -47,7 +48,8 @@ func checkStores(ctx context.Context, cfg *config.Config, reg *mgs.File) error {
 	return nil
 }
 
-// inUse tells whether a directory holds anything but what a new file system does.
+// inUse tells whether a directory holds anything but what a new file system does,
+// and what is made there before a target is.
 func inUse(dir string) (bool, error) {
 	es, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -57,7 +59,9 @@ func inUse(dir string) (bool, error) {
 		return false, err
 	}
 	for _, e := range es {
-		if e.Name() != "lost+found" {
+		switch e.Name() {
+		case "lost+found", owner.FileName, storeLock, storeMark:
+		default:
 			return true, nil
 		}
 	}

@@ -71,13 +71,10 @@ func TestCheckStores(t *testing.T) {
 	}
 }
 
-// A node of a cluster is not run as if it had everything.
-func TestClusterIsRefused(t *testing.T) {
+// The directories of a cluster's node are not opened as if it had everything.
+func TestNoFilesOfAStoppedClusterNode(t *testing.T) {
 	c := conf(t, t.TempDir())
 	c.Cluster.Node = "n1"
-	if _, err := New(c, nil); err == nil || !strings.Contains(err.Error(), "node n1 is part of a cluster") {
-		t.Error(err)
-	}
 	if _, _, err := OpenFS(ctx, c, nil); err == nil || !strings.Contains(err.Error(), "node n1 is part of a cluster") {
 		t.Error(err)
 	}

@@ -13,36 +13,16 @@ import (
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/client/imp"
+	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/ost"
-	"github.com/baton-nfs/baton/recovery/store"
 	"github.com/baton-nfs/baton/recovery/store/local"
+	"github.com/baton-nfs/baton/recovery/target/front"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
-
-// targets are the node's own MDT and OSTs.
-type targets struct {
-	log    *slog.Logger
-	engine store.Engine
-	mdt    *mdt.MDT
-	mdtDir string
-	reg    mgs.Registry
-	osts   []*ost.Target
-	dirs   []string
-	fs     *client.FS
-	// header of requests that the node itself sends.
-	id  wire.ClientID
-	gen uint64
-
-	// logsDone is the id up to which runLogs has destroyed objects.
-	logsDone uint64
-
-	freeMu sync.Mutex
-	free   []mdt.OSTState
-	freeAt time.Time
-	fails  failures
-}
 
 // failures remembers why targets failed, for the status display.
 type failures struct {
@@ -74,27 +54,88 @@ func ostName(i int) string { return config.OSTName(i) }
 // mdtName is the metadata target's name in messages.
 const mdtName = config.MDTName
 
+// targets are all of a node that is alone, in its own process.
+type targets struct {
+	log   *slog.Logger
+	mdt   *host.MDT
+	osts  []*host.OST
+	fails failures
+}
+
+// mdtOptions are those that the kinds of nodes have in common.
+func mdtOptions(cfg *config.Config, clk *clock.Strict, log *slog.Logger) host.MDTOptions {
+	return host.MDTOptions{
+		Name: mdtName, Dir: cfg.MDT.Dir, Clock: clk.Now, Logger: log,
+		Engine: local.Options{Logger: log, CacheBytes: int64(cfg.MDT.BlockCache), MinFreeBytes: int64(cfg.FS.MinFree)},
+		MDT: mdt.Options{
+			StripeSize: uint32(cfg.FS.StripeSize), StripeCount: uint8(cfg.FS.StripeCount),
+			InodeCache: cfg.MDT.InodeCache, DentryCache: cfg.MDT.InodeCache,
+			Locks: mdt.LockLimits{
+				PerHost: cfg.Locks.MaxPerClient, Total: cfg.Locks.MaxTotal, WaitersPerHost: cfg.Locks.MaxWaitingPerClient, Hosts: cfg.Locks.MaxHosts,
+			},
+		},
+		Recovery: recoveryConfig(cfg), Import: importConfig(cfg),
+	}
+}
+
+func ostOptions(cfg *config.Config, i int, clk *clock.Strict, log *slog.Logger) host.OSTOptions {
+	return host.OSTOptions{
+		Name: ostName(i), Logger: log, Recovery: recoveryConfig(cfg),
+		OST: ost.Options{Index: uint16(i), Dir: cfg.OST[i].Dir, Clock: clk.Now, MinFreeBytes: uint64(cfg.FS.MinFree)},
+	}
+}
+
+func recoveryConfig(cfg *config.Config) recov.Config {
+	r := &cfg.Recovery
+	return recov.Config{
+		SoftMin: time.Duration(r.WindowMin), SoftMax: time.Duration(r.WindowMax), Hard: time.Duration(r.WindowHard),
+		PingInterval: time.Duration(r.PingInterval), PingTimeout: time.Duration(r.PingTimeout), CommitOnShare: r.CommitOnShare,
+	}
+}
+
+// maxPause is the longest pause between attempts to reach a target: a target that
+// has moved is to be found soon, and there are few nodes to ask.
+const maxPause = time.Second
+
+func importConfig(cfg *config.Config) imp.Config {
+	r := &cfg.Recovery
+	return imp.Config{
+		Soft: int64(r.RetainSoft), Hard: int64(r.RetainHard), PingInterval: time.Duration(r.PingInterval), BackoffMax: maxPause,
+	}
+}
+
+// here reaches a target in this process; get gives nil while it does not run.
+func here(name string, get func() wire.Target) client.Target {
+	return client.Target{Name: name, Addrs: []string{"here"}, Dial: func(context.Context, string) (wire.Conn, error) {
+		t := get()
+		if t == nil {
+			return nil, fmt.Errorf("%s does not run", name)
+		}
+		return wire.Local(t, wire.NextSession()), nil
+	}}
+}
+
 // OpenFS opens the file system in the node's directories without serving it,
 // for commands that work while no server runs. The returned function closes it.
 func OpenFS(ctx context.Context, cfg *config.Config, log *slog.Logger) (*client.FS, func() error, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	if err := alone(cfg); err != nil {
-		return nil, nil, err
+	if cfg.Clustered() {
+		return nil, nil, fmt.Errorf("node %s is part of a cluster: its file system is reached while baton runs there with service addresses; start it, or name another node's --socket", cfg.Cluster.Node)
 	}
 	unlock, err := lockDir(cfg.DataDir)
 	if err != nil {
 		return nil, nil, err
 	}
 	var clk clock.Strict
-	fs, _, t, _, err := openFS(ctx, cfg, log, &clk, func(reg mgs.Registry) { _, _ = reg.NewVerifiers(context.WithoutCancel(ctx), cfg.Cluster.Node) })
+	fs, _, t, _, err := openFS(ctx, cfg, log, &clk, func(reg mgs.Registry) { _, _ = reg.NewVerifiers(context.WithoutCancel(ctx), "") })
 	if err != nil {
 		unlock()
 		return nil, nil, err
 	}
 	return fs, func() error {
-		err := errors.Join(fs.Close(ctx), t.runLogs(ctx), t.close())
+		err := errors.Join(fs.Close(ctx), t.close(ctx))
 		unlock()
 		return err
 	}, nil
@@ -110,19 +151,18 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if err = checkStores(ctx, cfg, reg); err != nil {
 		return nil, nil, nil, 0, err
 	}
-	t := &targets{log: log, mdtDir: cfg.MDT.Dir, reg: reg}
+	t := &targets{log: log, osts: make([]*host.OST, len(cfg.OST))}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, t.close())
+			err = errors.Join(err, t.close(context.WithoutCancel(ctx)))
 		}
 	}()
-	if t.id, t.gen, err = reg.StartClient(ctx, cfg.Cluster.Node); err != nil {
+	id, gen, err := reg.StartClient(ctx, "")
+	if err != nil {
 		return nil, nil, nil, 0, err
 	}
-	if err = t.openOSTs(cfg, clk, lost); err != nil {
-		return nil, nil, nil, 0, err
-	}
-	if err = t.openMDT(cfg, clk); err != nil {
+	start := time.Now()
+	if err = t.start(ctx, cfg, clk, reg, lost); err != nil {
 		return nil, nil, nil, 0, err
 	}
 	if err = reg.SetOSTs(ctx, len(cfg.OST)); err != nil {
@@ -130,176 +170,128 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	}
 	conns := make([]wire.Conn, len(t.osts))
 	for i, o := range t.osts {
-		conns[i] = wire.InProc(o)
+		conns[i] = inside(o.Front())
 	}
 	fs, err := client.New(client.Options{
-		MDT: wire.InProc(t.mdt), OSTs: conns, ID: t.id, Gen: t.gen, Clock: clk.Now, Logger: log,
+		MDT: inside(t.mdt.Front()), OSTs: conns, ID: id, Gen: gen, Clock: clk.Now, Logger: log,
 		Atime: cfg.FS.Atime == config.AtimeRelatime,
 	})
 	if err != nil {
 		return nil, nil, nil, 0, err
 	}
-	t.fs = fs
 	if err = fs.Connect(ctx); err != nil {
 		return nil, nil, nil, 0, err
 	}
-	if err = t.recover(ctx); err != nil {
+	// What the clients of the last run, which have died with it, have left half done.
+	if err = t.mdt.Sync().Settle(ctx); err != nil {
 		return nil, nil, nil, 0, errors.Join(err, fs.Close(ctx))
+	}
+	if st := t.mdt.Sync().Status(); st.Punched > 0 || st.Epochs > 0 {
+		log.Info("recovered from an unclean stop", "truncations", st.Punched, "io_epochs", st.Epochs, "took", time.Since(start).Round(time.Millisecond))
 	}
 	// Once more: closing the epochs has brought in the times of objects.
-	if err = t.advance(clk); err != nil {
-		return nil, nil, nil, 0, errors.Join(err, fs.Close(ctx))
-	}
-	return fs, reg, t, t.gen, nil
+	clk.NotBefore(t.mdt.Body().Time())
+	return fs, reg, t, gen, nil
 }
 
-func (t *targets) openOSTs(cfg *config.Config, clk *clock.Strict, lost func(mgs.Registry)) error {
-	for i, oc := range cfg.OST {
-		if err := os.MkdirAll(oc.Dir, 0o700); err != nil {
-			return fmt.Errorf("%s: %w", ostName(i), err)
+// inside is the frontend's connection to a target in its process, with nothing in
+// between.
+func inside(f *front.Front) wire.Conn {
+	return wire.InProc(f.Accept(wire.Peer{Session: wire.NextSession(), Local: true}))
+}
+
+// start starts the MDT, and then the OSTs, which ask it. All their clients are in
+// this process, so that nobody is waited for.
+func (t *targets) start(ctx context.Context, cfg *config.Config, clk *clock.Strict, reg mgs.Registry, lost func(mgs.Registry)) error {
+	for _, x := range cfg.Targets() {
+		if err := os.MkdirAll(x.Dir, 0o700); err != nil {
+			return fmt.Errorf("%s: %w", x.Name, err)
 		}
-		o, err := ost.Open(ost.Options{
-			Index: uint16(i), Dir: oc.Dir, Clock: clk.Now, Logger: t.log, MinFreeBytes: uint64(cfg.FS.MinFree),
-			OnFail: func(err error) { t.fails.note(ostName(i), err) },
-			OnLost: func() error {
-				t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
-				_, err := t.reg.NewVerifiers(context.Background(), cfg.Cluster.Node)
-				return err
-			},
-			OnFlushError: func() { lost(t.reg) },
-		})
+	}
+	mo := mdtOptions(cfg, clk, t.log)
+	mo.Recovery.PingTimeout = -1
+	mo.OnFail = func(err error) { t.fails.note(mdtName, err) }
+	running := make([]atomic.Pointer[host.OST], len(cfg.OST))
+	for i := range cfg.OST {
+		mo.OSTs = append(mo.OSTs, here(ostName(i), func() wire.Target {
+			if o := running[i].Load(); o != nil {
+				return o.Front()
+			}
+			return nil
+		}))
+	}
+	// Until an OST has been started its start is what is waited for.
+	mo.Import.BackoffMax = 20 * time.Millisecond
+	m, err := host.StartMDT(ctx, mo)
+	if err != nil {
+		return err
+	}
+	t.mdt = m
+	// Later readings are newer than all times that the MDT knows of: the wall clock
+	// may have been put back since the last run, and a change must never look older
+	// than what it changed.
+	clk.NotBefore(m.Body().Time())
+	for i := range cfg.OST {
+		oo := ostOptions(cfg, i, clk, t.log)
+		oo.Recovery.PingTimeout = -1
+		oo.MDT = here(mdtName, func() wire.Target { return m.Front() })
+		oo.OnFail = func(err error) { t.fails.note(ostName(i), err) }
+		oo.OST.OnLost = func() error {
+			t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
+			_, err := reg.NewVerifiers(context.Background(), "")
+			return err
+		}
+		oo.OST.OnFlushError = func() { lost(reg) }
+		o, err := host.StartOST(ctx, oo)
 		if err != nil {
-			return fmt.Errorf("%s in %s: %w", ostName(i), oc.Dir, err)
+			return err
 		}
-		o.Begin(0)
-		t.osts = append(t.osts, o)
-		t.dirs = append(t.dirs, oc.Dir)
+		t.osts[i] = o
+		running[i].Store(o)
 	}
-	return nil
-}
-
-func (t *targets) openMDT(cfg *config.Config, clk *clock.Strict) error {
-	if err := os.MkdirAll(cfg.MDT.Dir, 0o700); err != nil {
-		return fmt.Errorf("%s: %w", mdtName, err)
+	select {
+	case <-m.AllThere():
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the OSTs: %w", ctx.Err())
 	}
-	var m atomic.Pointer[mdt.MDT]
-	fail := func(err error) {
-		t.fails.note(mdtName, err)
-		if m := m.Load(); m != nil {
-			// The engine calls this from inside an operation that may hold the
-			// target's locks.
-			go m.Fail(err)
-		}
-	}
-	e, err := local.OpenPebble(cfg.MDT.Dir, local.Options{
-		Logger: t.log, CacheBytes: int64(cfg.MDT.BlockCache), OnFail: fail, MinFreeBytes: int64(cfg.FS.MinFree),
-	})
-	if err != nil {
-		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
-	}
-	t.engine = e
-	t.mdt, err = mdt.Open(mdt.Options{
-		Engine: e, Clock: clk.Now, Logger: t.log, OSTs: t.ostStates, StripeSize: uint32(cfg.FS.StripeSize),
-		StripeCount: uint8(cfg.FS.StripeCount), InodeCache: cfg.MDT.InodeCache, DentryCache: cfg.MDT.InodeCache,
-		OnFail: func(err error) { t.fails.note(mdtName, err) },
-		Locks: mdt.LockLimits{
-			PerHost: cfg.Locks.MaxPerClient, Total: cfg.Locks.MaxTotal, WaitersPerHost: cfg.Locks.MaxWaitingPerClient, Hosts: cfg.Locks.MaxHosts,
-		},
-	})
-	if err != nil {
-		return fmt.Errorf("%s in %s: %w", mdtName, cfg.MDT.Dir, err)
-	}
-	m.Store(t.mdt)
-	// All its clients were in this process, so there is nothing to recover.
-	t.mdt.Begin(0)
-	return t.advance(clk)
-}
-
-// advance makes the clock's later readings newer than all times that the MDT
-// knows of: the wall clock may have been put back since the last run, and a
-// change must never look older than what it changed.
-func (t *targets) advance(clk *clock.Strict) error {
-	st, err := mdt.ReadState(t.engine)
-	if err != nil {
-		return fmt.Errorf("%s: %w", mdtName, err)
-	}
-	clk.NotBefore(st.Time)
-	return nil
-}
-
-// ostStates tells the MDT where new objects may go. The MDT calls it with its
-// lock held, so the figures are renewed at most once a second.
-func (t *targets) ostStates() []mdt.OSTState {
-	t.freeMu.Lock()
-	defer t.freeMu.Unlock()
-	if t.free != nil && time.Since(t.freeAt) < time.Second {
-		return t.free
-	}
-	l := make([]mdt.OSTState, len(t.osts))
-	for i, o := range t.osts {
-		l[i] = mdt.OSTState{Index: uint16(i)}
-		var rep wire.Reply
-		st := t.call(context.Background(), o, &wire.Request{Header: wire.Header{Op: wire.OpStatfs}}, &rep)
-		if st == wire.OK {
-			l[i].Up, l[i].Free = true, rep.Statfs.Avail
-		}
-	}
-	t.free, t.freeAt = l, time.Now()
-	return l
-}
-
-// call sends a request of the node itself and waits.
-func (t *targets) call(ctx context.Context, to wire.Target, req *wire.Request, rep *wire.Reply) wire.Status {
-	req.Client, req.ClientGen = t.id, t.gen
-	rep.Reset()
-	if err := wire.InProc(to).Call(ctx, req, rep); err != nil {
-		return wire.ErrTargetDown
-	}
-	return rep.Status
-}
-
-// raiseEpoch fences all older owners of a service address at every target.
-func (t *targets) raiseEpoch(ctx context.Context, v mgs.VIP) error {
-	to := []wire.Target{t.mdt}
-	for _, o := range t.osts {
-		to = append(to, o)
-	}
-	for _, x := range to {
-		var rep wire.Reply
-		req := wire.Request{Header: wire.Header{Op: wire.OpSetVIPEpoch, Flags: wire.FlagWaitCommit, VIP: v.Index, VIPEpoch: v.Epoch}}
-		if st := t.call(ctx, x, &req, &rep); st != wire.OK {
-			return fmt.Errorf("raise the epoch of %s: %w", v.Addr, st)
-		}
-	}
-	return nil
 }
 
 func (t *targets) probe(ctx context.Context, fs *client.FS) error {
-	var a wire.Attr
-	if st, _ := fs.Attr(ctx, client.Owner{}, wire.RootFID, &a, true); st != wire.OK {
-		return fmt.Errorf("%s: %w", mdtName, st)
+	if err := probeMDT(ctx, fs); err != nil {
+		return err
 	}
 	var errs []error
-	for i, o := range t.osts {
+	for i := range t.osts {
+		req := wire.Request{Header: wire.Header{Op: wire.OpPing, Flags: wire.FlagNoWait}}
 		var rep wire.Reply
-		if st := t.call(ctx, o, &wire.Request{Header: wire.Header{Op: wire.OpPing}}, &rep); st != wire.OK {
-			errs = append(errs, fmt.Errorf("%s: %w", ostName(i), st))
+		done := make(chan struct{})
+		fs.SubmitOST(i, &req, &rep, func() { close(done) })
+		<-done
+		if rep.Status != wire.OK {
+			errs = append(errs, fmt.Errorf("%s: %w", ostName(i), rep.Status))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func (t *targets) close() error {
+func probeMDT(ctx context.Context, fs *client.FS) error {
+	var a wire.Attr
+	if st, _ := fs.Attr(ctx, client.Owner{}, wire.RootFID, &a, true); st != wire.OK {
+		return fmt.Errorf("%s: %w", mdtName, st)
+	}
+	return nil
+}
+
+// close stops the targets, the MDT first, because it works at the others.
+func (t *targets) close(ctx context.Context) error {
 	var errs []error
 	if t.mdt != nil {
-		errs = append(errs, t.mdt.Close())
+		errs = append(errs, t.mdt.Stop(ctx))
 	}
-	if t.engine != nil {
-		errs = append(errs, t.engine.Close())
-	}
-	for i, o := range t.osts {
-		if err := o.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", ostName(i), err))
+	for _, o := range t.osts {
+		if o != nil {
+			errs = append(errs, o.Stop(ctx))
 		}
 	}
 	return errors.Join(errs...)

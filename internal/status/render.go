@@ -37,6 +37,10 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 	}
 	t.write(&b)
 
+	if len(s.Imports) > 0 {
+		importTable(s.Imports).write(&b)
+	}
+
 	t = table{title: "Addresses", head: []string{"service", "address", "state", "conns", "calls", "calls/s", "in flight", "in/s", "out/s", "errors"}, left: 3}
 	for _, x := range s.Addresses {
 		t.row(x.Name, x.Net+" "+hostPort(x.Addr, x.Port), x.State, strconv.Itoa(x.Conns), num(x.Calls), PerSec(x.CallsPerSec),
@@ -71,6 +75,40 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 	t = table{title: "Procedures", head: []string{"procedure", "calls", "per second", "mean", "errors", "replayed"}, left: 1}
 	for _, x := range s.Procs {
 		t.row(x.Program+" "+x.Name, num(x.Calls), PerSec(x.PerSec), Micros(x.MeanMicro), num(x.Errors), num(x.Replayed))
+	}
+	t.write(&b)
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+func importTable(l []Import) *table {
+	t := &table{title: "Imports", head: []string{"target", "state", "node", "waiting", "unanswered", "uncommitted", "kept"}, left: 3}
+	for _, x := range l {
+		state := x.State
+		switch {
+		case x.Inactive:
+			state += " (deactivated)"
+		case x.State != ImportFull:
+			state += fmt.Sprintf(" (%s, for %s)", clean(x.Reason), Span(x.Away))
+		}
+		t.row(x.Target, state, orDash(clean(x.Node)), strconv.Itoa(x.Waiting), strconv.Itoa(x.Unanswered), strconv.Itoa(x.Uncommitted), Bytes(x.Kept))
+	}
+	return t
+}
+
+// TargetsText writes targets as "baton target list" shows them.
+func TargetsText(w io.Writer, l []Target) error {
+	var b bytes.Buffer
+	t := table{head: []string{"name", "state", "node", "owner record", "instance", "transno", "committed", "clients"}, left: 4}
+	for _, x := range l {
+		state := x.State
+		switch {
+		case x.State == StateRecovering:
+			state += fmt.Sprintf(" (%d of %d clients, %s left)", x.Connected, x.Known, Span(x.WindowLeft))
+		case x.Reason != "":
+			state += " (" + clean(x.Reason) + ")"
+		}
+		t.row(x.Name, state, orDash(clean(x.Node)), orDash(clean(x.Owner)), num(x.Instance), num(x.Transno), num(x.LastCommitted), strconv.Itoa(x.Clients))
 	}
 	t.write(&b)
 	_, err := w.Write(b.Bytes())

@@ -24,8 +24,10 @@ type Status struct {
 	// Stopping is set during an orderly stop.
 	Stopping bool `json:"stopping,omitempty"`
 
-	Memory    Memory    `json:"memory"`
-	Targets   []Target  `json:"targets"`
+	Memory  Memory   `json:"memory"`
+	Targets []Target `json:"targets"`
+	// Imports are this frontend's ways to the targets of a cluster.
+	Imports   []Import  `json:"imports,omitempty"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
 	// Locks are the lock services; none when locks.enabled is false.
@@ -51,6 +53,12 @@ const (
 	StateFull       = "full" // below min_free: no new data
 	StateFailed     = "failed"
 	StateDown       = "down"
+	// Of targets in a cluster, on a node that may run them.
+	StateStopped  = "stopped"
+	StateStarting = "starting"
+	StateStopping = "stopping"
+	// StateElsewhere: it is for other nodes, or runs on one.
+	StateElsewhere = "elsewhere"
 )
 
 // Kinds of targets.
@@ -79,7 +87,55 @@ type Target struct {
 	FlushErrors   uint64  `json:"flush_errors"`
 	Ops           uint64  `json:"ops"`
 	OpsPerSec     float64 `json:"ops_per_sec"`
+
+	// Node is where the target runs, as far as this node knows.
+	Node string `json:"node,omitempty"`
+	// Owner is the owner record in the directory, if this node sees it.
+	Owner string `json:"owner,omitempty"`
+	// Instance numbers the target's starts.
+	Instance uint64 `json:"instance,omitempty"`
+	// Of recovery: clients that it waits for or waited for, those of them that are
+	// connected, and what is left of the window.
+	Known      int           `json:"known,omitempty"`
+	Connected  int           `json:"connected,omitempty"`
+	WindowLeft time.Duration `json:"window_left_ns,omitempty"`
+	Evicted    int           `json:"evicted,omitempty"` // since the start
+	// Of an MDT: evicted clients of which OSTs are yet to be told, and log records
+	// that wait for OSTs which are away.
+	Fences      int `json:"fences,omitempty"`
+	WaitingLogs int `json:"waiting_logs,omitempty"`
+	// Table is the client table of a target that runs here.
+	Table []TargetClient `json:"table,omitempty"`
 }
+
+// TargetClient is a file system client in a target's table.
+type TargetClient struct {
+	ID         string `json:"id"` // hex
+	Generation uint64 `json:"generation"`
+	// Node from which it is connected; empty: it is in this process, or away.
+	Node string `json:"node,omitempty"`
+}
+
+// Import is this node's way to a target of a cluster.
+type Import struct {
+	Target string `json:"target"`
+	// State is FULL while requests pass.
+	State string `json:"state"`
+	// Node is where the target is, or is looked for next.
+	Node string `json:"node"`
+	// Away is how long requests have not passed, Reason why.
+	Away   time.Duration `json:"away_ns,omitempty"`
+	Reason string        `json:"reason,omitempty"`
+	// Inactive: the administrator has requests fail at once.
+	Inactive    bool   `json:"inactive,omitempty"`
+	Waiting     int    `json:"waiting"`     // requests that wait for it to come back, or their turn
+	Unanswered  int    `json:"unanswered"`  // requests on their way
+	Uncommitted int    `json:"uncommitted"` // answered, and kept for replay
+	Kept        uint64 `json:"kept_bytes"`
+}
+
+// ImportFull is the state in which requests pass.
+const ImportFull = "FULL"
 
 // Address is one service address and port.
 type Address struct {

@@ -87,7 +87,8 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 		return pre, st
 	}
 	defer f.epochs.release(f, e)
-	now := f.o.Clock()
+	// Another node may have given the file a time that is still to come here.
+	now := max(f.o.Clock(), a.Ctime+1)
 	if a.Layout.Count <= 1 {
 		p := piece{obj: off, n: len(data)}
 		obPre, ob, st := f.writePiece(ctx, o, e, a, &p, data, stable, now)

@@ -26,7 +26,8 @@ type Options struct {
 	ID  wire.ClientID
 	Gen uint64
 	// Clock gives strictly rising nanoseconds since 1970. It is shared with the
-	// MDT when both are in one process, so that the newest ctime wins honestly.
+	// MDT when both are in one process, so that the newest ctime wins honestly; the
+	// clocks of different nodes may be a few seconds apart.
 	Clock  func() int64
 	Logger *slog.Logger
 	// OnFlushError is called when an OST reports that acknowledged UNSTABLE data
@@ -215,6 +216,8 @@ func (f *FS) disconnect(ctx context.Context) error {
 		switch err := c.Call(ctx, &m.req, &m.rep); {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("client: disconnect: %w", err))
+		case m.rep.Status == wire.ErrTargetDown && im != nil:
+			// It is away; what this client has done there is durable.
 		case m.rep.Status != wire.OK:
 			errs = append(errs, fmt.Errorf("client: disconnect: %w", m.rep.Status))
 		}
@@ -247,6 +250,9 @@ func (f *FS) header(o Owner, req *wire.Request) {
 // mdtHeader is header for a request to the MDT.
 func (f *FS) mdtHeader(o Owner, req *wire.Request) {
 	f.header(o, req)
+	if req.Op == wire.OpSetattr && f.mdtImp != nil {
+		req.Time = f.o.Clock() // another node's clock may be behind
+	}
 	if o.TwoNode && f.mdtImp != nil && req.Flags&wire.FlagWaitCommit != 0 {
 		req.Flags = req.Flags&^wire.FlagWaitCommit | wire.FlagTwoNode
 	}
@@ -417,6 +423,37 @@ func (f *FS) noteFlush(ost uint16, told uint64) {
 		f.flushLost.Add(lost)
 	}
 	seen.Store(told)
+}
+
+// RaiseEpoch has the targets refuse what comes for earlier periods of service of
+// o's VIP: the MDT durably, and all OSTs that are there. The others learn of it from
+// the MDT when they start, and by the first request of this period.
+func (f *FS) RaiseEpoch(ctx context.Context, o Owner) error {
+	m := f.get()
+	defer f.put(m)
+	m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit
+	if f.Call(ctx, o, &m.req, &m.rep); m.rep.Status != wire.OK {
+		return fmt.Errorf("client: raise the epoch of VIP %d at the MDT: %w", o.VIP, m.rep.Status)
+	}
+	ms := make([]*msg, len(f.osts))
+	var wg sync.WaitGroup
+	for i, c := range f.osts {
+		m := f.get()
+		ms[i] = m
+		m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit|wire.FlagNoWait
+		f.header(o, &m.req)
+		wg.Add(1)
+		c.Handle(&m.req, &m.rep, wg.Done)
+	}
+	wg.Wait()
+	var errs []error
+	for i, m := range ms {
+		if st := m.rep.Status; st != wire.OK && (st != wire.ErrTargetDown || f.osts[i].im == nil) {
+			errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, i, st))
+		}
+		f.put(m)
+	}
+	return errors.Join(errs...)
 }
 
 // FlushErrors is the number of failed flushes that the OSTs have told of since

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/client/imp"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -37,6 +39,9 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 	if o.Clock == nil || len(r.OSTs) == 0 {
 		return nil, errors.New("client: at least one OST and a clock are needed")
 	}
+	if r.Clock.Now == nil {
+		r.Clock = imp.SystemClock()
+	}
 	f := newFS(o)
 	f.flushSeen = make([]atomic.Uint64, len(r.OSTs))
 	open := func(t *Target, change func(*imp.Options)) (*imp.Import, error) {
@@ -59,10 +64,12 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 		io.OnEvicted = f.mdtEvicted
 	})
 	for i := 0; err == nil && i < len(r.OSTs); i++ {
-		c := &ostConn{}
+		c := &ostConn{patience: patience{after: r.Clock.AfterFunc, limit: f.o.Patience}}
+		c.renew()
 		c.im, err = open(&r.OSTs[i], func(io *imp.Options) {
 			io.OnConnect = func(rep *wire.Reply) { f.flushSeen[i].CompareAndSwap(0, rep.FlushErrors) }
 			io.OnEvicted = func(l imp.Loss) { f.ostEvicted(i, l) }
+			io.OnState = func(s imp.State) { c.passes(s == imp.Full || s == imp.Closed) }
 		})
 		c.Conn = c.im
 		f.osts = append(f.osts, c)
@@ -112,7 +119,63 @@ func (f *FS) OSTs() int { return len(f.osts) }
 type ostConn struct {
 	wire.Conn
 	im      *imp.Import  // nil without imports
-	waiting atomic.Int32 // requests that wait for it while it is away
+	waiting atomic.Int32 // requests that were given while it was away
+	patience
+}
+
+// patience ends the wait of requests that an OST had, or was to get, when it went
+// away, and that would hold what others need until it comes back.
+type patience struct {
+	after func(time.Duration, func()) (stop func() bool)
+	limit time.Duration
+
+	mu   sync.Mutex
+	ctx  context.Context // of requests that are given now
+	end  context.CancelFunc
+	stop func() bool // the timer, while the OST is away
+}
+
+// renew begins a new context. The lock is held, or nobody else knows p.
+func (p *patience) renew() { p.ctx, p.end = context.WithCancel(context.Background()) }
+
+// passes tells whether requests pass to the OST from now on.
+func (p *patience) passes(yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case yes && p.stop != nil:
+		p.stop()
+		p.stop = nil
+	case !yes && p.stop == nil:
+		p.stop = p.after(p.limit, p.over)
+	}
+}
+
+// over ends the waits that have begun.
+func (p *patience) over() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stop == nil {
+		return // it came back just now
+	}
+	p.end()
+	p.renew()
+}
+
+// context ends with ctx, or when the OST has been away for too long.
+func (p *patience) context(ctx context.Context) (context.Context, context.CancelFunc) {
+	p.mu.Lock()
+	own := p.ctx
+	p.mu.Unlock()
+	if ctx.Done() == nil {
+		return own, func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(own, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
 }
 
 // Away tells that requests to an OST would have to wait for it.
@@ -132,7 +195,9 @@ func (c *ostConn) away() bool { return c.im != nil && !c.im.Ready() }
 // ErrTargetDown. Only so many wait for an OST that is away, and only for so long,
 // because they hold what others need who have nothing to do with it.
 func (f *FS) call(ctx context.Context, c *ostConn, m *msg) {
-	if c.away() {
+	switch {
+	case c.im == nil:
+	case c.away():
 		if c.waiting.Add(1) > int32(f.o.MaxWaiting) {
 			c.waiting.Add(-1)
 			m.rep.Reset()
@@ -142,6 +207,10 @@ func (f *FS) call(ctx context.Context, c *ostConn, m *msg) {
 		defer c.waiting.Add(-1)
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, f.o.Patience)
+		defer cancel()
+	default:
+		var cancel context.CancelFunc
+		ctx, cancel = c.context(ctx)
 		defer cancel()
 	}
 	for range maxRenewals {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,7 +33,10 @@ type MDTOptions struct {
 	Engine local.Options
 	MDT    mdt.Options
 	// Owner is how the store's ownership is taken; nil: nobody else can see it.
-	Owner    *owner.Options
+	Owner *owner.Options
+	// Owned is called when the store is owned and before it is opened; its error
+	// ends the start.
+	Owned    func(context.Context) error
 	Recovery recov.Config
 	// OSTs are the object targets and how they are reached, by index, and Import
 	// configures the imports for that.
@@ -56,6 +60,8 @@ type MDT struct {
 	fs     *client.FS // the MDT's own client
 	sync   *ostsync.Sync
 	states atomic.Pointer[[]mdt.OSTState]
+	seen   sync.Once
+	all    chan struct{} // closed when all OSTs have answered at a time
 	fail   failure
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -116,7 +122,7 @@ func StartMDT(ctx context.Context, o MDTOptions) (m *MDT, err error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	m = &MDT{o: o, log: o.Logger.With("target", o.Name)}
+	m = &MDT{o: o, log: o.Logger.With("target", o.Name), all: make(chan struct{})}
 	if o.OnFail != nil {
 		m.fail.then(o.OnFail)
 	}
@@ -126,7 +132,7 @@ func StartMDT(ctx context.Context, o MDTOptions) (m *MDT, err error) {
 			m = nil
 		}
 	}()
-	if m.own, err = takeStore(ctx, o.Owner, &m.fail); err != nil {
+	if m.own, err = takeStore(ctx, o.Owner, o.Owned, &m.fail); err != nil {
 		return m, err
 	}
 	eo := o.Engine
@@ -173,24 +179,25 @@ func StartMDT(ctx context.Context, o MDTOptions) (m *MDT, err error) {
 	return m, nil
 }
 
-// takeStore takes a store's ownership, if it is to be owned.
-func takeStore(ctx context.Context, o *owner.Options, f *failure) (*owner.Owner, error) {
-	if o == nil {
-		return nil, nil
+// takeStore takes a store's ownership, if it is to be owned, and calls owned.
+func takeStore(ctx context.Context, o *owner.Options, owned func(context.Context) error, f *failure) (own *owner.Owner, err error) {
+	if o != nil {
+		oo := *o
+		oo.OnLost = func(err error) { f.set(fmt.Errorf("the store is lost: %w", err)) }
+		if own, err = owner.Open(ctx, oo); err != nil {
+			return nil, err
+		}
 	}
-	oo := *o
-	oo.OnLost = func(err error) { f.set(fmt.Errorf("the store belongs to another node: %w", err)) }
-	own, err := owner.Open(ctx, oo)
-	if err != nil {
-		return nil, fmt.Errorf("own the store: %w", err)
+	if owned != nil {
+		err = owned(ctx)
 	}
-	return own, nil
+	return own, err
 }
 
 // agent makes the MDT's own client: it works at the OSTs as any other client does.
 func (m *MDT) agent() error {
 	fs, err := client.NewRemote(client.Options{
-		ID: AgentID(m.o.Name), Gen: m.front.Status().Recovery.Instance, Clock: m.o.Clock, Logger: m.log,
+		ID: AgentID(m.o.Name), Gen: m.front.Status().Recovery.Instance, Clock: m.o.Clock, Logger: m.o.Logger.With("client", m.o.Name),
 	}, client.Remote{
 		MDT: client.Target{Name: m.o.Name, Addrs: []string{"here"}, Dial: func(context.Context, string) (wire.Conn, error) {
 			return wire.Local(m.front, wire.NextSession()), nil
@@ -216,39 +223,60 @@ func (m *MDT) work(ctx context.Context) {
 	}
 }
 
-// pollEvery is how often the OSTs are asked for their space.
-const pollEvery = time.Second
+const (
+	// pollEvery is how often the OSTs are asked for their space.
+	pollEvery = time.Second
+	// lookEvery is how often it is looked whether one has come or gone.
+	lookEvery = 50 * time.Millisecond
+)
 
 // poll keeps what the allocation of objects knows of the OSTs.
 func (m *MDT) poll(ctx context.Context) {
-	t := time.NewTicker(pollEvery)
+	t := time.NewTicker(lookEvery)
 	defer t.Stop()
+	away, was := make([]bool, len(m.o.OSTs)), make([]bool, len(m.o.OSTs))
+	for n := 0; ; n++ {
+		for i := range away {
+			away[i] = m.fs.Away(i)
+		}
+		if n%int(pollEvery/lookEvery) == 0 || !slices.Equal(away, was) {
+			m.askOSTs(away)
+			copy(was, away)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// askOSTs asks those OSTs that are not away for their space.
+func (m *MDT) askOSTs(away []bool) {
 	type question struct {
 		req wire.Request
 		rep wire.Reply
 	}
-	for ctx.Err() == nil {
-		var wg sync.WaitGroup
-		qs := make([]question, len(m.o.OSTs))
-		for i := range qs {
-			q := &qs[i]
+	var wg sync.WaitGroup
+	qs := make([]question, len(m.o.OSTs))
+	for i := range qs {
+		q := &qs[i]
+		if away[i] {
 			q.rep.Status = wire.ErrTargetDown
-			if !m.fs.Away(i) {
-				q.req.Op, q.req.Flags = wire.OpStatfs, wire.FlagNoWait
-				wg.Add(1)
-				m.fs.SubmitOST(i, &q.req, &q.rep, wg.Done)
-			}
+			continue
 		}
-		wg.Wait()
-		states := make([]mdt.OSTState, len(qs))
-		for i := range qs {
-			states[i] = mdt.OSTState{Index: uint16(i), Up: qs[i].rep.Status == wire.OK, Free: qs[i].rep.Statfs.Avail}
-		}
-		m.states.Store(&states)
-		select {
-		case <-ctx.Done():
-		case <-t.C:
-		}
+		q.req.Op, q.req.Flags = wire.OpStatfs, wire.FlagNoWait
+		wg.Add(1)
+		m.fs.SubmitOST(i, &q.req, &q.rep, wg.Done)
+	}
+	wg.Wait()
+	states := make([]mdt.OSTState, len(qs))
+	for i := range qs {
+		states[i] = mdt.OSTState{Index: uint16(i), Up: qs[i].rep.Status == wire.OK, Free: qs[i].rep.Statfs.Avail}
+	}
+	m.states.Store(&states)
+	if !slices.ContainsFunc(states, func(s mdt.OSTState) bool { return !s.Up }) {
+		m.seen.Do(func() { close(m.all) })
 	}
 }
 
@@ -279,6 +307,12 @@ func (m *MDT) Body() *mdt.MDT { return m.body }
 
 // Sync is what works at the OSTs.
 func (m *MDT) Sync() *ostsync.Sync { return m.sync }
+
+// OSTs is what the target knows of the object targets, by index.
+func (m *MDT) OSTs() []mdt.OSTState { return slices.Clone(*m.states.Load()) }
+
+// AllThere is closed once all OSTs have answered: then files are made on all.
+func (m *MDT) AllThere() <-chan struct{} { return m.all }
 
 // FS is the target's own client.
 func (m *MDT) FS() *client.FS { return m.fs }

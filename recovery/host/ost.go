@@ -22,7 +22,10 @@ type OSTOptions struct {
 	Name string
 	OST  ost.Options // what connects the parts is set here
 	// Owner is how the store's ownership is taken; nil: nobody else can see it.
-	Owner    *owner.Options
+	Owner *owner.Options
+	// Owned is called when the store is owned and before it is opened; its error
+	// ends the start.
+	Owned    func(context.Context) error
 	Recovery recov.Config
 	// MDT is asked what the target has to know before it serves anybody.
 	MDT    client.Target
@@ -61,7 +64,7 @@ func StartOST(ctx context.Context, o OSTOptions) (t *OST, err error) {
 			t = nil
 		}
 	}()
-	if t.own, err = takeStore(ctx, o.Owner, &t.fail); err != nil {
+	if t.own, err = takeStore(ctx, o.Owner, o.Owned, &t.fail); err != nil {
 		return t, err
 	}
 	oo := o.OST

@@ -128,6 +128,14 @@ func (m *MDT) StaleEpochs(after wire.FID, limit int) (out []OpenEpoch, pending b
 	return out, pending, nil
 }
 
+// Time is the newest timestamp that the target has given or knows of, in
+// nanoseconds since 1970.
+func (m *MDT) Time() int64 {
+	m.seq.Lock()
+	defer m.seq.Unlock()
+	return m.state.Time
+}
+
 // Sync waits until everything applied so far is durable.
 func (m *MDT) Sync() error {
 	ch := make(chan error, 1)

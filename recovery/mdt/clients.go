@@ -249,6 +249,14 @@ func (m *MDT) LeftBy(id wire.ClientID, tenure uint64) bool {
 	return !m.current(id, tenure) && m.fences[id] == nil
 }
 
+// Settled tells that no client is to be fenced any more and that no IO epoch is
+// open, as far as the last StaleEpochs has seen, of a client that is gone.
+func (m *MDT) Settled() bool {
+	m.seq.Lock()
+	defer m.seq.Unlock()
+	return len(m.fences) == 0 && !m.staleEpochs
+}
+
 // Left changes when there may be more that is left to others.
 func (m *MDT) Left() uint64 {
 	m.seq.Lock()

@@ -284,6 +284,17 @@ func (m *MDT) tick() int64 {
 	return m.state.Time
 }
 
+// maxAhead bounds how far timestamps follow a client's clock, in nanoseconds: one
+// that is wrong by more has to be set right.
+const maxAhead = int64(10 * time.Second)
+
+// follow makes later timestamps newer than a client's, t (0: none).
+func (m *MDT) follow(t int64) {
+	if t > m.state.Time {
+		m.state.Time = max(m.state.Time, min(t, m.o.Clock()+maxAhead))
+	}
+}
+
 // fail stops the target; the committer has failed or is about to.
 func (m *MDT) fail(err error) {
 	m.down.Store(true)

@@ -80,6 +80,7 @@ func (t *tx) begin(req *wire.Request, rep *wire.Reply, x front.Exec, remote bool
 	if t.replay() {
 		t.now, t.transno = req.Made.Time, x.Transno
 	} else {
+		t.m.follow(req.Time)
 		t.now, t.transno = t.m.tick(), t.m.core.NextTransno()
 	}
 	t.raise, t.shown, t.held, t.mismatch, t.lost, t.data = 0, 0, false, false, false, nil

@@ -24,6 +24,10 @@ const (
 	methodVIPs         = "vips"
 	methodOSTs         = "osts"
 	methodSetOSTs      = "set-osts"
+	methodMade         = "made"
+	methodSetMade      = "set-made"
+	methodIdentity     = "identity"
+	methodAgree        = "agree"
 )
 
 // call is OpRegistry's Data. Session and Seq are there in calls that change
@@ -102,6 +106,22 @@ type (
 	ostsValue struct {
 		OSTs int `json:"osts"`
 	}
+	targetArgs struct {
+		Target string `json:"target"`
+	}
+	madeResult struct {
+		Made bool `json:"made"`
+	}
+	identityResult struct {
+		ID string `json:"id"` // hex
+	}
+	agreeArgs struct {
+		Name  string `json:"name"`
+		Value string `json:"value"`
+	}
+	agreeResult struct {
+		Value string `json:"value"`
+	}
 )
 
 // pageVIPs is the number of VIPs in an answer. With the longest names they
@@ -157,6 +177,20 @@ var methods = map[string]*method{
 	}),
 	methodSetOSTs: bind(true, func(s *state, _ io.Reader, _ string, a ostsValue) (any, error) {
 		return none{}, s.setOSTs(a.OSTs)
+	}),
+	methodMade: bind(false, func(s *state, _ io.Reader, _ string, a targetArgs) (any, error) {
+		made, err := s.made(a.Target)
+		return madeResult{made}, err
+	}),
+	methodSetMade: bind(true, func(s *state, _ io.Reader, _ string, a targetArgs) (any, error) {
+		return none{}, s.setMade(a.Target)
+	}),
+	methodIdentity: bind(false, func(s *state, _ io.Reader, _ string, _ none) (any, error) {
+		return identityResult{s.Client}, nil
+	}),
+	methodAgree: bind(true, func(s *state, _ io.Reader, _ string, a agreeArgs) (any, error) {
+		v, err := s.agree(a.Name, a.Value)
+		return agreeResult{v}, err
 	}),
 }
 

@@ -119,6 +119,10 @@ func (f *fileStorage) Swap(_ context.Context, rev uint64, doc []byte) error {
 	if err := writeFile(f.path, doc); err != nil {
 		return err
 	}
+	// It may have come too late for the next owner to see.
+	if err := f.allowed(); err != nil {
+		return err
+	}
 	f.doc, f.rev = doc, f.rev+1
 	return nil
 }

@@ -69,6 +69,8 @@ func TestDamagedRegistryIsRefused(t *testing.T) {
 		"", "{", `{"format":1,"client":"zz"}`, `{"format":9}`, `{"format":0}`, `{"format":1,"client":"0011"}`,
 		`{"format":1,` + id + `"next_index":0}`, `{"format":1,` + id + `"next_index":1,"osts":-1}`, `{"format":1,` + id + `"next_index":1,"more":1}`,
 		`{"format":1,` + id + `"next_index":1} {}`,
+		`{"format":2,` + id + `"next_index":1,"made":["b","a"]}`, `{"format":2,` + id + `"next_index":1,"made":[""]}`,
+		`{"format":2,` + id + `"next_index":1,"agreed":{"":"x"}}`,
 		vip(`{"index":0,"addr":"192.0.2.1",` + good + `}`), vip(`{"index":3,"addr":"192.0.2.1",` + good + `}`),
 		vip(`{"index":1,"addr":"192.0.2.1",` + good + `},{"index":2,"addr":"192.0.2.1",` + good + `}`),
 		vip(`{"index":2,"addr":"192.0.2.1",` + good + `},{"index":1,"addr":"192.0.2.2",` + good + `}`),

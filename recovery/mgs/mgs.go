@@ -70,6 +70,20 @@ type Registry interface {
 	// SetOSTs records that the store has been made, or extended, with n object
 	// targets. The number never falls: a lower one changes nothing.
 	SetOSTs(ctx context.Context, n int) error
+
+	// Made tells whether a target was made (SetMade), whatever OSTs says.
+	Made(ctx context.Context, target string) (bool, error)
+
+	// SetMade records that a target is being made. From then on an empty directory
+	// is not a new target but a disk that is not mounted.
+	SetMade(ctx context.Context, target string) error
+
+	// Identity names the document, for ever: another registry has another one.
+	Identity(ctx context.Context) (string, error)
+
+	// Agree returns the value that goes by a name for all nodes: the one given, if
+	// nobody has given one before.
+	Agree(ctx context.Context, name, value string) (string, error)
 }
 
 // VIP is a service address and what clients bind to it.

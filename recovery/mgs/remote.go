@@ -401,3 +401,39 @@ func (r *Remote) OSTs(ctx context.Context) (int, error) {
 func (r *Remote) SetOSTs(ctx context.Context, n int) error {
 	return r.call(ctx, methodSetOSTs, ostsValue{n}, &none{})
 }
+
+// Made implements Registry.
+func (r *Remote) Made(ctx context.Context, target string) (bool, error) {
+	var res madeResult
+	err := r.call(ctx, methodMade, targetArgs{target}, &res)
+	return res.Made, err
+}
+
+// SetMade implements Registry.
+func (r *Remote) SetMade(ctx context.Context, target string) error {
+	return r.call(ctx, methodSetMade, targetArgs{target}, &none{})
+}
+
+// Identity implements Registry.
+func (r *Remote) Identity(ctx context.Context) (string, error) {
+	var res identityResult
+	if err := r.call(ctx, methodIdentity, none{}, &res); err != nil {
+		return "", err
+	}
+	if !isHex(res.ID, len(wire.ClientID{})) {
+		return "", badAnswer(methodIdentity)
+	}
+	return res.ID, nil
+}
+
+// Agree implements Registry.
+func (r *Remote) Agree(ctx context.Context, name, value string) (string, error) {
+	var res agreeResult
+	if err := r.call(ctx, methodAgree, agreeArgs{name, value}, &res); err != nil {
+		return "", err
+	}
+	if len(res.Value) > maxValue {
+		return "", badAnswer(methodAgree)
+	}
+	return res.Value, nil
+}

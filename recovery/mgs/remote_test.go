@@ -198,6 +198,18 @@ func script(t *testing.T, r Registry, node string) []string {
 	say(r.SetOSTs(ctx, 3))
 	n, err = r.OSTs(ctx)
 	say(err, n)
+	for range 2 {
+		made, err := r.Made(ctx, "OST0003")
+		say(err, made)
+		say(r.SetMade(ctx, "OST0003"))
+	}
+	say(r.SetMade(ctx, "OST 3"))
+	for _, value := range []string{"one", "two"} {
+		value, err = r.Agree(ctx, "key", value)
+		say(err, value)
+	}
+	name, err := r.Identity(ctx)
+	say(err, name)
 	l, err = r.VIPs(ctx)
 	say(err, l)
 	return out

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -19,6 +20,8 @@ type Service struct {
 	log *slog.Logger
 	ctx context.Context
 	end context.CancelFunc
+	// work is held shared by requests under way.
+	work sync.RWMutex
 }
 
 // NewService returns the target of a registry. log may be nil.
@@ -34,8 +37,12 @@ func NewService(reg *Stored, log *slog.Logger) *Service {
 var _ wire.Acceptor = (*Service)(nil)
 
 // Close makes the service refuse all requests, so that callers look for the
-// registry elsewhere. Requests under way may still be executed.
-func (s *Service) Close() { s.end() }
+// registry elsewhere, and waits for those under way.
+func (s *Service) Close() {
+	s.end()
+	s.work.Lock()
+	defer s.work.Unlock()
+}
 
 // Accept implements wire.Acceptor: what comes from an authenticated node may only
 // name that node as its caller.
@@ -66,6 +73,13 @@ func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 func (s *Service) handle(from string, req *wire.Request, rep *wire.Reply, done func()) {
 	rep.Reset()
 	rep.XID = req.XID
+	s.execute(from, req, rep)
+	done()
+}
+
+func (s *Service) execute(from string, req *wire.Request, rep *wire.Reply) {
+	s.work.RLock()
+	defer s.work.RUnlock()
 	switch {
 	case s.ctx.Err() != nil:
 		rep.Status = wire.ErrTargetDown
@@ -76,7 +90,6 @@ func (s *Service) handle(from string, req *wire.Request, rep *wire.Reply, done f
 	case req.Op != wire.OpPing && req.Op != wire.OpDisconnect:
 		rep.Status = wire.ErrNotSupp
 	}
-	done()
 }
 
 // registry appends the answer to a call to b.

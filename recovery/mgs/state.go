@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -22,6 +23,9 @@ const (
 	maxZone     = 64 // bytes of an IPv6 zone
 	maxSessions = 8  // of one node
 	maxOSTs     = 1 << 16
+	maxMade     = 2048
+	maxAgreed   = 64
+	maxValue    = 256 // bytes of what was agreed on
 	// maxNSMState is the highest state number: the protocol's int has 31 bits for it.
 	maxNSMState = 1<<31 - 1
 	// maxCount bounds numbers that rise by 1.
@@ -46,6 +50,11 @@ type state struct {
 	VIPs       []VIP  `json:"vips"`
 	// OSTs is how many object targets belong to the store, once it has been made.
 	OSTs int `json:"osts,omitempty"`
+
+	// Made are the targets of several nodes that were made, sorted.
+	Made []string `json:"made,omitempty"`
+	// Agreed is what Agree has fixed.
+	Agreed map[string]string `json:"agreed,omitempty"`
 
 	// Clients are the file system clients of the other nodes, by name.
 	Clients map[string]fsClient `json:"clients,omitempty"`
@@ -86,7 +95,7 @@ func newState(rnd io.Reader) (*state, error) {
 
 func (s *state) encode() ([]byte, error) {
 	s.Format = formatAlone
-	if len(s.Clients) > 0 || len(s.Sessions) > 0 {
+	if len(s.Clients) > 0 || len(s.Sessions) > 0 || len(s.Made) > 0 || len(s.Agreed) > 0 {
 		s.Format = formatCluster
 	}
 	for i := range s.VIPs {
@@ -166,6 +175,14 @@ func (s *state) damage() string {
 		}
 		index, addr[v.Addr] = v.Index, true
 	}
+	if len(s.Made) > maxMade || !slices.IsSorted(s.Made) || slices.ContainsFunc(s.Made, func(t string) bool { return checkTarget(t) != nil }) {
+		return "list of targets"
+	}
+	for n, v := range s.Agreed {
+		if checkTarget(n) != nil || len(v) > maxValue {
+			return fmt.Sprintf("agreement on %q", n)
+		}
+	}
 	for n, c := range s.Clients {
 		if checkNode(n) != nil || !isHex(c.ID, len(wire.ClientID{})) || c.Generation > maxCount {
 			return fmt.Sprintf("client of node %q", n)
@@ -193,14 +210,26 @@ func invalid(format string, args ...any) *Error {
 	return &Error{Code: CodeInvalid, Text: fmt.Sprintf(format, args...)}
 }
 
-func checkNode(name string) error {
-	ok := name != "" && len(name) <= maxNodeName
-	for i := 0; ok && i < len(name); i++ {
-		c := name[i]
+// isName tells whether s can name a node, a target or a value.
+func isName(s string) bool {
+	ok := s != "" && len(s) <= maxNodeName
+	for i := 0; ok && i < len(s); i++ {
+		c := s[i]
 		ok = c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._-", c) >= 0
 	}
-	if !ok {
+	return ok
+}
+
+func checkNode(name string) error {
+	if !isName(name) {
 		return invalid("%.80q is not a node name", name)
+	}
+	return nil
+}
+
+func checkTarget(name string) error {
+	if !isName(name) {
+		return invalid("%.80q is not a name", name)
 	}
 	return nil
 }

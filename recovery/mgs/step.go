@@ -203,6 +203,46 @@ func (s *state) setOSTs(n int) error {
 	return nil
 }
 
+func (s *state) made(target string) (bool, error) {
+	if err := checkTarget(target); err != nil {
+		return false, err
+	}
+	_, ok := slices.BinarySearch(s.Made, target)
+	return ok, nil
+}
+
+func (s *state) setMade(target string) error {
+	if err := checkTarget(target); err != nil {
+		return err
+	}
+	i, ok := slices.BinarySearch(s.Made, target)
+	switch {
+	case ok:
+		return nil
+	case len(s.Made) >= maxMade:
+		return &Error{Code: CodeLimit, Text: fmt.Sprintf("there are %d targets, %s is too many", maxMade, target)}
+	}
+	s.Made = slices.Insert(s.Made, i, target)
+	return nil
+}
+
+func (s *state) agree(name, value string) (string, error) {
+	switch v, ok := s.Agreed[name]; {
+	case ok:
+		return v, nil
+	case checkTarget(name) != nil:
+		return "", checkTarget(name)
+	case len(value) > maxValue:
+		return "", invalid("the value of %s has %d bytes, more than %d", name, len(value), maxValue)
+	case len(s.Agreed) >= maxAgreed:
+		return "", &Error{Code: CodeLimit, Text: fmt.Sprintf("%d values are agreed on, %s is too many", maxAgreed, name)}
+	case s.Agreed == nil:
+		s.Agreed = map[string]string{}
+	}
+	s.Agreed[name] = value
+	return value, nil
+}
+
 // apply executes a changing call of another node, once: a copy of the
 // session's last call gets the answer of the first, an older one is refused. A
 // refusal is an answer as well: a copy of a refused call must not take effect

@@ -115,6 +115,9 @@ func encoded(t *testing.T, s *state) []byte {
 func show(s *state) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "format %d, generation %d, next index %d, %d OSTs\n", s.Format, s.Generation, s.NextIndex, s.OSTs)
+	if len(s.Made) > 0 {
+		fmt.Fprintf(&b, "made: %s\n", strings.Join(s.Made, " "))
+	}
 	for _, v := range s.VIPs {
 		fmt.Fprintf(&b, "%d %s epoch %d verifier %s nsm %d node %q clean %v\n", v.Index, v.Addr, v.Epoch, v.Verifier, v.NSMState, v.Node, v.Clean)
 	}
@@ -126,6 +129,9 @@ func show(s *state) string {
 		for _, y := range x {
 			l = append(l, fmt.Sprintf("session %s of %s: call %d\n", y.ID, n, y.Seq))
 		}
+	}
+	for n, v := range s.Agreed {
+		l = append(l, fmt.Sprintf("agreed %s: %s\n", n, v))
 	}
 	sort.Strings(l)
 	return b.String() + strings.Join(l, "")
@@ -171,6 +177,18 @@ func TestLimits(t *testing.T) {
 		return s
 	}
 	first := s.VIPs[0].Addr
+	many := &state{NextIndex: 1, Client: strings.Repeat("00", 16)}
+	for i := range maxMade {
+		if err := many.setMade(fmt.Sprintf("OST%04x", i)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := many.agree(fmt.Sprint("v", min(i, maxAgreed-1)), "x"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := decode("many", encoded(t, many)); err != nil {
+		t.Error(err)
+	}
 	for _, x := range []struct {
 		what string
 		s    *state
@@ -191,6 +209,9 @@ func TestLimits(t *testing.T) {
 		{"NSM state", top(func(v *VIP) { v.NSMState = maxNSMState }), func(s *state) error { _, err := s.raiseNSM(1, 1, 0); return err }, CodeLimit},
 		{"NSM state that is none", s, func(s *state) error { _, err := s.raiseNSM(1, 1, maxNSMState+1); return err }, CodeInvalid},
 		{"OSTs", s, func(s *state) error { return s.setOSTs(maxOSTs + 1) }, CodeInvalid},
+		{"one target too many", many, func(s *state) error { return s.setMade("x") }, CodeLimit},
+		{"one value too many", many, func(s *state) error { _, err := s.agree("x", ""); return err }, CodeLimit},
+		{"a long value", s, func(s *state) error { _, err := s.agree("x", strings.Repeat("x", maxValue+1)); return err }, CodeInvalid},
 		{"no random UUID", &state{NextIndex: 1}, func(s *state) error { _, _, err := s.startClient(&failing{}, "m"); return err }, ""},
 		{"no random verifier", &state{NextIndex: 1}, func(s *state) error {
 			_, err := s.serve(&failing{}, netip.MustParseAddr("192.0.2.1"), "n0")

@@ -178,3 +178,35 @@ func (r *Stored) OSTs(ctx context.Context) (int, error) {
 func (r *Stored) SetOSTs(ctx context.Context, n int) error {
 	return r.update(ctx, func(s *state) error { return s.setOSTs(n) })
 }
+
+// Made implements Registry.
+func (r *Stored) Made(ctx context.Context, target string) (bool, error) {
+	s, _, _, err := r.load(ctx)
+	if err != nil {
+		return false, err
+	}
+	return s.made(target)
+}
+
+// SetMade implements Registry.
+func (r *Stored) SetMade(ctx context.Context, target string) error {
+	return r.update(ctx, func(s *state) error { return s.setMade(target) })
+}
+
+// Identity implements Registry. It makes the document if there is none.
+func (r *Stored) Identity(ctx context.Context) (id string, err error) {
+	err = r.update(ctx, func(s *state) error {
+		id = s.Client
+		return nil
+	})
+	return id, err
+}
+
+// Agree implements Registry.
+func (r *Stored) Agree(ctx context.Context, name, value string) (v string, err error) {
+	err = r.update(ctx, func(s *state) (err error) {
+		v, err = s.agree(name, value)
+		return err
+	})
+	return v, err
+}

@@ -158,7 +158,7 @@ var opLayouts = [...]opLayout{
 	OpRmdir:        {req: rDirOp, rep: pAttr | pDir},
 	OpRename:       {req: rDirOp | rFID2 | rName2, rep: pAttr | pDir | pDirPre2 | pDirAttr2},
 	OpLink:         {req: rFID | rFID2 | rName2 | rCred | rKey | rMade, rep: pAttr | pDirPre2 | pDirAttr2 | pPort},
-	OpSetattr:      {req: rFID | rCred | rKey | rSetAttr | rGuard | rMade, rep: pPre | pAttr | pTruncate | pPort},
+	OpSetattr:      {req: rFID | rCred | rKey | rSetAttr | rGuard | rTime | rMade, rep: pPre | pAttr | pTruncate | pPort},
 	OpTruncateDone: {req: rLogIDs | rMade},
 	OpReaddir:      {req: rFID | rCred | rCookie | rCount | rMaxEntries | rPlus, rep: pEntries | pDirAttr},
 	OpOpenEpoch:    {req: rFID | rMade, rep: pAttr},

@@ -68,8 +68,9 @@ const (
 	OpRename
 	// OpLink: FID (object), FID2, Name2 (new entry) -> Attr, DirPre2, DirAttr2.
 	OpLink
-	// OpSetattr: FID, SetAttr, Guard/GuardCtime -> Pre, Attr, Truncate. Checks
-	// ownership. A size change is logged for the OSTs (Truncate in the reply
+	// OpSetattr: FID, SetAttr, Guard/GuardCtime, Time -> Pre, Attr, Truncate. Checks
+	// ownership. It gets a timestamp after Time (the client's clock, 0: not told),
+	// so that it counts as newer than what the client wrote to the OSTs before. A size change is logged for the OSTs (Truncate in the reply
 	// names the log record), opens an IO epoch, and is complete when the
 	// frontend has punched the objects and sent OpTruncateDone.
 	OpSetattr

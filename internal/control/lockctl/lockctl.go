@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -50,23 +51,28 @@ func New(fs FS, vips func(context.Context) ([]mgs.VIP, error), now func() time.T
 	return &Admin{fs: fs, vips: vips, now: now}
 }
 
-// Register lets a control server execute the commands.
-func (a *Admin) Register(s *control.Server) {
-	handle(s, control.CmdLocks, a.List)
-	handle(s, control.CmdLocksRelease, a.Release)
-	handle(s, control.CmdLocksFree, a.Free)
-	handle(s, control.CmdLockHosts, a.Hosts)
+// Register lets a control server execute the commands. get gives the administrator's
+// way to the lock table, nil as long as there is none.
+func Register(s *control.Server, get func() *Admin) {
+	handle(s, get, control.CmdLocks, (*Admin).List)
+	handle(s, get, control.CmdLocksRelease, (*Admin).Release)
+	handle(s, get, control.CmdLocksFree, (*Admin).Free)
+	handle(s, get, control.CmdLockHosts, (*Admin).Hosts)
 }
 
-func handle[A, R any](s *control.Server, cmd string, fn func(context.Context, A) (R, error)) {
+func handle[A, R any](s *control.Server, get func() *Admin, cmd string, fn func(*Admin, context.Context, A) (R, error)) {
 	s.Handle(cmd, func(ctx context.Context, raw json.RawMessage) (any, error) {
+		a := get()
+		if a == nil {
+			return nil, errors.New("the running baton serves no locks (locks.enabled), or not yet")
+		}
 		var args A
 		if len(raw) > 0 {
 			if err := json.Unmarshal(raw, &args); err != nil {
 				return nil, fmt.Errorf("arguments of %s: %w", cmd, err)
 			}
 		}
-		return fn(ctx, args)
+		return fn(a, ctx, args)
 	})
 }
 

@@ -505,11 +505,20 @@ func (im *Import) State() State {
 	return im.m.State()
 }
 
-// Stats returns figures for status displays.
-func (im *Import) Stats() Stats {
+// Status returns the state, the address of the connection or of the next attempt,
+// and figures, for displays.
+func (im *Import) Status() (s State, addr string, st Stats) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
-	return im.m.Stats()
+	im.m.Advance(im.o.Clock.Now())
+	st = im.m.Stats()
+	return im.m.State(), im.addrs[st.Addr%len(im.addrs)], st
+}
+
+// Stats returns the figures of Status.
+func (im *Import) Stats() Stats {
+	_, _, st := im.Status()
+	return st
 }
 
 // Deactivate is the administrator's order to wait no longer: requests fail with

@@ -165,16 +165,25 @@ type Stats struct {
 	Instance, Transno, LastCommitted             uint64
 	AtTransport, FreeSlots                       int
 	Inactive, Reported/* known to be away */ bool
+	// Away is how long requests have not passed, 0 if they do, and Reason why.
+	Away   time.Duration
+	Reason string
+	// Addr is the address of the connection, or of the next attempt.
+	Addr int
 }
 
 // Stats returns the figures.
 func (m *Machine) Stats() Stats {
-	return Stats{
+	s := Stats{
 		Waiting: m.waitMod.n + m.waitRead.n, Unanswered: m.flight.n, Uncommitted: m.replay.n,
 		OpenEpochs: len(m.epochs), HeldBytes: m.held + m.reserved,
 		Instance: m.instance, Transno: m.highest, LastCommitted: m.committed,
-		AtTransport: m.out, FreeSlots: len(m.slots), Inactive: m.inactive, Reported: m.reported,
+		AtTransport: m.out, FreeSlots: len(m.slots), Inactive: m.inactive, Reported: m.reported, Addr: m.addr,
 	}
+	if m.state != Full {
+		s.Away, s.Reason = time.Duration(max(m.now-m.awaySince, 1)), m.reason
+	}
+	return s
 }
 
 func (m *Machine) act(a Action) { m.acts = append(m.acts, a) }

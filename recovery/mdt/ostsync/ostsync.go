@@ -40,8 +40,11 @@ type Sync struct {
 	away        map[int]bool
 	left        uint64
 
-	mu sync.Mutex
-	st Status
+	kick chan struct{}
+
+	mu   sync.Mutex
+	st   Status
+	pass chan struct{} // closed at the end of the next pass that begins
 }
 
 // Status tells what is left to do, as of the last pass, and what has been done.
@@ -60,7 +63,7 @@ func New(m *mdt.MDT, fs *client.FS, log *slog.Logger) *Sync {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Sync{m: m, fs: fs, log: log}
+	return &Sync{m: m, fs: fs, log: log, kick: make(chan struct{}, 1), pass: make(chan struct{})}
 }
 
 // Status returns the figures.
@@ -77,23 +80,27 @@ func (s *Sync) Run(ctx context.Context) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
+		s.mu.Lock()
+		done := s.pass
+		s.pass = make(chan struct{})
+		s.mu.Unlock()
+		failure := ""
 		if err := s.Once(ctx); err != nil && ctx.Err() == nil {
-			s.mu.Lock()
-			news := s.st.LastFailure != err.Error()
-			s.st.LastFailure = err.Error()
-			s.mu.Unlock()
-			if news {
-				s.log.Warn("work at the OSTs could not be finished; trying again", "err", err)
-			}
-		} else {
-			s.mu.Lock()
-			s.st.LastFailure = ""
-			s.mu.Unlock()
+			failure = err.Error()
 		}
+		s.mu.Lock()
+		news := failure != "" && s.st.LastFailure != failure
+		s.st.LastFailure = failure
+		s.mu.Unlock()
+		if news {
+			s.log.Warn("work at the OSTs could not be finished; trying again", "err", failure)
+		}
+		close(done)
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.m.FenceWake():
+		case <-s.kick:
 		case <-s.m.LogWake():
 			// Unlinks come in crowds, and only durable ones are worked on.
 			select {
@@ -103,6 +110,62 @@ func (s *Sync) Run(ctx context.Context) {
 			}
 		case <-tick.C:
 		}
+	}
+}
+
+// settleAgain is the pause between passes that Settle asks for.
+const settleAgain = 20 * time.Millisecond
+
+// Settle waits until nothing is left of clients that are gone: they are fenced
+// everywhere, their truncates are finished and their IO epochs closed. Run is to be
+// at work meanwhile.
+func (s *Sync) Settle(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		pass := s.pass
+		s.mu.Unlock()
+		select {
+		case s.kick <- struct{}{}:
+		default:
+		}
+		select {
+		case <-ctx.Done():
+			return s.unsettled(ctx.Err())
+		case <-pass:
+		}
+		if done, err := s.settled(); done || err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return s.unsettled(ctx.Err())
+		case <-time.After(settleAgain):
+		}
+	}
+}
+
+func (s *Sync) unsettled(err error) error {
+	if st := s.Status(); st.LastFailure != "" {
+		return fmt.Errorf("finish what clients that are gone have left: %w (%s)", err, st.LastFailure)
+	}
+	return fmt.Errorf("finish what clients that are gone have left: %w", err)
+}
+
+func (s *Sync) settled() (bool, error) {
+	if !s.m.Settled() {
+		return false, nil
+	}
+	for after := uint64(0); ; {
+		recs, err := s.m.PendingLogs(after, batch)
+		if err != nil || len(recs) == 0 {
+			return err == nil, err
+		}
+		for i := range recs {
+			if l := &recs[i]; l.Kind == mdt.LogTruncate && s.m.LeftBy(l.Client, l.Tenure) {
+				return false, nil
+			}
+		}
+		after = recs[len(recs)-1].ID
 	}
 }
 

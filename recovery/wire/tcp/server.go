@@ -274,7 +274,11 @@ func (s *Server) serve(nc net.Conn) {
 	c, err := s.handshake(nc)
 	if err != nil {
 		s.refused.Add(1)
-		s.log.Warn("connection refused", "peer", nc.RemoteAddr(), "err", err)
+		level := slog.LevelWarn
+		if errors.Is(err, ErrNoTarget) {
+			level = slog.LevelDebug // clients look for targets on all nodes that may have them
+		}
+		s.log.Log(context.Background(), level, "connection refused", "peer", nc.RemoteAddr(), "err", err)
 		_ = nc.Close()
 		s.mu.Lock()
 		delete(s.shaking, nc)
