@@ -257,11 +257,10 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 	if t.LogID == 0 {
 		return wire.OK
 	}
-	f.finishing.RLock()
-	defer f.finishing.RUnlock()
-	if f.closed.Load() {
+	if !f.finishing.enter() {
 		return wire.ErrTargetDown // the record stays; the next start works on it
 	}
+	defer f.finishing.leave()
 	// Not only taken for open: since the MDT opened the epoch, an older use of the
 	// file may have ended and closed it.
 	e, st := f.epochs.acquire(ctx, f, o, a)

@@ -19,15 +19,15 @@ type epoch struct {
 	refs int // under the shard's lock
 	// closing is not nil while the closer works on the epoch; closed at its end.
 	closing chan struct{}
-	last int64 // UnixNano of the last release, under the shard's lock
+	last    int64 // UnixNano of the last release, under the shard's lock
 	// untouched: opened by the create and not used since, so there are no objects.
 	// Under the shard's lock, or closing being set.
 	untouched bool
 
-	mu   sync.Mutex // serialises opening
+	mu   longLock // serialises opening
 	open atomic.Bool
 
-	trunc sync.Mutex // serialises size changes: MDT first, then punches
+	trunc longLock // serialises size changes: MDT first, then punches
 	// undone are size changes that the MDT has made and the OSTs have not
 	// executed, by log id. Nothing is written before they were tried again: a
 	// recovery executes them, and would cut off what was written after them.

@@ -89,9 +89,9 @@ type FS struct {
 	stop   chan struct{}
 	wg     sync.WaitGroup
 	closed atomic.Bool
-	// finishing is held shared by what completions start in the background, which
-	// may be after the program has stopped serving; Close waits for it.
-	finishing sync.RWMutex
+	// finishing is entered by what completions start in the background, which may be
+	// after the program has stopped serving; Close waits for it.
+	finishing gate
 }
 
 type msg struct {
@@ -182,8 +182,7 @@ func (f *FS) Close(ctx context.Context) error {
 	}
 	close(f.stop)
 	f.wg.Wait()
-	f.finishing.Lock()
-	defer f.finishing.Unlock()
+	f.finishing.close()
 	var first error
 	for {
 		n, err := f.closeEpochs(ctx, 0)
