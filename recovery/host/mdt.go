@@ -224,16 +224,16 @@ func (m *MDT) poll(ctx context.Context) {
 	t := time.NewTicker(pollEvery)
 	defer t.Stop()
 	type question struct {
-		req wire.Request
-		rep wire.Reply
+		req   wire.Request
+		rep   wire.Reply
+		asked bool
 	}
 	for ctx.Err() == nil {
 		var wg sync.WaitGroup
 		qs := make([]question, len(m.o.OSTs))
 		for i := range qs {
 			q := &qs[i]
-			q.rep.Status = wire.ErrTargetDown
-			if !m.fs.Away(i) {
+			if q.asked = !m.fs.Away(i); q.asked {
 				q.req.Op, q.req.Flags = wire.OpStatfs, wire.FlagNoWait
 				wg.Add(1)
 				m.fs.SubmitOST(i, &q.req, &q.rep, wg.Done)
@@ -242,7 +242,7 @@ func (m *MDT) poll(ctx context.Context) {
 		wg.Wait()
 		states := make([]mdt.OSTState, len(qs))
 		for i := range qs {
-			states[i] = mdt.OSTState{Index: uint16(i), Up: qs[i].rep.Status == wire.OK, Free: qs[i].rep.Statfs.Avail}
+			states[i] = mdt.OSTState{Index: uint16(i), Up: qs[i].asked && qs[i].rep.Status == wire.OK, Free: qs[i].rep.Statfs.Avail}
 		}
 		m.states.Store(&states)
 		select {
