@@ -23,6 +23,9 @@ type epoch struct {
 	// untouched: opened by the create and not used since, so there are no objects.
 	// Under the shard's lock, or closing being set.
 	untouched bool
+	// kept: the MDT has skipped it in a close, and perhaps still has it open though it
+	// counts as not open here. Under the shard's lock.
+	kept bool
 
 	mu   longLock // serialises opening
 	open atomic.Bool
@@ -163,7 +166,7 @@ func (t *epochTable) release(f *FS, e *epoch) {
 	s.mu.Lock()
 	e.refs--
 	e.last = time.Now().UnixNano()
-	if e.refs == 0 && !e.open.Load() {
+	if e.refs == 0 && !e.open.Load() && !e.kept {
 		delete(s.m, e.fid)
 		t.n.Add(-1)
 	}
@@ -328,6 +331,8 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		}
 	}
 	var transno uint64
+	var kept map[wire.FID]bool
+	again := 0
 	// If the report is lost in a crash, the closing of the epochs is too, and the
 	// records are worked on again. An epoch stays open until its records are
 	// reported: later writes must not meet an old record in a recovery.
@@ -339,17 +344,25 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		m.req.Epochs = closes
 		f.Call(ctx, Owner{}, &m.req, &m.rep)
 		transno = m.rep.Transno
-		if m.rep.Status != wire.OK {
-			fail(fmt.Errorf("client: close IO epochs: %w", m.rep.Status), closes)
-		}
+		st, n := m.rep.Status, int(m.rep.Count)
 		f.put(m)
+		if st != wire.OK {
+			fail(fmt.Errorf("client: close IO epochs: %w", st), closes)
+		} else if n < len(closes) {
+			kept = f.keptOpen(ctx, closes)
+		}
 	}
 	for _, e := range batch {
 		s := &f.epochs.shards[f.epochs.shard(e.fid)]
 		s.mu.Lock()
 		e.closing = nil
 		s.closed = max(s.closed, transno)
-		if failed[e.fid] {
+		if e.kept = kept[e.fid]; e.kept {
+			e.open.Store(false)
+			e.untouched = false
+			again++
+		}
+		if e.kept || failed[e.fid] {
 			e.last = time.Now().UnixNano()
 		} else {
 			delete(s.m, e.fid)
@@ -358,7 +371,25 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		s.mu.Unlock()
 	}
 	close(done)
-	return len(batch), firstErr
+	return len(batch) - again, firstErr
+}
+
+// keptOpen gives the files, of some whose closing the MDT has skipped because another
+// client has opened or truncated them meanwhile, that are still in an IO epoch: they
+// have to be closed again.
+func (f *FS) keptOpen(ctx context.Context, closes []wire.EpochClose) map[wire.FID]bool {
+	kept := make(map[wire.FID]bool)
+	for i := range closes {
+		var a wire.Attr
+		switch st := f.rawAttr(ctx, closes[i].FID, &a); st {
+		case wire.OK:
+			kept[a.FID] = a.EpochOpen
+		case wire.ErrStale, wire.ErrNoEnt:
+		default:
+			kept[closes[i].FID] = true
+		}
+	}
+	return kept
 }
 
 // maxLogIDs bounds the records of one OpTruncateDone.

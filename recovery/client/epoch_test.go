@@ -530,6 +530,62 @@ func TestShortWrite(t *testing.T) {
 	}
 }
 
+// The MDT skips a close if another client has opened or truncated the file since the
+// size was collected: it is closed again, and does not stay open for ever.
+func TestSkippedCloseIsRepeated(t *testing.T) {
+	for _, by := range []string{"write", "truncate"} {
+		b := newBed(t, 1, Options{})
+		other, err := New(Options{MDT: wire.InProc(b.mdt), OSTs: []wire.Conn{wire.InProc(b.osts[0])}, ID: wire.ClientID{2}, Gen: 1, Clock: b.clk.Now, EpochIdle: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := other.Connect(ctx); err != nil {
+			t.Fatal(err)
+		}
+		a, _ := b.create("f", false)
+		b.write(a.FID, 0, []byte("1234"))
+		c, _ := b.create("g", false)
+		b.write(c.FID, 0, []byte("12"))
+		b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+			if req.Op != wire.OpCloseEpoch {
+				return false
+			}
+			b.setHook(nil)
+			if by == "truncate" {
+				q := wire.Request{Header: wire.Header{Op: wire.OpSetattr}, FID: a.FID, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: 9}}
+				var rep wire.Reply
+				if other.Setattr(ctx, Owner{}, &q, &rep); rep.Status != wire.OK {
+					t.Error(rep.Status)
+				}
+			} else {
+				at := a
+				if _, st := other.Write(ctx, Owner{}, &at, 4, []byte("56789"), wire.Unstable); st != wire.OK {
+					t.Error(st)
+				}
+			}
+			return false
+		})
+		if n, err := b.fs.closeEpochs(ctx, 0); n != 1 || err != nil {
+			t.Fatalf("%s: closed %d, %v", by, n, err)
+		}
+		if n := b.fs.OpenEpochs(); n != 1 || !b.mdtAttr(a.FID).EpochOpen || b.mdtAttr(c.FID).EpochOpen {
+			t.Fatalf("%s: %d left", by, n)
+		}
+		// Who reads or writes meanwhile does not let it be forgotten.
+		b.fs.epochs.release(b.fs, b.fs.epochs.ref(b.fs, a.FID))
+		if _, err := other.closeEpochs(ctx, 0); err != nil {
+			t.Fatal(err)
+		}
+		b.closeAll()
+		if at := b.mdtAttr(a.FID); at.EpochOpen || at.Size != 9 || b.fs.OpenEpochs() != 0 {
+			t.Errorf("%s: open %v, size %d, %d left", by, at.EpochOpen, at.Size, b.fs.OpenEpochs())
+		}
+		if err := other.Close(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // What an earlier incarnation left open is closed with the objects' sizes.
 func TestCloseLeftEpochs(t *testing.T) {
 	b := newBed(t, 2, Options{})

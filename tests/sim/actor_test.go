@@ -304,7 +304,14 @@ func (a *actor) create() {
 
 // span chooses cells to write.
 func (a *actor) span(f *file) (from, to int) {
-	from = a.rng.IntN(min(len(f.cells)+4, 60))
+	limit := 60
+	if a.w.cfg.stripes > 1 {
+		limit = 400
+	}
+	from = a.rng.IntN(min(len(f.cells)+4, limit))
+	if a.rng.IntN(6) == 0 {
+		from = a.rng.IntN(limit)
+	}
 	return from, from + 1 + a.rng.IntN(8)
 }
 

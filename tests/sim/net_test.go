@@ -599,6 +599,9 @@ func (n *network) dial(ctx context.Context, p *process, addr, target string) (wi
 	}
 	if to == p.node {
 		if t := p.service(target); t != nil {
+			if n.w.tracing {
+				return wire.Local(&localTrace{t, n.w, p.node.name + ">" + target, t}, wire.NextSession()), nil
+			}
 			return wire.Local(t, wire.NextSession()), nil
 		}
 		return nil, errRefused
@@ -651,6 +654,31 @@ func (n *network) dial(ctx context.Context, p *process, addr, target string) (wi
 		c.breaks()
 	}
 	return c, nil
+}
+
+// localTrace shows the requests of a connection inside a process.
+type localTrace struct {
+	wire.Target
+	w    *world
+	name string
+	acc  wire.Acceptor
+}
+
+func (l *localTrace) Accept(p wire.Peer) wire.Target {
+	return &localTrace{l.acc.Accept(p), l.w, l.name, nil}
+}
+
+func (l *localTrace) Close() error { return l.Target.(io.Closer).Close() }
+
+func (l *localTrace) TryHandle(*wire.Request, *wire.Reply) bool { return false }
+
+func (l *localTrace) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	l.w.trace("%s > %s", l.name, describe(req))
+	q := *req
+	l.Target.Handle(req, rep, func() {
+		l.w.trace("%s < %s", l.name, describeReply(&q, rep))
+		done()
+	})
 }
 
 var errRefused = errors.New("connection refused")

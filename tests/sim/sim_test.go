@@ -1,62 +1,68 @@
 package sim
 
 import (
-	"context"
 	"flag"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
 	"testing"
-	"testing/synctest"
-	"time"
-
-	"github.com/baton-nfs/baton/recovery/client"
-	"github.com/baton-nfs/baton/recovery/wire"
 )
 
+// tracing has all events of a run printed.
 var tracing bool
 
 var (
-	simSeed = flag.Uint64("sim.seed", 0, "run one seed, with its events")
-	simRuns = flag.Uint64("sim.runs", 2000, "number of seeds")
+	simSeed = flag.Uint64("sim.seed", 0, "run one seed, with -v with all its events")
+	simRuns = flag.Uint64("sim.runs", 0, "number of seeds")
+	simBase = flag.Uint64("sim.base", 1, "first seed")
 )
 
-func TestProto(t *testing.T) {
-	tracing = testing.Verbose()
-	for i := range *simRuns {
-		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, i+1, defaultConfig())
-			for _, n := range w.nodes {
-				n.start()
-			}
-			ctx, cancel := context.WithCancel(context.Background())
-			done := make(chan bool)
-			go func() { w.manage(ctx, w.rand("manager")); close(done) }()
-			w.mu.Lock()
-			for !w.vips[0].ready || !w.vips[1].ready {
-				w.cond.Wait()
-			}
-			fe, ep := w.vips[0].owner, w.vips[0].epoch
-			w.mu.Unlock()
-			o := client.Owner{VIP: 1, Epoch: ep}
-			q := &wire.Request{Header: wire.Header{Op: wire.OpCreate, Flags: wire.FlagOpenEpoch}, FID: wire.RootFID, Name: []byte("a"), SetAttr: wire.SetAttr{Mask: wire.SetMode, Mode: 0o644}}
-			rep := fe.modify(o, q)
-			w.trace("create: %v", rep.Status)
-			_, _, st := fe.write(o, rep.Attr.FID, 0, []byte("hallo"), wire.Unstable)
-			w.trace("write: %v", st)
-			_, st = fe.commit(o, rep.Attr.FID)
-			w.trace("commit: %v", st)
-			time.Sleep(5 * time.Second)
-			w.nodes[0].die(false)
-			time.Sleep(5 * time.Second)
-			w.nodes[0].start()
-			time.Sleep(20 * time.Second)
-			cancel()
-			<-done
-			for _, n := range w.nodes {
-				n.stop()
-			}
-			w.zombies.Wait()
-			for _, f := range w.problems() {
-				t.Error(f)
-			}
-		})
+// TestMain has one goroutine run at a time, so that a seed gives nearly always the
+// same run.
+func TestMain(m *testing.M) {
+	runtime.GOMAXPROCS(1)
+	os.Exit(m.Run())
+}
+
+// TestRandom runs clients and faults by chance and checks what clients were told,
+// what is stored, and that everything comes to rest.
+func TestRandom(t *testing.T) {
+	if *simSeed != 0 {
+		tracing = testing.Verbose()
+		random(t, *simSeed)
+		return
 	}
+	runs := *simRuns
+	if runs == 0 {
+		if runs = 1000; testing.Short() {
+			runs = 60
+		}
+	}
+	sum := map[string]int{}
+	for i := range runs {
+		for k, n := range random(t, *simBase+i) {
+			sum[k] += n
+		}
+		if t.Failed() {
+			break
+		}
+	}
+	for _, k := range slices.Sorted(maps.Keys(sum)) {
+		t.Logf("%6d %s", sum[k], k)
+	}
+}
+
+func random(t *testing.T, seed uint64) map[string]int {
+	cfg := defaultConfig()
+	w := &world{seed: seed}
+	rng := w.rand("config")
+	cfg.fronts = 1 + rng.IntN(3)
+	cfg.osts = 1 + rng.IntN(3)
+	cfg.apart = rng.IntN(3) == 0
+	cfg.vips = 1 + rng.IntN(3)
+	if rng.IntN(2) == 0 {
+		cfg.stripes = uint8(1 + rng.IntN(cfg.osts))
+	}
+	return simulate(t, seed, cfg, againRandom(seed), func(c *cluster) { schedule(c, everything, 60) })
 }

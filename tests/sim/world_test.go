@@ -49,7 +49,7 @@ type config struct {
 
 func defaultConfig() config {
 	return config{
-		osts: 2, fronts: 2, vips: 2, stripes: 1, stripeSize: 8 << 10, segShift: 17,
+		osts: 2, fronts: 2, vips: 2, stripes: 1, stripeSize: 64 << 10, segShift: 17,
 		recovery: recov.Config{
 			SoftMin: 4 * time.Second, SoftMax: 8 * time.Second, Hard: 30 * time.Second, Step: 2 * time.Second,
 			PingInterval: time.Second, PingTimeout: 8 * time.Second, MaxSlots: 16, CommitOnShare: true,
