@@ -42,10 +42,11 @@ func (f *FS) Read(ctx context.Context, o Owner, a *wire.Attr, off uint64, buf []
 		m.req.Offset = p.obj
 		m.req.Bulk = buf[p.start : p.start+p.n]
 		f.header(o, &m.req)
-		if !c.TryHandle(&m.req, &m.rep) {
+		if !c.TryHandle(&m.req, &m.rep) || m.rep.Status == wire.ErrTooLate {
 			if !block {
 				return 0, false, 0, false
 			}
+			m.rep.Reset()
 			f.call(ctx, c, m)
 		}
 		if m.rep.Status != wire.OK {
@@ -242,8 +243,17 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 	e.trunc.Lock()
 	f.Call(ctx, o, req, rep)
 	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
-		f.epochs.markOpen(f, e, req.Tenure)
-		if st := f.punch(ctx, o, e, &rep.Attr, rep.Truncate); st != wire.OK {
+		st := wire.OK
+		if rep.Reconstructed {
+			// It may have been another client that made the change and opened the epoch.
+			st = f.epochs.open(ctx, f, o, e)
+		} else {
+			f.epochs.markOpen(f, e, req.Tenure)
+		}
+		if st == wire.OK {
+			st = f.punch(ctx, o, e, &rep.Attr, rep.Truncate)
+		}
+		if st != wire.OK && st != wire.ErrStale { // removed meanwhile
 			rep.Status = st
 		}
 	}
@@ -371,3 +381,8 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 // Created tells that the OpCreate with the given transno and FlagOpenEpoch has
 // opened the file's IO epoch and that this is durable. It does not block.
 func (f *FS) Created(fid wire.FID, transno uint64) { f.epochs.created(fid, transno) }
+
+// Recreated tells that an OpCreate with FlagOpenEpoch was answered from memory
+// (Reply.Reconstructed). If it was this client that executed it, the file is in an IO
+// epoch of this client, which is closed in time. It does not block.
+func (f *FS) Recreated(fid wire.FID) { f.epochs.created(fid, 0) }

@@ -23,8 +23,8 @@ type epoch struct {
 	// untouched: opened by the create and not used since, so there are no objects.
 	// Under the shard's lock, or closing being set.
 	untouched bool
-	// kept: the MDT has skipped it in a close, and perhaps still has it open though it
-	// counts as not open here. Under the shard's lock.
+	// kept: the MDT may have it open though it counts as not open here, because a close
+	// was skipped or the create was answered from memory. Under the shard's lock.
 	kept bool
 
 	mu   longLock // serialises opening
@@ -188,8 +188,12 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 		s.m[fid] = e
 		t.n.Add(1)
 	}
-	if e.closing == nil && transno > s.closed {
+	switch {
+	case e.closing != nil || e.open.Load():
+	case transno > s.closed:
 		e.open.Store(true)
+	default:
+		e.kept = true
 	}
 }
 

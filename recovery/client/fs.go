@@ -338,10 +338,11 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 			return st, true
 		}
 		f.header(o, &m.req)
-		if !c.TryHandle(&m.req, &m.rep) {
+		if !c.TryHandle(&m.req, &m.rep) || m.rep.Status == wire.ErrTooLate {
 			if !block {
 				return 0, false
 			}
+			m.rep.Reset()
 			f.call(ctx, c, m)
 		}
 		if m.rep.Status != wire.OK {

@@ -87,6 +87,8 @@ func ask[T any](a *actor, what string, f func(*frontend, client.Owner) (T, wire.
 			case r.st == wire.ErrJukebox, r.st == wire.ErrTargetDown, r.st == wire.ErrUnknownClient, r.st == wire.ErrRecovering, r.st == wire.ErrStaleClient:
 				w.count("jukebox")
 				a.xid++ // it is another call
+			case r.st == wire.ErrIO && w.badDisk.Load():
+				a.xid++
 			default:
 				return r.v, r.st, fe
 			}

@@ -92,9 +92,7 @@ func (d *ostStore) failSync(err error) {
 
 // excuseAll notes that every frontend may lose what is not durable.
 func (in *injector) excuseAll(why string) {
-	for _, n := range in.nodes {
-		in.excused(clientID(n.name), why)
-	}
+	in.excused(wire.ClientID{}, -1, why)
 }
 
 // takeOver gives the targets of a node to others.
@@ -172,6 +170,16 @@ func (in *injector) move() {
 	n := pick(in.rng, in.nodes)
 	in.count("moves")
 	in.trace("--- %s moves to %s", t, n.name)
+	in.world.mu.Lock()
+	old := in.home[t]
+	in.world.mu.Unlock()
+	for i := range in.osts {
+		if ostName(i) == t && old != n {
+			// A target forgets the client in its own process when it stops, though in
+			// order: the frontend takes what was not durable for lost.
+			in.excused(clientID(old.name), i, "the target has left the frontend's process")
+		}
+	}
 	in.world.mu.Lock()
 	if n.proc != nil {
 		in.home[t] = n
@@ -258,7 +266,7 @@ func (in *injector) evict() {
 	if s == nil {
 		return
 	}
-	in.excused(clientID(n.name), "evicted by order")
+	in.excused(clientID(n.name), -1, "evicted by order")
 	in.count("evictions by order")
 	in.trace("--- %s evicts the frontend of %s: %v", t, n.name, s.front.Evict(clientID(n.name)))
 }
@@ -282,9 +290,10 @@ func (in *injector) abort() {
 func (in *injector) badDisk() {
 	i := in.n(len(in.osts))
 	d := in.osts[i]
-	in.excused(wireID{byte(i + 1)}, "flushes failed")
+	in.excused(wire.ClientID{}, i, "flushes failed")
 	in.count("bad disks")
 	in.trace("--- flushes of OST %d fail", i)
+	in.world.badDisk.Store(true)
 	d.failSync(unix.EIO)
 	in.wg.Go(func() {
 		_ = sleep(in.ctx, in.between(0, 2*time.Second))

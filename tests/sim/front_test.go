@@ -174,12 +174,16 @@ func (fe *frontend) modify(o client.Owner, q *wire.Request) *wire.Reply {
 		break
 	}
 	if req.Op == wire.OpCreate && rep.Status == wire.OK {
-		if rep.Truncate.LogID == 0 && rep.Created && !rep.Reconstructed && rep.Attr.EpochOpen {
-			fe.fs.Created(rep.Attr.FID, rep.Transno)
-		} else if rep.Truncate.LogID != 0 {
+		switch {
+		case rep.Truncate.LogID != 0:
 			if st := fe.fs.Truncated(ctx, o, &rep.Attr, rep.Truncate); st != wire.OK {
 				rep.Status = st
 			}
+		case !rep.Attr.EpochOpen:
+		case rep.Reconstructed:
+			fe.fs.Recreated(rep.Attr.FID)
+		case rep.Created:
+			fe.fs.Created(rep.Attr.FID, rep.Transno)
 		}
 	}
 	if rep.HasAttr && rep.Status == wire.OK && rep.Attr.EpochOpen {

@@ -670,7 +670,18 @@ func (l *localTrace) Accept(p wire.Peer) wire.Target {
 
 func (l *localTrace) Close() error { return l.Target.(io.Closer).Close() }
 
-func (l *localTrace) TryHandle(*wire.Request, *wire.Reply) bool { return false }
+func (l *localTrace) MayBlock(op wire.Op) bool {
+	b, ok := l.Target.(wire.Blocker)
+	return ok && b.MayBlock(op)
+}
+
+func (l *localTrace) TryHandle(req *wire.Request, rep *wire.Reply) bool {
+	ok := l.Target.TryHandle(req, rep)
+	if ok {
+		l.w.trace("%s >< %s: %s", l.name, describe(req), describeReply(req, rep))
+	}
+	return ok
+}
 
 func (l *localTrace) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	l.w.trace("%s > %s", l.name, describe(req))

@@ -76,7 +76,7 @@ type world struct {
 	nodes   []*node
 	began   time.Time
 	zombies sync.WaitGroup
-	busy    atomic.Int64
+	badDisk atomic.Bool // there was one
 
 	mu     sync.Mutex
 	cond   *sync.Cond // home, vips, processes
@@ -85,14 +85,18 @@ type world struct {
 	vips   []*vip
 	faults []string
 	seen   map[string]int
-	excuse map[wireID]string // why a frontend may lose data that only it had
+	excuse map[excuse]string // why a frontend may lose data that only it had
 	fids   map[wire.FID]string
 	shared []*sharedFile
 
 	history history
 }
 
-type wireID = [16]byte
+// excuse is for a frontend, all if zero, and an OST, all if negative.
+type excuse struct {
+	fe  wire.ClientID
+	ost int
+}
 
 // vip is a service address, as the registry has it.
 type vip struct {
@@ -108,7 +112,7 @@ type vip struct {
 func newWorld(t *testing.T, seed uint64, cfg config) *world {
 	w := &world{
 		t: t, seed: seed, cfg: cfg, tracing: tracing, began: time.Now(), home: map[string]*node{}, gens: map[string]uint64{},
-		seen: map[string]int{}, excuse: map[wireID]string{}, fids: map[wire.FID]string{},
+		seen: map[string]int{}, excuse: map[excuse]string{}, fids: map[wire.FID]string{},
 	}
 	w.cond = sync.NewCond(&w.mu)
 	w.net = newNetwork(w)
@@ -298,23 +302,25 @@ func (w *world) verifierChange(fe *frontend, why string, ost int) {
 			v.verf++
 		}
 	}
-	excuse, ok := w.excuse[fe.id]
-	if !ok {
-		excuse, ok = w.excuse[wireID{byte(ost + 1)}]
+	var excused string
+	for _, e := range [...]excuse{{fe.id, ost}, {fe.id, -1}, {wire.ClientID{}, ost}, {wire.ClientID{}, -1}} {
+		if excused == "" {
+			excused = w.excuse[e]
+		}
 	}
 	w.seen["verifier changes"]++
 	w.mu.Unlock()
 	fe.end()
-	w.trace("%s: verifiers change: %s (%s)", fe.p.node.name, why, excuse)
-	if !ok {
+	w.trace("%s: verifiers change: %s (%s)", fe.p.node.name, why, excused)
+	if excused == "" {
 		w.fault("%s: verifiers change though nothing can be lost: %s", fe.p.node.name, why)
 	}
 }
 
-// excused notes why the data that only a frontend had may be lost.
-func (w *world) excused(id wireID, why string) {
+// excused notes why data that only a frontend had may be lost.
+func (w *world) excused(fe wire.ClientID, ost int, why string) {
 	w.mu.Lock()
-	w.excuse[id] = why
+	w.excuse[excuse{fe, ost}] = why
 	w.mu.Unlock()
 }
 
