@@ -243,17 +243,11 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 	e.trunc.Lock()
 	f.Call(ctx, o, req, rep)
 	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
-		st := wire.OK
-		if rep.Reconstructed {
-			// It may have been another client that made the change and opened the epoch.
-			st = f.epochs.open(ctx, f, o, e)
-		} else {
+		// If it was made before, perhaps another client has made it and opened the epoch.
+		if !rep.Reconstructed {
 			f.epochs.markOpen(f, e, req.Tenure)
 		}
-		if st == wire.OK {
-			st = f.punch(ctx, o, e, &rep.Attr, rep.Truncate)
-		}
-		if st != wire.OK && st != wire.ErrStale { // removed meanwhile
+		if st := f.punch(ctx, o, e, &rep.Attr, rep.Truncate); st != wire.OK {
 			rep.Status = st
 		}
 	}
@@ -271,24 +265,18 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 		return wire.ErrTargetDown // the record stays; the next start works on it
 	}
 	defer f.finishing.leave()
-	// Not only taken for open: since the MDT opened the epoch, an older use of the
-	// file may have ended and closed it.
-	e, st := f.epochs.acquire(ctx, f, o, a)
-	if st == wire.ErrStale {
-		return wire.OK // removed meanwhile
-	}
-	if st != wire.OK {
-		return st
-	}
+	// Not taken for open: since the MDT opened the epoch, an older use of the file may
+	// have ended and closed it.
+	e := f.epochs.ref(f, a.FID)
 	e.trunc.Lock()
-	st = f.punch(ctx, o, e, a, t)
+	st := f.punch(ctx, o, e, a, t)
 	e.trunc.Unlock()
 	f.epochs.release(f, e)
 	return st
 }
 
 // punch executes a logged size change on all objects, after those before it that
-// failed; e.trunc is held.
+// failed, in an open epoch; e.trunc is held.
 func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
 	// One that failed and cut nothing off that this one leaves is not needed
 	// any more; the MDT has dropped its record. It may also be t itself.
@@ -297,6 +285,18 @@ func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.
 	})
 	e.undone = append(e.undone, t)
 	slices.SortFunc(e.undone, func(a, b wire.Truncate) int { return cmp.Compare(a.LogID, b.LogID) })
+	f.epochs.keep(e)
+	if !e.open.Load() {
+		switch st := f.epochs.open(ctx, f, o, e); st {
+		case wire.OK:
+		case wire.ErrStale:
+			e.undone = nil // removed meanwhile
+			return wire.OK
+		default:
+			e.retry.Store(true)
+			return st
+		}
+	}
 	return f.punchUndone(ctx, o, e, a)
 }
 

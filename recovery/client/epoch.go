@@ -23,8 +23,9 @@ type epoch struct {
 	// untouched: opened by the create and not used since, so there are no objects.
 	// Under the shard's lock, or closing being set.
 	untouched bool
-	// kept: the MDT may have it open though it counts as not open here, because a close
-	// was skipped or the create was answered from memory. Under the shard's lock.
+	// kept: even if it counts as not open here the MDT may have it open, because a close
+	// was skipped, the create was answered from memory or the size was changed, and it
+	// has to be closed. Under the shard's lock.
 	kept bool
 
 	mu   longLock // serialises opening
@@ -147,6 +148,14 @@ func (t *epochTable) markOpen(f *FS, e *epoch, tenure uint64) {
 	if tenure == f.tenure.Load() {
 		e.open.Store(true)
 	}
+	s.mu.Unlock()
+}
+
+// keep has the epoch closed even if it does not count as open.
+func (t *epochTable) keep(e *epoch) {
+	s := &t.shards[t.shard(e.fid)]
+	s.mu.Lock()
+	e.kept = true
 	s.mu.Unlock()
 }
 
