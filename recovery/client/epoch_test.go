@@ -586,6 +586,82 @@ func TestSkippedCloseIsRepeated(t *testing.T) {
 	}
 }
 
+// The answer of a create that was executed before does not tell whose epoch it opened:
+// it is closed, and not taken for open.
+func TestRecreated(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", true)
+	b.fs.Recreated(a.FID)
+	b.write(a.FID, 0, []byte("1234"))
+	if n := b.count(wire.OpOpenEpoch); n != 1 {
+		t.Errorf("opened %d times", n)
+	}
+	c, _ := b.create("g", true)
+	b.fs.Recreated(c.FID)
+	b.closeAll()
+	if b.mdtAttr(a.FID).EpochOpen || b.mdtAttr(c.FID).EpochOpen || b.fs.OpenEpochs() != 0 {
+		t.Errorf("%d left", b.fs.OpenEpochs())
+	}
+	b.checkSize("written after it was made", a.FID, 4)
+}
+
+// The MDT has evicted the client while it changed a size: the epoch that the MDT has
+// opened and the record are not forgotten.
+func TestSetattrOverEviction(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+		if req.Op == wire.OpSetattr {
+			b.fs.tenure.Store(7) // that of the request is older
+		}
+		return false
+	})
+	if st := b.truncate(a.FID, 9); st != wire.OK {
+		t.Fatal(st)
+	}
+	if n := b.fs.OpenEpochs(); n != 1 {
+		t.Errorf("%d epochs in the table", n)
+	}
+	b.closeAll()
+	if a := b.mdtAttr(a.FID); a.EpochOpen || a.Size != 9 || len(b.pending()) != 0 || b.fs.OpenEpochs() != 0 {
+		t.Errorf("open %v, size %d, records %v", a.EpochOpen, a.Size, b.pending())
+	}
+}
+
+// Requests that were made before the MDT evicted this client are refused by OSTs that
+// know: they are made again, and nobody sees an error.
+func TestRequestsOfAnOldTenure(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("1234"))
+	for _, op := range []wire.Op{wire.OpSyncObject, wire.OpObjAttr, wire.OpRead} {
+		refused, asked := 0, 0
+		b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+			switch {
+			case req.Op == wire.OpGetattr && refused > 0 && req.FID == wire.RootFID:
+				asked++
+				b.fs.tenure.Store(7)
+			case req.Op == op && req.Tenure != 7:
+				refused++
+				rep.Reset()
+				rep.Status = wire.ErrTooLate
+				return true
+			}
+			return false
+		})
+		b.fs.tenure.Store(1)
+		// Not by a short cut past the hook.
+		m := b.fs.get()
+		m.req.Op, m.req.FID, m.req.Bulk = op, a.FID, make([]byte, 4)
+		c, _ := b.fs.ost(&a, 0)
+		b.fs.header(Owner{}, &m.req)
+		if b.fs.call(ctx, c, m); m.rep.Status != wire.OK || refused != 1 || asked != 1 {
+			t.Errorf("op %d: %v, refused %d times, asked %d times", op, m.rep.Status, refused, asked)
+		}
+		b.fs.put(m)
+	}
+}
+
 // What an earlier incarnation left open is closed with the objects' sizes.
 func TestCloseLeftEpochs(t *testing.T) {
 	b := newBed(t, 2, Options{})
