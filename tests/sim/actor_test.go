@@ -263,22 +263,27 @@ func (a *actor) mkdir() {
 }
 
 func (a *actor) create() {
+	how, size := wire.CreateHow(a.rng.IntN(3)), -1
+	if how == wire.Unchecked && a.rng.IntN(4) == 0 {
+		size = a.rng.IntN(20)
+	}
+	a.createAs(how, size)
+}
+
+// createAs makes a file; size in cells, none if negative.
+func (a *actor) createAs(how wire.CreateHow, size int) {
 	dir, name, mode := pick(a.rng, a.dirs()), a.newName(), uint32(0o600+a.rng.IntN(64))
 	q := wire.Request{
 		Header: wire.Header{Op: wire.OpCreate, Flags: wire.FlagOpenEpoch | wire.FlagOwnerOverride}, FID: dir.fid, Name: []byte(name),
 		SetAttr: wire.SetAttr{Mask: wire.SetMode, Mode: mode},
 	}
-	size := -1
-	switch q.How = wire.CreateHow(a.rng.IntN(3)); q.How {
-	case wire.Exclusive:
+	if q.How = how; how == wire.Exclusive {
 		q.SetAttr = wire.SetAttr{}
 		q.Verf = [8]byte{byte(a.id), byte(a.next), byte(a.next >> 8), 1}
-	case wire.Unchecked:
-		if a.rng.IntN(4) == 0 {
-			size = a.rng.IntN(20)
-			q.SetAttr.Mask |= wire.SetSize
-			q.SetAttr.Size = uint64(size * cellSize)
-		}
+	}
+	if size >= 0 {
+		q.SetAttr.Mask |= wire.SetSize
+		q.SetAttr.Size = uint64(size * cellSize)
 	}
 	what := fmt.Sprintf("create %v %s how %d size %d", dir.fid, name, q.How, size)
 	rep, _ := a.modify(what, q)
@@ -497,6 +502,10 @@ func (a *actor) rename(p place) {
 	if l := a.places(false); a.rng.IntN(3) == 0 && len(l) > 1 {
 		to = pick(a.rng, l)
 	}
+	a.renameTo(p, to)
+}
+
+func (a *actor) renameTo(p, to place) {
 	what := fmt.Sprintf("rename %v %s to %v %s", p.dir.fid, p.name, to.dir.fid, to.name)
 	rep, _ := a.modify(what, wire.Request{Header: hdr(wire.OpRename), FID: p.dir.fid, Name: []byte(p.name), FID2: to.dir.fid, Name2: []byte(to.name)})
 	if !a.expect(what, rep.Status, wire.OK) {

@@ -13,9 +13,10 @@ import (
 var tracing bool
 
 var (
-	simSeed = flag.Uint64("sim.seed", 0, "run one seed, with -v with all its events")
-	simRuns = flag.Uint64("sim.runs", 0, "number of seeds")
-	simBase = flag.Uint64("sim.base", 1, "first seed")
+	simSeed  = flag.Uint64("sim.seed", 0, "run one seed, with -v with all its events")
+	simRuns  = flag.Uint64("sim.runs", 0, "number of seeds")
+	simTrace = flag.Bool("sim.trace", false, "print all events of named scenarios")
+	simBase  = flag.Uint64("sim.base", 1, "first seed")
 )
 
 // TestMain has one goroutine run at a time, so that a seed gives nearly always the
