@@ -171,16 +171,6 @@ func (in *injector) move() {
 	in.count("moves")
 	in.trace("--- %s moves to %s", t, n.name)
 	in.world.mu.Lock()
-	old := in.home[t]
-	in.world.mu.Unlock()
-	for i := range in.osts {
-		if ostName(i) == t && old != n {
-			// A target forgets the client in its own process when it stops, though in
-			// order: the frontend takes what was not durable for lost.
-			in.excused(clientID(old.name), i, "the target has left the frontend's process")
-		}
-	}
-	in.world.mu.Lock()
 	if n.proc != nil {
 		in.home[t] = n
 	}

@@ -142,7 +142,7 @@ func (p *process) host(target string) {
 		select {
 		case err := <-failed:
 			w.trace("%s: %s failed: %v", p.node.name, target, err)
-			w.targetFailed(p, target, err)
+			w.count("failed targets")
 		case <-p.away(ctx, target):
 			clean = !p.dead.Load()
 		}
@@ -157,6 +157,14 @@ func (p *process) host(target string) {
 		err = s.stop(stop)
 		done()
 		w.trace("%s: %s has stopped (clean %v): %v", p.node.name, target, clean, err)
+		// A target forgets the client in its own process when it stops, though in order
+		// and though the process goes on: of an OST that client takes what was not durable
+		// for lost, and OSTs that start before the MDT knows it again do not wait for it.
+		which := -1
+		if target != mdtName {
+			which = w.ost(target).index
+		}
+		w.excused(clientID(p.node.name), which, target+" has left the frontend's process")
 		p.left(target, err == nil)
 		w.poke()
 		if p.ctx.Err() == nil {

@@ -333,10 +333,6 @@ func (w *world) evicted(fe *frontend, lost int) {
 	}
 }
 
-func (w *world) targetFailed(p *process, target string, err error) {
-	w.count("failed targets")
-}
-
 // deadFrontend: nobody has stopped it, so what only it had is lost.
 func (w *world) deadFrontend(fe *frontend) {
 	w.mu.Lock()
