@@ -20,7 +20,8 @@ type epoch struct {
 	// closing is not nil while the closer works on the epoch; closed at its end.
 	closing chan struct{}
 	last    int64 // UnixNano of the last release, under the shard's lock
-	// untouched: opened by the create and not used since, so there are no objects.
+	// untouched: opened by the create and not used since, so there are no objects but
+	// those that other clients have made.
 	// Under the shard's lock, or closing being set.
 	untouched bool
 	// kept: even if it counts as not open here the MDT may have it open, because a close
@@ -471,7 +472,9 @@ func (f *FS) syncItems(items []closeItem, flushes int) {
 	var wg sync.WaitGroup
 	for i := range items {
 		it := &items[i]
-		if it.e.untouched {
+		if it.e.untouched && !it.a.EpochShared {
+			// If others have changed it, they have told the MDT.
+			it.mg.size, it.mg.used = it.a.Size, it.a.Used
 			continue
 		}
 		for s := uint8(0); it.st == wire.OK && s < it.a.Layout.Count; s++ {

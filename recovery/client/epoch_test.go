@@ -535,13 +535,7 @@ func TestShortWrite(t *testing.T) {
 func TestSkippedCloseIsRepeated(t *testing.T) {
 	for _, by := range []string{"write", "truncate"} {
 		b := newBed(t, 1, Options{})
-		other, err := New(Options{MDT: wire.InProc(b.mdt), OSTs: []wire.Conn{wire.InProc(b.osts[0])}, ID: wire.ClientID{2}, Gen: 1, Clock: b.clk.Now, EpochIdle: time.Hour})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := other.Connect(ctx); err != nil {
-			t.Fatal(err)
-		}
+		other := b.another()
 		a, _ := b.create("f", false)
 		b.write(a.FID, 0, []byte("1234"))
 		c, _ := b.create("g", false)
@@ -579,6 +573,44 @@ func TestSkippedCloseIsRepeated(t *testing.T) {
 		b.closeAll()
 		if at := b.mdtAttr(a.FID); at.EpochOpen || at.Size != 9 || b.fs.OpenEpochs() != 0 {
 			t.Errorf("%s: open %v, size %d, %d left", by, at.EpochOpen, at.Size, b.fs.OpenEpochs())
+		}
+		if err := other.Close(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The creator of a file that it has not used reports the size that others have made,
+// whether their epochs are open or closed.
+func TestCloseOfUntouchedFilesThatOthersUse(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		b := newBed(t, 1, Options{})
+		other := b.another()
+		a, transno := b.create("f", true)
+		b.fs.Created(a.FID, transno)
+		at := a
+		if _, st := other.Write(ctx, Owner{}, &at, 4, []byte("56789"), wire.Unstable); st != wire.OK {
+			t.Fatal(st)
+		}
+		closeOther := func() {
+			if _, err := other.closeEpochs(ctx, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if closed {
+			closeOther()
+		} else {
+			b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+				if req.Op == wire.OpCloseEpoch {
+					b.setHook(nil)
+					closeOther()
+				}
+				return false
+			})
+		}
+		b.closeAll()
+		if at := b.mdtAttr(a.FID); at.EpochOpen || at.Size != 9 || b.fs.OpenEpochs() != 0 {
+			t.Errorf("closed before %v: open %v, size %d, %d left", closed, at.EpochOpen, at.Size, b.fs.OpenEpochs())
 		}
 		if err := other.Close(ctx); err != nil {
 			t.Error(err)
