@@ -85,24 +85,24 @@ func (c *cluster) crash(n *node, how string, down time.Duration) {
 var ends = []string{"none", "kill", "power", "take-over", "stop"}
 
 // lose breaks a connection before the next request with op, or its answer, is on its
-// way; the result is closed then.
-func (c *cluster) lose(op wire.Op, reply bool) <-chan struct{} {
-	ch := make(chan struct{})
+// way; the result tells the target then.
+func (c *cluster) lose(op wire.Op, reply bool) <-chan string {
+	ch := make(chan string, 1)
 	c.net.change(func() {
 		c.net.filter = func(m *message) (v verdict) {
 			if m.op != op || m.reply != reply {
 				return v
 			}
 			c.net.filter = nil
-			close(ch)
+			ch <- m.c.target
 			return verdict{cut: true}
 		}
 	})
 	return ch
 }
 
-// operations are all kinds of modifying operations, as a client makes them; each
-// checks the answer.
+// operations are all kinds of operations, as a client makes them; each checks the
+// answer.
 var operations = []struct {
 	name string
 	op   wire.Op
@@ -123,6 +123,14 @@ var operations = []struct {
 	{"truncate-punch", wire.OpPunch, func(a *actor) { a.truncateTo(a.places(false)[1].file(), 1) }},
 	{"write", wire.OpWrite, func(a *actor) { a.writeCells(a.places(false)[1].file(), 0, 4, 0) }},
 	{"first-write", wire.OpOpenEpoch, func(a *actor) { a.writeCells(a.places(false)[2].file(), 0, 4, 0) }},
+	{"close", wire.OpCloseEpoch, func(a *actor) {
+		a.writeCells(a.places(false)[1].file(), 0, 4, 0)
+		time.Sleep(5 * time.Second)
+	}},
+	{"getattr", wire.OpGetattr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
+	{"size", wire.OpObjAttr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
+	{"read", wire.OpRead, func(a *actor) { a.verify(a.places(false)[0].file(), all, 0, 12) }},
+	{"readdir", wire.OpReaddir, func(a *actor) { a.list(a.root) }},
 	{"commit", wire.OpSyncObject, func(a *actor) { a.commit(a.places(false)[0].file()) }},
 }
 
@@ -171,8 +179,8 @@ func scenarios() (l []scenario) {
 			add(strings.Join([]string{"op", o.name, what, "frontend"}, "-"), apart, false, func(c *cluster) {
 				c.operation(c.actors[0], o.op, what, "power", true, o.do)
 			})
-			if o.op == wire.OpSyncObject {
-				continue // with two nodes nothing is flushed
+			if !o.op.Modifies() {
+				continue
 			}
 			add(strings.Join([]string{"op", o.name, what, "two-node"}, "-"), apart, true, func(c *cluster) {
 				c.operation(c.actors[1], o.op, what, "power", false, o.do)
@@ -230,7 +238,10 @@ func scenarios() (l []scenario) {
 					a.verify(p.file(), all, 0, 20)
 				}
 			})
-			if n := c.seen["verifier changes"]; n > 0 {
+			c.mu.Lock()
+			n := c.seen["verifier changes"]
+			c.mu.Unlock()
+			if n > 0 {
 				c.fault("%d verifier changes though frontends had the data", n)
 			}
 		})
@@ -310,6 +321,12 @@ func scenarios() (l []scenario) {
 			c.net.change(func() { fe.paused = false })
 			time.Sleep(3 * time.Second)
 			a.final()
+			c.mu.Lock()
+			n := c.seen["evictions by the MDT"]
+			c.mu.Unlock()
+			if n == 0 && order != "evicted-by-ost" {
+				c.fault("nobody was evicted")
+			}
 		})
 	}
 	// The old owner of a store hangs, another node takes it, the old one comes back.
@@ -406,17 +423,16 @@ func (c *cluster) operation(a *actor, op wire.Op, what, end string, frontend boo
 	lost := c.lose(op, what == "answer")
 	done := make(chan struct{})
 	go func() { do(a); close(done) }()
+	var n *node
 	select {
-	case <-lost:
+	case target := <-lost:
+		n = c.homeOf(target)
 	case <-done:
 		c.fault("no message was lost")
 		return
 	}
-	n := c.homeOf(mdtName)
 	if frontend {
 		n = c.frontendOf(a)
-	} else if op.IsOST() {
-		n = c.homeOf(ostName(0))
 	}
 	c.crash(n, end, time.Second)
 	<-done

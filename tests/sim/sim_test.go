@@ -37,7 +37,7 @@ func TestRandom(t *testing.T) {
 	runs := *simRuns
 	if runs == 0 {
 		if runs = 1000; testing.Short() {
-			runs = 60
+			runs = 80
 		}
 	}
 	sum := map[string]int{}
