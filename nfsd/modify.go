@@ -258,7 +258,11 @@ func (o *op) create(bool) bool {
 func (o *op) createDone() {
 	if o.rep.Status == wire.OK && o.proc == nfs.NFSProcedureCreate {
 		// A new file may have been given a size, too.
-		if o.rep.Truncate.LogID == 0 && o.rep.Created && !o.rep.Reconstructed && o.rep.Attr.EpochOpen {
+		switch {
+		case o.rep.Truncate.LogID != 0 || !o.rep.Attr.EpochOpen:
+		case o.rep.Reconstructed:
+			o.a.srv.fs.Recreated(o.rep.Attr.FID)
+		case o.rep.Created:
 			o.a.srv.fs.Created(o.rep.Attr.FID, o.rep.Transno)
 			o.madeDone()
 			return

@@ -129,6 +129,19 @@ func newBed(t *testing.T, stripes int, o Options) *bed {
 	return b
 }
 
+// another gives another client of a file system of one stripe.
+func (b *bed) another() *FS {
+	b.t.Helper()
+	f, err := New(Options{MDT: wire.InProc(b.mdt), OSTs: []wire.Conn{wire.InProc(b.osts[0])}, ID: wire.ClientID{2}, Gen: 1, Clock: b.clk.Now, EpochIdle: time.Hour})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := f.Connect(ctx); err != nil {
+		b.t.Fatal(err)
+	}
+	return f
+}
+
 // create makes a file; with open its epoch is opened by the create, and the
 // reply is returned for Created.
 func (b *bed) create(name string, open bool) (wire.Attr, uint64) {

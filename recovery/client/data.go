@@ -42,10 +42,11 @@ func (f *FS) Read(ctx context.Context, o Owner, a *wire.Attr, off uint64, buf []
 		m.req.Offset = p.obj
 		m.req.Bulk = buf[p.start : p.start+p.n]
 		f.header(o, &m.req)
-		if !c.TryHandle(&m.req, &m.rep) {
+		if !c.TryHandle(&m.req, &m.rep) || m.rep.Status == wire.ErrTooLate {
 			if !block {
 				return 0, false, 0, false
 			}
+			m.rep.Reset()
 			f.call(ctx, c, m)
 		}
 		if m.rep.Status != wire.OK {
@@ -243,7 +244,10 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 	e.trunc.Lock()
 	f.Call(ctx, o, req, rep)
 	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
-		f.epochs.markOpen(f, e, req.Tenure)
+		// If it was made before, perhaps another client has made it and opened the epoch.
+		if !rep.Reconstructed {
+			f.epochs.markOpen(f, e, req.Tenure)
+		}
 		if st := f.punch(ctx, o, e, &rep.Attr, rep.Truncate); st != wire.OK {
 			rep.Status = st
 		}
@@ -258,29 +262,22 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 	if t.LogID == 0 {
 		return wire.OK
 	}
-	f.finishing.RLock()
-	defer f.finishing.RUnlock()
-	if f.closed.Load() {
+	if !f.finishing.enter() {
 		return wire.ErrTargetDown // the record stays; the next start works on it
 	}
-	// Not only taken for open: since the MDT opened the epoch, an older use of the
-	// file may have ended and closed it.
-	e, st := f.epochs.acquire(ctx, f, o, a)
-	if st == wire.ErrStale {
-		return wire.OK // removed meanwhile
-	}
-	if st != wire.OK {
-		return st
-	}
+	defer f.finishing.leave()
+	// Not taken for open: since the MDT opened the epoch, an older use of the file may
+	// have ended and closed it.
+	e := f.epochs.ref(f, a.FID)
 	e.trunc.Lock()
-	st = f.punch(ctx, o, e, a, t)
+	st := f.punch(ctx, o, e, a, t)
 	e.trunc.Unlock()
 	f.epochs.release(f, e)
 	return st
 }
 
 // punch executes a logged size change on all objects, after those before it that
-// failed; e.trunc is held.
+// failed, in an open epoch; e.trunc is held.
 func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
 	// One that failed and cut nothing off that this one leaves is not needed
 	// any more; the MDT has dropped its record. It may also be t itself.
@@ -289,6 +286,18 @@ func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.
 	})
 	e.undone = append(e.undone, t)
 	slices.SortFunc(e.undone, func(a, b wire.Truncate) int { return cmp.Compare(a.LogID, b.LogID) })
+	f.epochs.keep(e)
+	if !e.open.Load() {
+		switch st := f.epochs.open(ctx, f, o, e); st {
+		case wire.OK:
+		case wire.ErrStale:
+			e.undone = nil // removed meanwhile
+			return wire.OK
+		default:
+			e.retry.Store(true)
+			return st
+		}
+	}
 	return f.punchUndone(ctx, o, e, a)
 }
 
@@ -373,3 +382,8 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 // Created tells that the OpCreate with the given transno and FlagOpenEpoch has
 // opened the file's IO epoch and that this is durable. It does not block.
 func (f *FS) Created(fid wire.FID, transno uint64) { f.epochs.created(fid, transno) }
+
+// Recreated tells that an OpCreate with FlagOpenEpoch was answered from memory
+// (Reply.Reconstructed). If it was this client that executed it, the file is in an IO
+// epoch of this client, which is closed in time. It does not block.
+func (f *FS) Recreated(fid wire.FID) { f.epochs.created(fid, 0) }

@@ -20,14 +20,19 @@ type epoch struct {
 	// closing is not nil while the closer works on the epoch; closed at its end.
 	closing chan struct{}
 	last    int64 // UnixNano of the last release, under the shard's lock
-	// untouched: opened by the create and not used since, so there are no objects.
+	// untouched: opened by the create and not used since, so there are no objects but
+	// those that other clients have made.
 	// Under the shard's lock, or closing being set.
 	untouched bool
+	// kept: even if it counts as not open here the MDT may have it open, because a close
+	// was skipped, the create was answered from memory or the size was changed, and it
+	// has to be closed. Under the shard's lock.
+	kept bool
 
-	mu   sync.Mutex // serialises opening
+	mu   longLock // serialises opening
 	open atomic.Bool
 
-	trunc sync.Mutex // serialises size changes: MDT first, then punches
+	trunc longLock // serialises size changes: MDT first, then punches
 	// undone are size changes that the MDT has made and the OSTs have not
 	// executed, by log id. Nothing is written before they were tried again: a
 	// recovery executes them, and would cut off what was written after them.
@@ -147,6 +152,14 @@ func (t *epochTable) markOpen(f *FS, e *epoch, tenure uint64) {
 	s.mu.Unlock()
 }
 
+// keep has the epoch closed even if it does not count as open.
+func (t *epochTable) keep(e *epoch) {
+	s := &t.shards[t.shard(e.fid)]
+	s.mu.Lock()
+	e.kept = true
+	s.mu.Unlock()
+}
+
 // maxRenewals bounds how often one request opens its epoch anew: each time the
 // MDT must have evicted this client.
 const maxRenewals = 3
@@ -163,7 +176,7 @@ func (t *epochTable) release(f *FS, e *epoch) {
 	s.mu.Lock()
 	e.refs--
 	e.last = time.Now().UnixNano()
-	if e.refs == 0 && !e.open.Load() {
+	if e.refs == 0 && !e.open.Load() && !e.kept {
 		delete(s.m, e.fid)
 		t.n.Add(-1)
 	}
@@ -185,8 +198,12 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 		s.m[fid] = e
 		t.n.Add(1)
 	}
-	if e.closing == nil && transno > s.closed {
+	switch {
+	case e.closing != nil || e.open.Load():
+	case transno > s.closed:
 		e.open.Store(true)
+	default:
+		e.kept = true
 	}
 }
 
@@ -328,6 +345,8 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		}
 	}
 	var transno uint64
+	var kept map[wire.FID]bool
+	again := 0
 	// If the report is lost in a crash, the closing of the epochs is too, and the
 	// records are worked on again. An epoch stays open until its records are
 	// reported: later writes must not meet an old record in a recovery.
@@ -339,17 +358,25 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		m.req.Epochs = closes
 		f.Call(ctx, Owner{}, &m.req, &m.rep)
 		transno = m.rep.Transno
-		if m.rep.Status != wire.OK {
-			fail(fmt.Errorf("client: close IO epochs: %w", m.rep.Status), closes)
-		}
+		st, n := m.rep.Status, int(m.rep.Count)
 		f.put(m)
+		if st != wire.OK {
+			fail(fmt.Errorf("client: close IO epochs: %w", st), closes)
+		} else if n < len(closes) {
+			kept = f.keptOpen(ctx, closes)
+		}
 	}
 	for _, e := range batch {
 		s := &f.epochs.shards[f.epochs.shard(e.fid)]
 		s.mu.Lock()
 		e.closing = nil
 		s.closed = max(s.closed, transno)
-		if failed[e.fid] {
+		if e.kept = kept[e.fid]; e.kept {
+			e.open.Store(false)
+			e.untouched = false
+			again++
+		}
+		if e.kept || failed[e.fid] {
 			e.last = time.Now().UnixNano()
 		} else {
 			delete(s.m, e.fid)
@@ -358,7 +385,25 @@ func (f *FS) closeEpochs(ctx context.Context, idle time.Duration) (int, error) {
 		s.mu.Unlock()
 	}
 	close(done)
-	return len(batch), firstErr
+	return len(batch) - again, firstErr
+}
+
+// keptOpen gives the files, of some whose closing the MDT has skipped because another
+// client has opened or truncated them meanwhile, that are still in an IO epoch: they
+// have to be closed again.
+func (f *FS) keptOpen(ctx context.Context, closes []wire.EpochClose) map[wire.FID]bool {
+	kept := make(map[wire.FID]bool)
+	for i := range closes {
+		var a wire.Attr
+		switch st := f.rawAttr(ctx, closes[i].FID, &a); st {
+		case wire.OK:
+			kept[a.FID] = a.EpochOpen
+		case wire.ErrStale, wire.ErrNoEnt:
+		default:
+			kept[closes[i].FID] = true
+		}
+	}
+	return kept
 }
 
 // maxLogIDs bounds the records of one OpTruncateDone.
@@ -427,7 +472,9 @@ func (f *FS) syncItems(items []closeItem, flushes int) {
 	var wg sync.WaitGroup
 	for i := range items {
 		it := &items[i]
-		if it.e.untouched {
+		if it.e.untouched && !it.a.EpochShared {
+			// If others have changed it, they have told the MDT.
+			it.mg.size, it.mg.used = it.a.Size, it.a.Used
 			continue
 		}
 		for s := uint8(0); it.st == wire.OK && s < it.a.Layout.Count; s++ {

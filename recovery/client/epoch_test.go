@@ -530,6 +530,170 @@ func TestShortWrite(t *testing.T) {
 	}
 }
 
+// The MDT skips a close if another client has opened or truncated the file since the
+// size was collected: it is closed again, and does not stay open for ever.
+func TestSkippedCloseIsRepeated(t *testing.T) {
+	for _, by := range []string{"write", "truncate"} {
+		b := newBed(t, 1, Options{})
+		other := b.another()
+		a, _ := b.create("f", false)
+		b.write(a.FID, 0, []byte("1234"))
+		c, _ := b.create("g", false)
+		b.write(c.FID, 0, []byte("12"))
+		b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+			if req.Op != wire.OpCloseEpoch {
+				return false
+			}
+			b.setHook(nil)
+			if by == "truncate" {
+				q := wire.Request{Header: wire.Header{Op: wire.OpSetattr}, FID: a.FID, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: 9}}
+				var rep wire.Reply
+				if other.Setattr(ctx, Owner{}, &q, &rep); rep.Status != wire.OK {
+					t.Error(rep.Status)
+				}
+			} else {
+				at := a
+				if _, st := other.Write(ctx, Owner{}, &at, 4, []byte("56789"), wire.Unstable); st != wire.OK {
+					t.Error(st)
+				}
+			}
+			return false
+		})
+		if n, err := b.fs.closeEpochs(ctx, 0); n != 1 || err != nil {
+			t.Fatalf("%s: closed %d, %v", by, n, err)
+		}
+		if n := b.fs.OpenEpochs(); n != 1 || !b.mdtAttr(a.FID).EpochOpen || b.mdtAttr(c.FID).EpochOpen {
+			t.Fatalf("%s: %d left", by, n)
+		}
+		// Who reads or writes meanwhile does not let it be forgotten.
+		b.fs.epochs.release(b.fs, b.fs.epochs.ref(b.fs, a.FID))
+		if _, err := other.closeEpochs(ctx, 0); err != nil {
+			t.Fatal(err)
+		}
+		b.closeAll()
+		if at := b.mdtAttr(a.FID); at.EpochOpen || at.Size != 9 || b.fs.OpenEpochs() != 0 {
+			t.Errorf("%s: open %v, size %d, %d left", by, at.EpochOpen, at.Size, b.fs.OpenEpochs())
+		}
+		if err := other.Close(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The creator of a file that it has not used reports the size that others have made,
+// whether their epochs are open or closed.
+func TestCloseOfUntouchedFilesThatOthersUse(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		b := newBed(t, 1, Options{})
+		other := b.another()
+		a, transno := b.create("f", true)
+		b.fs.Created(a.FID, transno)
+		at := a
+		if _, st := other.Write(ctx, Owner{}, &at, 4, []byte("56789"), wire.Unstable); st != wire.OK {
+			t.Fatal(st)
+		}
+		closeOther := func() {
+			if _, err := other.closeEpochs(ctx, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if closed {
+			closeOther()
+		} else {
+			b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+				if req.Op == wire.OpCloseEpoch {
+					b.setHook(nil)
+					closeOther()
+				}
+				return false
+			})
+		}
+		b.closeAll()
+		if at := b.mdtAttr(a.FID); at.EpochOpen || at.Size != 9 || b.fs.OpenEpochs() != 0 {
+			t.Errorf("closed before %v: open %v, size %d, %d left", closed, at.EpochOpen, at.Size, b.fs.OpenEpochs())
+		}
+		if err := other.Close(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The answer of a create that was executed before does not tell whose epoch it opened:
+// it is closed, and not taken for open.
+func TestRecreated(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", true)
+	b.fs.Recreated(a.FID)
+	b.write(a.FID, 0, []byte("1234"))
+	if n := b.count(wire.OpOpenEpoch); n != 1 {
+		t.Errorf("opened %d times", n)
+	}
+	c, _ := b.create("g", true)
+	b.fs.Recreated(c.FID)
+	b.closeAll()
+	if b.mdtAttr(a.FID).EpochOpen || b.mdtAttr(c.FID).EpochOpen || b.fs.OpenEpochs() != 0 {
+		t.Errorf("%d left", b.fs.OpenEpochs())
+	}
+	b.checkSize("written after it was made", a.FID, 4)
+}
+
+// The MDT has evicted the client while it changed a size: the epoch that the MDT has
+// opened and the record are not forgotten.
+func TestSetattrOverEviction(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.setHook(func(req *wire.Request, _ *wire.Reply) bool {
+		if req.Op == wire.OpSetattr {
+			b.fs.tenure.Store(7) // that of the request is older
+		}
+		return false
+	})
+	if st := b.truncate(a.FID, 9); st != wire.OK {
+		t.Fatal(st)
+	}
+	if n := b.fs.OpenEpochs(); n != 1 {
+		t.Errorf("%d epochs in the table", n)
+	}
+	b.closeAll()
+	if a := b.mdtAttr(a.FID); a.EpochOpen || a.Size != 9 || len(b.pending()) != 0 || b.fs.OpenEpochs() != 0 {
+		t.Errorf("open %v, size %d, records %v", a.EpochOpen, a.Size, b.pending())
+	}
+}
+
+// Requests that were made before the MDT evicted this client are refused by OSTs that
+// know: they are made again, and nobody sees an error.
+func TestRequestsOfAnOldTenure(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("1234"))
+	for _, op := range []wire.Op{wire.OpSyncObject, wire.OpObjAttr, wire.OpRead} {
+		refused, asked := 0, 0
+		b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+			switch {
+			case req.Op == wire.OpGetattr && refused > 0 && req.FID == wire.RootFID:
+				asked++
+				b.fs.tenure.Store(7)
+			case req.Op == op && req.Tenure != 7:
+				refused++
+				rep.Reset()
+				rep.Status = wire.ErrTooLate
+				return true
+			}
+			return false
+		})
+		b.fs.tenure.Store(1)
+		// Not by a short cut past the hook.
+		m := b.fs.get()
+		m.req.Op, m.req.FID, m.req.Bulk = op, a.FID, make([]byte, 4)
+		c, _ := b.fs.ost(&a, 0)
+		b.fs.header(Owner{}, &m.req)
+		if b.fs.call(ctx, c, m); m.rep.Status != wire.OK || refused != 1 || asked != 1 {
+			t.Errorf("op %d: %v, refused %d times, asked %d times", op, m.rep.Status, refused, asked)
+		}
+		b.fs.put(m)
+	}
+}
+
 // What an earlier incarnation left open is closed with the objects' sizes.
 func TestCloseLeftEpochs(t *testing.T) {
 	b := newBed(t, 2, Options{})

@@ -90,9 +90,9 @@ type FS struct {
 	stop   chan struct{}
 	wg     sync.WaitGroup
 	closed atomic.Bool
-	// finishing is held shared by what completions start in the background, which
-	// may be after the program has stopped serving; Close waits for it.
-	finishing sync.RWMutex
+	// finishing is entered by what completions start in the background, which may be
+	// after the program has stopped serving; Close waits for it.
+	finishing gate
 }
 
 type msg struct {
@@ -183,8 +183,7 @@ func (f *FS) Close(ctx context.Context) error {
 	}
 	close(f.stop)
 	f.wg.Wait()
-	f.finishing.Lock()
-	defer f.finishing.Unlock()
+	f.finishing.close()
 	var first error
 	for {
 		n, err := f.closeEpochs(ctx, 0)
@@ -345,10 +344,11 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 			return st, true
 		}
 		f.header(o, &m.req)
-		if !c.TryHandle(&m.req, &m.rep) {
+		if !c.TryHandle(&m.req, &m.rep) || m.rep.Status == wire.ErrTooLate {
 			if !block {
 				return 0, false
 			}
+			m.rep.Reset()
 			f.call(ctx, c, m)
 		}
 		if m.rep.Status != wire.OK {

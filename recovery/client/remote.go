@@ -217,10 +217,18 @@ func (f *FS) call(ctx context.Context, c *ostConn, m *msg) {
 		if err := c.Call(ctx, &m.req, &m.rep); err != nil {
 			m.rep.Status = wire.ErrTargetDown
 		}
-		if m.rep.Status != wire.ErrUnknownClient {
+		switch {
+		case m.rep.Status == wire.ErrUnknownClient:
+			// Whether it was executed or not, data at a place may be written again.
+		case m.rep.Status == wire.ErrTooLate && !m.req.Op.Modifies():
+			// The MDT has evicted this client since the request was made, and this
+			// client notices at the latest when it asks there.
+			var a wire.Attr
+			f.rawAttr(ctx, wire.RootFID, &a)
+			m.req.XID, m.req.Tenure = f.xid.Add(1), f.tenure.Load()
+		default:
 			return
 		}
-		// Whether it was executed or not, data at a place may be written again.
 		m.rep.Reset()
 	}
 	m.rep.Status = wire.ErrTargetDown

@@ -523,7 +523,7 @@ func TestCommitForRecovery(t *testing.T) {
 	b.m.WaitCommit(e.rep.Transno, rep, func() { close(done) })
 	b.kill()
 	<-done
-	if rep.Status != wire.ErrIO {
+	if rep.Status != wire.ErrTargetDown {
 		t.Errorf("of a target that failed: %v", rep.Status)
 	}
 }

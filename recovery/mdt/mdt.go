@@ -326,7 +326,7 @@ func (m *MDT) unlock() {
 }
 
 // Fail stops the target because of an error met elsewhere, such as the
-// engine's OnFail: replies that wait get ErrIO, later requests ErrTargetDown.
+// engine's OnFail: replies that wait get ErrTargetDown, as later requests do.
 func (m *MDT) Fail(err error) {
 	m.fail(err)
 	m.com.Fail(err)

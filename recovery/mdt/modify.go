@@ -267,6 +267,7 @@ func (t *tx) run() wire.Status {
 			// Its client may be gone, so nobody might replay it. A second client
 			// must not try to.
 			t.show(rec.Transno)
+			t.fid = rec.FID // for the slot: this answer may be lost, too
 			m.reconstruct(req, t.rep, &outcome{Status: rec.Status, Transno: rec.Transno, FID: rec.FID, Created: rec.Created, Truncate: rec.Truncate})
 			return rec.Status
 		case target.PortMismatch:

@@ -142,12 +142,12 @@ func fetchLog(m *MDT, o *wire.OSTInfo, ost uint16, k, v []byte) error {
 	if l.Kind != LogTruncate || !hasStripe(&l.Layout, ost) {
 		return nil
 	}
+	var maker wire.ClientID
 	m.seq.Lock()
-	current := m.current(l.Client, l.Tenure)
-	m.seq.Unlock()
-	if current {
-		return nil // its client punches
+	if m.current(l.Client, l.Tenure) {
+		maker = l.Client
 	}
+	m.seq.Unlock()
 	in, _ := m.inode(l.FID, false)
 	if in == nil {
 		return nil // removed since the iterator was made, or not readable
@@ -155,7 +155,7 @@ func fetchLog(m *MDT, o *wire.OSTInfo, ost uint16, k, v []byte) error {
 	for s, i := range l.Layout.OST[:l.Layout.Count] {
 		if i == ost {
 			o.Truncates = append(o.Truncates, wire.ObjTruncate{
-				FID: l.FID, Stripe: uint8(s), Size: l.Layout.ObjectSize(uint8(s), l.Size), LogID: l.ID, Time: in.Attr.Ctime,
+				FID: l.FID, Stripe: uint8(s), Size: l.Layout.ObjectSize(uint8(s), l.Size), LogID: l.ID, Time: in.Attr.Ctime, Client: maker,
 			})
 		}
 	}

@@ -13,11 +13,14 @@ import (
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
-var _ front.Body = (*Target)(nil)
+var (
+	_ front.Body   = (*Target)(nil)
+	_ wire.Blocker = (*Target)(nil)
+)
 
-// MayBlock tells whether an operation may wait for the disk in the goroutine
-// that gives it to the target.
-func MayBlock(op wire.Op) bool {
+// MayBlock implements wire.Blocker: an operation may wait for the disk in the
+// goroutine that gives it to the target.
+func (t *Target) MayBlock(op wire.Op) bool {
 	switch op {
 	case wire.OpRead, wire.OpWrite, wire.OpPunch, wire.OpDestroy, wire.OpSyncObject, wire.OpSyncTarget, wire.OpStatfs:
 		return true

@@ -395,11 +395,11 @@ func TestExecuteRefuses(t *testing.T) {
 		}
 	}
 	for _, o := range []wire.Op{wire.OpRead, wire.OpWrite, wire.OpPunch, wire.OpDestroy, wire.OpSyncObject, wire.OpSyncTarget, wire.OpStatfs} {
-		if !MayBlock(o) {
+		if !g.MayBlock(o) {
 			t.Errorf("%v may block", o)
 		}
 	}
-	if MayBlock(wire.OpPing) || MayBlock(wire.OpFence) || MayBlock(wire.OpObjAttr) {
+	if g.MayBlock(wire.OpPing) || g.MayBlock(wire.OpFence) || g.MayBlock(wire.OpObjAttr) {
 		t.Error("what does not block")
 	}
 	g.Close()

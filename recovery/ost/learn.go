@@ -71,13 +71,25 @@ func (t *Target) Learn(info *wire.OSTInfo) error {
 	return nil
 }
 
-// finishTruncates does what Learn was told of truncates, in order. That they are
-// not done now is no reason not to serve: the MDT does them later, at the risk
-// that they cut off what was written meanwhile.
+// finishTruncates does what Learn was told of truncates, in order, unless their
+// clients have taken part in recovery and so have replayed them. They are done again
+// when the MDT evicts their clients, which it may not have noticed to be dead, and
+// must not cut off what is written until then. That they cannot be done now is no
+// reason not to serve, at that risk.
 func (t *Target) finishTruncates() {
+	t.state.mu.Lock()
+	there := maps.Clone(t.state.sb.Clients)
+	t.state.mu.Unlock()
+	t.cut = map[objKey]uint64{}
 	c := wire.InProc(t)
 	for i := range t.truncates {
 		x := &t.truncates[i]
+		if _, ok := there[x.Client]; ok {
+			continue
+		}
+		// An object that does not exist cannot remember it.
+		k := objKey{x.FID, x.Stripe}
+		t.cut[k] = max(t.cut[k], x.LogID)
 		req := wire.Request{
 			Header: wire.Header{Op: wire.OpPunch, Flags: wire.FlagWaitCommit},
 			FID:    x.FID, Stripe: x.Stripe, Size: x.Size, LogID: x.LogID, Time: x.Time,

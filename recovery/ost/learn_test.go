@@ -1,6 +1,7 @@
 package ost
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 
@@ -125,6 +126,51 @@ func TestLearn(t *testing.T) {
 	do(t, g, writeOf(kept, 200, fid(1000), 0, "no epochs are asked any more"))
 	if err := g.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestTruncatesOfTheAbsent: truncates of clients that are gone, or that took no part in
+// recovery though the MDT still has them, are done before anything is written, and do
+// not cut that off when they come again. Those of the others their clients replay.
+func TestTruncatesOfTheAbsent(t *testing.T) {
+	m := mem()
+	g := open(t, Options{FS: m})
+	here, away := remote(t, g, 1), remote(t, g, 2)
+	for f := range uint32(3) {
+		do(t, g, writeOf(here, uint64(f), fid(f+1), 0, "old old"))
+	}
+	if err := g.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	m = powerless(g, m)
+	g = openOnly(t, Options{FS: m, BootID: "b2"})
+	truncate := func(f uint32, by wire.ClientID) wire.ObjTruncate {
+		return wire.ObjTruncate{FID: fid(f), Size: 0, LogID: uint64(10 + f), Client: by}
+	}
+	if err := g.Learn(&wire.OSTInfo{
+		Clients:   []wire.ClientInfo{{ID: here.Client, Gen: 1}, {ID: away.Client, Gen: 1}},
+		Truncates: []wire.ObjTruncate{truncate(1, here.Client), truncate(2, away.Client), truncate(3, wire.ClientID{}), truncate(4, away.Client)},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	g.DelClient(away.Client, 1, false)
+	g.Begin(100)
+	content(t, g, fid(1), "old old")
+	content(t, g, fid(2), "")
+	content(t, g, fid(3), "")
+	for f := uint32(2); f <= 4; f++ {
+		do(t, g, writeOf(here, uint64(20+f), fid(f), 0, "new"))
+	}
+	for pass := range 2 {
+		for f := uint32(2); f <= 4; f++ {
+			q := &wire.Request{Header: wire.Header{Op: wire.OpPunch, Flags: wire.FlagWaitCommit}, FID: fid(f), LogID: uint64(10 + f)}
+			if rep := do(t, g, q); rep.Obj.Size != 3 {
+				t.Errorf("file %d, pass %d: %d bytes", f, pass, rep.Obj.Size)
+			}
+		}
+		// What was written is durable with the punch.
+		m = powerless(g, m)
+		g = open(t, Options{FS: m, BootID: fmt.Sprint("again", pass)})
 	}
 }
 

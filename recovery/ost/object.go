@@ -546,7 +546,8 @@ func (t *Target) createFirst(o *object) (*seg, error) {
 	}
 	s := &seg{fd: fd, used: headerSize}
 	o.addSeg(s)
-	o.size, o.lastSeg, o.multi, o.logID, o.punchInst, o.sureLog = 0, 0, false, 0, 0, 0
+	done := t.cut[o.key]
+	o.size, o.lastSeg, o.multi, o.logID, o.punchInst, o.sureLog = 0, 0, false, done, 0, done
 	o.sure, o.by = 0, writers{}
 	o.present, o.segDirMade = nil, false
 	if err := t.writeHeader(o); err != nil {

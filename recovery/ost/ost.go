@@ -133,8 +133,11 @@ type Target struct {
 	begun         atomic.Bool // recovery is over
 	ended         atomic.Bool // stopped in order: nothing is changed any more
 	// epochs of files that may be replayed to; nil: not known.
-	epochs      atomic.Pointer[map[wire.EpochInfo]struct{}]
-	truncates   []wire.ObjTruncate // learnt, for Begin
+	epochs    atomic.Pointer[map[wire.EpochInfo]struct{}]
+	truncates []wire.ObjTruncate // learnt, for Begin
+	// cut are the truncates that were finished at Begin, by log id: they are as good as
+	// executed in objects that are made later. Not changed after Begin.
+	cut         map[objKey]uint64
 	blocks      sync.Pool
 	openFDs     atomic.Int64
 	dirtyBytes  atomic.Int64

@@ -125,7 +125,7 @@ func (c *Committer) Extra(done func(error)) error {
 }
 
 // Gate holds a reply back until transno t is durable: done is called then, after
-// rep.LastCommitted was set, or rep.Status to ErrIO when the target failed
+// rep.LastCommitted was set, or rep.Status to ErrTargetDown when the target failed
 // meanwhile. It returns false when there is nothing to wait for: rep is final
 // and the caller calls done itself. Callers who gate in transno order get their
 // callbacks in transno order.
@@ -148,10 +148,11 @@ func (c *Committer) Gate(t uint64, rep *wire.Reply, done Completer) bool {
 	return true
 }
 
-// failReply turns a reply whose durability is not known into an error.
+// failReply turns a reply whose durability is not known into one that has its client
+// ask the target's next instance.
 func failReply(rep *wire.Reply, committed uint64) {
 	rep.Reset()
-	rep.Status = wire.ErrIO
+	rep.Status = wire.ErrTargetDown
 	rep.LastCommitted = committed
 }
 
@@ -232,7 +233,7 @@ func (c *Committer) flushed(n int, err error) {
 	}
 }
 
-// Fail stops the committer: everything gated now or later gets ErrIO. It may be
+// Fail stops the committer: everything gated now or later gets ErrTargetDown. It may be
 // called from any goroutine, also while a flush hangs.
 func (c *Committer) Fail(err error) {
 	c.mu.Lock()

@@ -283,10 +283,10 @@ func TestCommitter(t *testing.T) {
 	leave <- errors.New("disk is gone")
 	<-done
 	<-done
-	if r20.Status != wire.ErrIO || r21.Status != wire.ErrIO || r20.LastCommitted != 19 {
+	if r20.Status != wire.ErrTargetDown || r21.Status != wire.ErrTargetDown || r20.LastCommitted != 19 {
 		t.Errorf("%v %v %d", r20.Status, r21.Status, r20.LastCommitted)
 	}
-	if r := gate(22); r.Status != wire.ErrIO || <-done != -22 {
+	if r := gate(22); r.Status != wire.ErrTargetDown || <-done != -22 {
 		t.Errorf("after the failure: %v", r.Status)
 	}
 	if c.Close() == nil || fails != 1 {
@@ -307,7 +307,7 @@ func TestCommitterFailsWhileFlushHangs(t *testing.T) {
 	<-enter
 	c.Fail(errors.New("broken"))
 	<-done
-	if rep.Status != wire.ErrIO || c.Close() == nil {
+	if rep.Status != wire.ErrTargetDown || c.Close() == nil {
 		t.Error(rep.Status)
 	}
 }

@@ -545,7 +545,7 @@ func (g gen) ostInfo() *OSTInfo {
 		o.Fences = append(o.Fences, Fence{id(), g.Uint64()})
 		o.Epochs = append(o.Epochs, EpochInfo{g.fid(), id()})
 		o.Unlinked = append(o.Unlinked, g.fid())
-		o.Truncates = append(o.Truncates, ObjTruncate{g.fid(), uint8(g.Uint32()), g.Uint64(), g.Uint64(), g.i64()})
+		o.Truncates = append(o.Truncates, ObjTruncate{g.fid(), uint8(g.Uint32()), g.Uint64(), g.Uint64(), g.i64(), id()})
 	}
 	return o
 }

@@ -18,8 +18,9 @@ type OSTInfo struct {
 	Epochs []EpochInfo
 	// Unlinked are removed files whose objects may still exist.
 	Unlinked []FID
-	// Truncates are logged size changes whose clients are gone. What is left of them
-	// is done after all replays and before anything else.
+	// Truncates are logged size changes that may not have reached the objects. Those
+	// whose clients are gone, or do not take part in the OST's recovery, are done after
+	// all replays and before anything else.
 	Truncates []ObjTruncate
 	// Next is the cursor of the request that continues, empty at the end.
 	Next []byte
@@ -56,9 +57,11 @@ type ObjTruncate struct {
 	Size   uint64 // of the object
 	LogID  uint64
 	Time   int64
+	// Client has made it and is in the MDT's client table; zero: it is gone.
+	Client ClientID
 }
 
-const objTruncateSize = FIDSize + 25
+const objTruncateSize = FIDSize + 25 + 16
 
 // Size is the length of the encoded OSTInfo in bytes, without Next's own.
 func (o *OSTInfo) Size() int {
@@ -93,6 +96,7 @@ func AppendOSTInfo(b []byte, o *OSTInfo) []byte {
 		t := &o.Truncates[i]
 		b = append(t.FID.Append(b), t.Stripe)
 		b = appendI64(be.AppendUint64(be.AppendUint64(b, t.Size), t.LogID), t.Time)
+		b = append(b, t.Client[:]...)
 	}
 	return appendBytes(b, o.Next)
 }
@@ -121,7 +125,7 @@ func DecodeOSTInfo(b []byte, o *OSTInfo) error {
 		o.Unlinked = append(o.Unlinked, d.fid())
 	}
 	for range d.count(MaxData, objTruncateSize) {
-		o.Truncates = append(o.Truncates, ObjTruncate{d.fid(), d.u8(), d.u64(), d.u64(), d.i64()})
+		o.Truncates = append(o.Truncates, ObjTruncate{d.fid(), d.u8(), d.u64(), d.u64(), d.i64(), id()})
 	}
 	o.Next = append([]byte(nil), d.bytes(MaxNameLen)...)
 	if err := d.end(); err != nil {

@@ -28,9 +28,9 @@ type Body interface {
 	// its slot has kept. Attributes are today's, those from before are not valid.
 	Rebuild(req *wire.Request, rep *wire.Reply, slot *recov.SlotRecord)
 
-	// WaitCommit calls done when everything up to transno is durable, after
-	// turning rep into ErrIO if it will never be. False: there is nothing to wait
-	// for and done is not called.
+	// WaitCommit calls done when everything up to transno is durable, after turning
+	// rep into ErrIO, or ErrTargetDown when the body has failed, if it will never be.
+	// False: there is nothing to wait for and done is not called.
 	WaitCommit(transno uint64, rep *wire.Reply, done func()) bool
 
 	// LastCommitted is the highest transno up to which everything is durable.

@@ -29,7 +29,7 @@ type call struct {
 	order *order
 	turn  uint64
 
-	passed func() // x.end: the body's Handle is done
+	passed func() // x.through: the body's Handle is done
 	final  func() // x.Done
 }
 
@@ -39,7 +39,7 @@ func newCall(c *conn, req *wire.Request, rep *wire.Reply, done func()) *call {
 	x, ok := calls.Get().(*call)
 	if !ok {
 		x = new(call)
-		x.passed, x.final = x.end, x.Done
+		x.passed, x.final = x.through, x.Done
 	}
 	x.c, x.req, x.rep, x.done = c, req, rep, done
 	return x
@@ -65,6 +65,14 @@ func (x *call) end() {
 	if in {
 		c.leave()
 	}
+}
+
+// through answers a request that the body has handled by itself.
+func (x *call) through() {
+	if x.rep.Status == wire.ErrIO && x.c.f.failed.Load() {
+		x.answer(wire.ErrTargetDown)
+	}
+	x.end()
 }
 
 // refuse answers a request that nothing is known of.
@@ -187,7 +195,7 @@ func (x *call) Done() {
 	switch {
 	case x.refused:
 		x.answer(x.status)
-	case rep.Status == wire.ErrIO && f.failed.Load() && !x.c.s.local:
+	case rep.Status == wire.ErrIO && f.failed.Load():
 		// Nobody knows whether it stays; the client asks the next instance.
 		x.answer(wire.ErrTargetDown)
 	}

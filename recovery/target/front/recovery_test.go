@@ -212,7 +212,7 @@ func TestLocalClientWaits(t *testing.T) {
 		a1 := a.do("x")
 		a.told = a1.rep.Transno
 		r.crash()
-		if r.b.called("del 6c gen 1 evicted false") != 1 {
+		if r.b.called("del 6c gen 1 evicted true") != 1 {
 			t.Errorf("the dead local client is still in the table: %q", r.b.calls)
 		}
 		ost := r.client("o")

@@ -134,6 +134,10 @@ func TestFail(t *testing.T) {
 		q.Flags = wire.FlagWaitCommit
 		gated := r.send(a.c, q)
 		r.waits(gated)
+		q = l.change("w")
+		q.Flags = wire.FlagWaitCommit
+		here := r.send(l.c, q)
+		r.waits(here)
 		b.slot = 1
 		block := make(chan struct{})
 		r.b.onCall = func(what string) {
@@ -153,6 +157,7 @@ func TestFail(t *testing.T) {
 		close(block)
 		synctest.Wait()
 		r.want(gated, wire.ErrTargetDown)
+		r.want(here, wire.ErrTargetDown)
 		r.want(behind, wire.ErrTargetDown)
 		r.want(b.do("x"), wire.ErrTargetDown)
 		r.want(l.do("x"), wire.ErrTargetDown)

@@ -186,6 +186,9 @@ func (m *Machine) Start(now time.Time) []Action {
 	for _, c := range slices.Clone(m.order) {
 		if c.rec.Local {
 			m.remove(c, "")
+			// Its process may go on without the target, and what it has sent elsewhere
+			// be on the way.
+			m.acts[len(m.acts)-1].Evicted = true
 			m.logf("local client %s is not waited for", short(c.rec.Client))
 		}
 	}

@@ -1,0 +1,440 @@
+package sim
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+)
+
+// scenario is a sequence of faults that is known to be hard. Every one ends with all
+// calls answered, everything at rest, contents as clients were told, and clean stores.
+type scenario struct {
+	name string
+	cfg  func(*config)
+	two  bool // one of the clients uses a two-node export
+	run  func(*cluster)
+}
+
+// apart puts targets and frontends on nodes of their own: n0 and n1 are frontends,
+// n2 has the MDT, n3 and n4 have OSTs.
+func apart(cfg *config) { cfg.apart = true }
+
+// together has the first node have everything but the second OST.
+func together(cfg *config) {}
+
+// TestScenarios runs the scenarios that have a name.
+func TestScenarios(t *testing.T) {
+	for _, s := range scenarios() {
+		t.Run(s.name, func(t *testing.T) {
+			tracing = *simTrace
+			cfg := defaultConfig()
+			if s.cfg != nil {
+				s.cfg(&cfg)
+			}
+			simulate(t, 1, cfg, fmt.Sprintf("go test ./tests/sim -v -sim.trace -run 'TestScenarios/%s$'", s.name), func(c *cluster) {
+				c.serving()
+				c.addActors(2, s.two)
+				s.run(c)
+				c.heal()
+				c.serving()
+				c.finish()
+			})
+		})
+	}
+}
+
+// frontendOf is the node that serves a client's address.
+func (c *cluster) frontendOf(a *actor) *node {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !a.v.ready {
+		c.cond.Wait()
+	}
+	return a.v.owner.p.node
+}
+
+func (c *cluster) homeOf(target string) *node {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.home[target]
+}
+
+// crash ends what is on a node, in one of the ways of ends, and starts it again.
+func (c *cluster) crash(n *node, how string, down time.Duration) {
+	in := &injector{cluster: c, rng: c.rand("crash")}
+	switch how {
+	case "none":
+		return
+	case "stop":
+		n.stop()
+	case "kill":
+		n.die(false)
+	case "power":
+		n.die(true)
+	case "take-over":
+		n.die(true)
+		in.takeOver(n)
+	}
+	time.Sleep(down)
+	n.boot()
+}
+
+var ends = []string{"none", "kill", "power", "take-over", "stop"}
+
+// lose breaks a connection before the next request with op, or its answer, is on its
+// way; the result tells the target then.
+func (c *cluster) lose(op wire.Op, reply bool) <-chan string {
+	ch := make(chan string, 1)
+	c.net.change(func() {
+		c.net.filter = func(m *message) (v verdict) {
+			if m.op != op || m.reply != reply {
+				return v
+			}
+			c.net.filter = nil
+			ch <- m.c.target
+			return verdict{cut: true}
+		}
+	})
+	return ch
+}
+
+// operations are all kinds of operations, as a client makes them; each checks the
+// answer.
+var operations = []struct {
+	name string
+	op   wire.Op
+	do   func(a *actor)
+}{
+	{"mkdir", wire.OpMkdir, (*actor).mkdir},
+	{"create", wire.OpCreate, func(a *actor) { a.createAs(wire.Unchecked, -1) }},
+	{"create-size", wire.OpCreate, func(a *actor) { a.createAs(wire.Unchecked, 3) }},
+	{"create-guarded", wire.OpCreate, func(a *actor) { a.createAs(wire.Guarded, -1) }},
+	{"create-exclusive", wire.OpCreate, func(a *actor) { a.createAs(wire.Exclusive, -1) }},
+	{"link", wire.OpLink, func(a *actor) { a.link(a.places(false)[0]) }},
+	{"rename", wire.OpRename, func(a *actor) { a.renameTo(a.places(false)[0], place{a.root, a.newName()}) }},
+	{"rename-over", wire.OpRename, func(a *actor) { a.renameTo(a.places(false)[0], a.places(false)[1]) }},
+	{"remove", wire.OpRemove, func(a *actor) { a.remove(a.places(false)[0]) }},
+	{"rmdir", wire.OpRmdir, (*actor).rmdir},
+	{"chmod", wire.OpSetattr, func(a *actor) { a.chmod(a.places(false)[0].file()) }},
+	{"truncate", wire.OpSetattr, func(a *actor) { a.truncateTo(a.places(false)[0].file(), 5) }},
+	{"truncate-punch", wire.OpPunch, func(a *actor) { a.truncateTo(a.places(false)[1].file(), 1) }},
+	{"write", wire.OpWrite, func(a *actor) { a.writeCells(a.places(false)[1].file(), 0, 4, 0) }},
+	{"first-write", wire.OpOpenEpoch, func(a *actor) { a.writeCells(a.places(false)[2].file(), 0, 4, 0) }},
+	{"close", wire.OpCloseEpoch, func(a *actor) {
+		a.writeCells(a.places(false)[1].file(), 0, 4, 0)
+		time.Sleep(5 * time.Second)
+	}},
+	{"getattr", wire.OpGetattr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
+	{"size", wire.OpObjAttr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
+	{"read", wire.OpRead, func(a *actor) { a.verify(a.places(false)[0].file(), all, 0, 12) }},
+	{"readdir", wire.OpReaddir, func(a *actor) { a.list(a.root) }},
+	{"commit", wire.OpSyncObject, func(a *actor) { a.commit(a.places(false)[0].file()) }},
+}
+
+// furnish makes what operations need, and waits until nothing of it is open.
+func (c *cluster) furnish() {
+	c.each(func(a *actor) {
+		for range 3 {
+			a.createAs(wire.Guarded, -1)
+		}
+		a.mkdir()
+		for _, p := range a.places(false)[:2] {
+			a.writeCells(p.file(), 0, 8, 0)
+		}
+	})
+	time.Sleep(5 * time.Second)
+	a := c.actors[0]
+	a.writeCells(a.places(false)[0].file(), 8, 12, 0)
+	a.writeCells(a.places(false)[1].file(), 8, 12, 0)
+}
+
+// load has the clients work for a while, and runs f meanwhile.
+func (c *cluster) load(ops int, f func()) {
+	done := make(chan struct{})
+	go func() {
+		c.each(func(a *actor) { a.run(ops, 100*time.Millisecond, func() bool { return false }) })
+		close(done)
+	}()
+	time.Sleep(500 * time.Millisecond)
+	f()
+	<-done
+}
+
+func scenarios() (l []scenario) {
+	add := func(name string, cfg func(*config), two bool, run func(*cluster)) {
+		l = append(l, scenario{name, cfg, two, run})
+	}
+	// Every operation: its request or its answer is lost, and then the target dies, or
+	// the frontend does.
+	for _, o := range operations {
+		for _, what := range []string{"request", "answer"} {
+			for _, end := range ends {
+				add(strings.Join([]string{"op", o.name, what, end}, "-"), apart, false, func(c *cluster) {
+					c.operation(c.actors[0], o.op, what, end, false, o.do)
+				})
+			}
+			add(strings.Join([]string{"op", o.name, what, "frontend"}, "-"), apart, false, func(c *cluster) {
+				c.operation(c.actors[0], o.op, what, "power", true, o.do)
+			})
+			if !o.op.Modifies() {
+				continue
+			}
+			add(strings.Join([]string{"op", o.name, what, "two-node"}, "-"), apart, true, func(c *cluster) {
+				c.operation(c.actors[1], o.op, what, "power", false, o.do)
+			})
+		}
+	}
+	// Any two of the parts fail close to each other, under load.
+	parts := []string{mdtName, ostName(0), ostName(1), "frontend"}
+	for _, first := range parts {
+		for _, second := range parts {
+			add(fmt.Sprintf("double-%s-%s", first, second), apart, true, func(c *cluster) {
+				c.load(60, func() {
+					n := c.part(first)
+					n.die(true)
+					time.Sleep(400 * time.Millisecond)
+					if first == second {
+						n.boot()
+						time.Sleep(1500 * time.Millisecond) // in recovery
+					}
+					k := c.part(second)
+					k.die(true)
+					time.Sleep(2 * time.Second)
+					n.boot()
+					k.boot()
+				})
+			})
+		}
+	}
+	for _, end := range ends[1:] {
+		add("every-node-"+end, apart, true, func(c *cluster) {
+			c.load(120, func() {
+				for _, n := range c.nodes {
+					c.crash(n, end, time.Second)
+					time.Sleep(3 * time.Second)
+				}
+			})
+		})
+		add("mdt-empty-"+end, apart, false, func(c *cluster) {
+			time.Sleep(5 * time.Second)
+			c.crash(c.homeOf(mdtName), end, time.Second)
+			c.each(func(a *actor) { a.createAs(wire.Guarded, -1); a.writeCells(a.places(false)[0].file(), 0, 3, 0) })
+		})
+		add("ost-unstable-"+end, apart, false, func(c *cluster) {
+			c.each(func(a *actor) {
+				for range 4 {
+					a.createAs(wire.Guarded, -1)
+				}
+				for _, p := range a.places(false) {
+					a.writeCells(p.file(), 0, 20, 0)
+				}
+			})
+			c.crash(c.homeOf(ostName(0)), end, time.Second)
+			c.each(func(a *actor) {
+				for _, p := range a.places(false) {
+					a.verify(p.file(), all, 0, 20)
+				}
+			})
+			c.mu.Lock()
+			n := c.seen["verifier changes"]
+			c.mu.Unlock()
+			if n > 0 {
+				c.fault("%d verifier changes though frontends had the data", n)
+			}
+		})
+		add("remove-while-ost-away-"+end, apart, false, func(c *cluster) {
+			c.each(func(a *actor) {
+				for range 40 {
+					a.createAs(wire.Guarded, -1)
+				}
+				for _, p := range a.places(false) {
+					a.writeCells(p.file(), 0, 2, 0)
+					a.commit(p.file())
+				}
+			})
+			n := c.homeOf(ostName(0))
+			n.die(true)
+			c.each(func(a *actor) {
+				for _, p := range a.places(false) {
+					a.remove(p)
+				}
+			})
+			c.crash(c.homeOf(mdtName), end, time.Second)
+			n.boot()
+		})
+	}
+	add("ost-away-others-go-on", apart, false, func(c *cluster) {
+		c.homeOf(ostName(0)).die(false)
+		time.Sleep(5 * time.Second)
+		c.each(func(a *actor) {
+			for range 4 {
+				a.createAs(wire.Guarded, -1)
+				p := a.places(false)
+				a.writeCells(p[len(p)-1].file(), 0, 3, 0)
+			}
+			for _, d := range a.dirs() {
+				a.list(d)
+			}
+		})
+	})
+	add("frontend-starts-while-ost-away", apart, false, func(c *cluster) {
+		c.homeOf(ostName(1)).die(false)
+		fe := c.frontendOf(c.actors[0])
+		fe.die(false)
+		time.Sleep(time.Second)
+		fe.boot()
+		c.each(func(a *actor) { a.mkdir() })
+	})
+	// Writes of a frontend that hangs arrive after everybody has taken it for dead.
+	for _, order := range []string{"silent", "evicted", "evicted-by-ost"} {
+		add("late-writes-"+order, apart, false, func(c *cluster) {
+			c.furnish()
+			a, fe := c.actors[0], c.frontendOf(c.actors[0])
+			in := &injector{cluster: c, rng: c.rand("late")}
+			in.excuseAll("a frontend hung")
+			c.net.change(func() { c.net.filter = func(*message) verdict { return verdict{delay: 2 * time.Second} } })
+			done := make(chan struct{})
+			go func() {
+				a.writeCells(a.places(false)[0].file(), 2, 6, 0)
+				a.writeCells(a.places(false)[1].file(), 2, 6, 0)
+				close(done)
+			}()
+			time.Sleep(2500 * time.Millisecond)
+			c.net.change(func() { fe.paused, c.net.filter = true, nil })
+			switch order {
+			case "silent":
+				time.Sleep(2 * c.cfg.recovery.PingTimeout)
+			case "evicted":
+				c.running(mdtName).front.Evict(clientID(fe.name))
+			default:
+				c.running(ostName(0)).front.Evict(clientID(fe.name))
+				c.running(ostName(1)).front.Evict(clientID(fe.name))
+			}
+			c.depose(a.v, fe.frontend())
+			<-done // by another frontend
+			a.truncateTo(a.places(false)[0].file(), 1)
+			a.settle()
+			time.Sleep(3 * time.Second)
+			c.net.change(func() { fe.paused = false })
+			time.Sleep(3 * time.Second)
+			a.final()
+			c.mu.Lock()
+			n := c.seen["evictions by the MDT"]
+			c.mu.Unlock()
+			if n == 0 && order != "evicted-by-ost" {
+				c.fault("nobody was evicted")
+			}
+		})
+	}
+	// The old owner of a store hangs, another node takes it, the old one comes back.
+	for _, target := range []string{mdtName, ostName(0)} {
+		add("take-over-from-the-living-"+target, apart, false, func(c *cluster) {
+			c.load(100, func() {
+				n := c.homeOf(target)
+				in := &injector{cluster: c, rng: c.rand("take-over")}
+				c.net.change(func() { n.paused = true })
+				in.takeOver(n)
+				time.Sleep(12 * time.Second)
+				c.net.change(func() { n.paused = false })
+				time.Sleep(3 * time.Second)
+				c.mu.Lock()
+				c.home[target] = n
+				c.cond.Broadcast()
+				c.mu.Unlock()
+			})
+		})
+	}
+	add("recovery-aborted", apart, false, func(c *cluster) {
+		c.load(60, func() {
+			in := &injector{cluster: c, rng: c.rand("abort")}
+			for _, target := range []string{mdtName, ostName(0)} {
+				in.excuseAll("recovery is aborted")
+				n := c.homeOf(target)
+				fe := c.frontendOf(c.actors[0])
+				c.net.change(func() { c.net.blocked[[2]string{fe.name, n.name}] = true })
+				c.crash(n, "power", 500*time.Millisecond)
+				for s := c.running(target); s == nil || !s.front.Abort(); s = c.running(target) {
+					time.Sleep(50 * time.Millisecond)
+				}
+				c.net.change(func() { clear(c.net.blocked) })
+			}
+		})
+	})
+	add("stop-in-recovery", apart, false, func(c *cluster) {
+		c.load(60, func() {
+			for _, target := range []string{mdtName, ostName(0)} {
+				n := c.homeOf(target)
+				fe := c.frontendOf(c.actors[0])
+				c.net.change(func() { c.net.blocked[[2]string{fe.name, n.name}] = true })
+				c.crash(n, "power", 500*time.Millisecond)
+				for c.running(target) == nil {
+					time.Sleep(50 * time.Millisecond)
+				}
+				n.stop()
+				c.net.change(func() { clear(c.net.blocked) })
+				n.boot()
+			}
+		})
+	})
+	for i, target := range []string{mdtName, ostName(0), ostName(1)} {
+		add("frontend-stops-without-"+target, apart, false, func(c *cluster) {
+			c.furnish()
+			in := &injector{cluster: c, rng: c.rand("stop")}
+			in.excuseAll("a frontend could not leave")
+			c.homeOf(target).die(i%2 == 0)
+			fe := c.frontendOf(c.actors[0])
+			fe.stop()
+			time.Sleep(time.Second)
+			fe.boot()
+		})
+	}
+	add("one-of-two-frontends-lost-with-the-mdt", apart, true, func(c *cluster) {
+		c.load(60, func() {
+			fe := c.frontendOf(c.actors[0])
+			fe.die(true)
+			c.crash(c.homeOf(mdtName), "power", time.Second)
+			time.Sleep(c.cfg.recovery.SoftMax)
+			fe.boot()
+		})
+	})
+	for _, end := range ends[1:] {
+		add("everything-on-one-node-"+end, together, false, func(c *cluster) {
+			c.load(60, func() { c.crash(c.nodes[0], end, time.Second) })
+		})
+	}
+	return l
+}
+
+// part is the node with a target, or the one that serves the first client.
+func (c *cluster) part(name string) *node {
+	if name == "frontend" {
+		return c.frontendOf(c.actors[0])
+	}
+	return c.homeOf(name)
+}
+
+// operation has a client do something whose request or answer is lost, and then lets
+// the target that it was for die, or the frontend.
+func (c *cluster) operation(a *actor, op wire.Op, what, end string, frontend bool, do func(*actor)) {
+	c.furnish()
+	lost := c.lose(op, what == "answer")
+	done := make(chan struct{})
+	go func() { do(a); close(done) }()
+	var n *node
+	select {
+	case target := <-lost:
+		n = c.homeOf(target)
+	case <-done:
+		c.fault("no message was lost")
+		return
+	}
+	if frontend {
+		n = c.frontendOf(a)
+	}
+	c.crash(n, end, time.Second)
+	<-done
+	a.final()
+}
