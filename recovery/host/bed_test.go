@@ -306,3 +306,13 @@ func (b *bed) until(what string, ok func() bool) {
 		}
 	}
 }
+
+// evict evicts a frontend, and waits until the MDT has done it.
+func (b *bed) evict(name string) {
+	b.t.Helper()
+	id := host.AgentID(name)
+	if !b.mdt.Front().Evict(id) {
+		b.t.Fatal(name, "is not known")
+	}
+	b.until("the client is gone", func() bool { _, ok := b.mdt.Body().Clients()[id]; return !ok })
+}

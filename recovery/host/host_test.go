@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/recovery/client"
-	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -209,9 +208,7 @@ func TestSettle(t *testing.T) {
 	if err := fs.Abandon(); err != nil {
 		t.Fatal(err)
 	}
-	if !b.mdt.Front().Evict(host.AgentID("dead")) {
-		t.Fatal("the client is not known")
-	}
+	b.evict("dead")
 	c, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if err := b.mdt.Sync().Settle(c); err != nil {
@@ -239,7 +236,7 @@ func TestSettle(t *testing.T) {
 	if err := late.Abandon(); err != nil {
 		t.Fatal(err)
 	}
-	b.mdt.Front().Evict(host.AgentID("late"))
+	b.evict("late")
 	short, cancel2 := context.WithTimeout(ctx, 200*time.Millisecond)
 	defer cancel2()
 	if err := b.mdt.Sync().Settle(short); err == nil {
