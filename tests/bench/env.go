@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -189,6 +190,9 @@ func (e *env) cpu() (time.Duration, error) {
 	return u.CPU, err
 }
 
+// maxSeconds is how long a row may try to complete one operation.
+const maxSeconds = 20 * time.Second
+
 // runRow runs a row in a new directory, which it empties and removes.
 func (e *env) runRow(r *row, c conc) ([]outcome, error) {
 	e.serial++
@@ -197,7 +201,16 @@ func (e *env) runRow(r *row, c conc) ([]outcome, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.key, err)
 	}
+	usual := e.seconds
 	out, err := r.run(e, dir, c)
+	// A short run may fall into a pause of the disk's.
+	for errors.Is(err, errNothing) && e.seconds < maxSeconds {
+		e.seconds *= 8
+		if err = e.empty(dir); err == nil {
+			out, err = r.run(e, dir, c)
+		}
+	}
+	e.seconds = usual
 	if err != nil {
 		return nil, fmt.Errorf("%s with %v outstanding: %w", r.key, c, err)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -71,6 +72,8 @@ var rows = []row{
 	{key: "nlmheld", names: []string{"NLM TEST, many locks held", "NLM LOCK + UNLOCK, pairs, many locks held"}, nlm: true, concs: allConcs, run: nlmHeld, after: (*env).releaseLocks},
 }
 
+var errNothing = errors.New("no operation completed")
+
 // timed runs one worker on each connection for the row's time, then, inside
 // the measurement, final on each connection.
 func (e *env) timed(c conc, worker func(i int) nfsload.Worker, final func(i int, conn *nfsload.Conn) error) (outcome, error) {
@@ -114,7 +117,7 @@ func (e *env) timedOn(conns []*nfsload.Conn, c conc, worker func(i int) nfsload.
 		o.ops += ops[i]
 	}
 	if o.ops == 0 {
-		return o, fmt.Errorf("no operation completed in %v", o.elapsed)
+		return o, fmt.Errorf("%w in %v", errNothing, o.elapsed)
 	}
 	o.calls = o.ops
 	return o, nil

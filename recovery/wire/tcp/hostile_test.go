@@ -126,7 +126,7 @@ func frame(p prefix, msg, bulk []byte) []byte {
 
 func TestHostileClients(t *testing.T) {
 	b := newBed(t, false, func(o *ServerOptions) {
-		o.Timeouts = Timeouts{Handshake: 300 * time.Millisecond, Frame: 400 * time.Millisecond, Write: 500 * time.Millisecond, Idle: 5 * time.Second}
+		o.Timeouts = Timeouts{Handshake: 2 * time.Second, Frame: 400 * time.Millisecond, Write: 500 * time.Millisecond, Idle: 5 * time.Second}
 	})
 	ping := wire.AppendRequest(nil, request(wire.OpPing, 1))
 	huge := prefix{typ: frameRequest, msg: 1 << 31, bulk: 1 << 31, tag: 1}

@@ -143,7 +143,8 @@ func TestSessions(t *testing.T) {
 
 // However a connection ends, its target is told once, after the last request.
 func TestEndings(t *testing.T) {
-	fast := Timeouts{Handshake: 300 * time.Millisecond, Frame: 300 * time.Millisecond, Write: 300 * time.Millisecond, Idle: 300 * time.Millisecond}
+	const silent = "client is silent"
+	fast := Timeouts{Idle: time.Second}
 	now, cancel := context.WithCancel(ctx)
 	cancel()
 	for _, x := range []struct {
@@ -152,7 +153,7 @@ func TestEndings(t *testing.T) {
 	}{
 		{"client closes", func(_ *testing.T, _ *bed, c *Conn) { c.Close() }},
 		{"connection is cut", func(_ *testing.T, _ *bed, c *Conn) { rawConn(c.nc).Close() }},
-		{"client is silent", func(*testing.T, *bed, *Conn) {}},
+		{silent, func(*testing.T, *bed, *Conn) {}},
 		{"client breaks the protocol", func(t *testing.T, _ *bed, c *Conn) {
 			if _, err := c.nc.Write(make([]byte, prefixSize)); err != nil {
 				t.Error(err)
@@ -170,7 +171,11 @@ func TestEndings(t *testing.T) {
 	} {
 		t.Run(x.what, func(t *testing.T) {
 			both(t, func(t *testing.T, secure bool) {
-				b, h := houseBed(t, secure, func(o *ServerOptions) { o.Timeouts = fast })
+				b, h := houseBed(t, secure, func(o *ServerOptions) {
+					if x.what == silent {
+						o.Timeouts = fast
+					}
+				})
 				h.set(wire.OpGetattr, true)
 				h.set(wire.OpLockPoll, true)
 				c := b.visit(3)

@@ -388,16 +388,16 @@ func TestMemoryLimit(t *testing.T) {
 // A target that takes its time, with a connection that is not read meanwhile,
 // is not taken for dead.
 func TestSlowTarget(t *testing.T) {
-	b := newBed(t, false, func(o *ServerOptions) { o.ConnMemory, o.Timeouts.Idle = 64<<10, 300*time.Millisecond })
+	b := newBed(t, false, func(o *ServerOptions) { o.ConnMemory, o.Timeouts.Idle = 64<<10, time.Second })
 	b.fake.set(wire.OpWrite, true)
-	c := b.dial(func(o *DialOptions) { o.Timeouts.Idle = 300 * time.Millisecond })
+	c := b.dial(func(o *DialOptions) { o.Timeouts.Idle = time.Second })
 	done := make(chan error, 3)
 	for i := range 3 {
 		req := request(wire.OpWrite, uint64(i))
 		req.Bulk = make([]byte, 64<<10)
 		c.Start(req, new(wire.Reply), func(err error) { done <- err })
 	}
-	time.Sleep(1200 * time.Millisecond)
+	time.Sleep(3 * time.Second)
 	if n := b.fake.seen(wire.OpWrite); n != 1 {
 		t.Fatal(n)
 	}
