@@ -97,6 +97,8 @@ func (s *Cluster) config(m *Member) string {
 	}
 	if m.Serve.IsValid() {
 		fmt.Fprintf(&b, "[nfs]\naddresses = [%q]\nport = %d\nmount_port = %d\n", m.Serve, s.c.NFSPort, s.c.MountPort)
+	} else {
+		b.WriteString("[nfs]\naddresses = []\n")
 	}
 	fmt.Fprintf(&b, "[exports]\nfile = %q\n", filepath.Join(s.c.Dir, "exports"))
 	fmt.Fprintf(&b, "[rpcbind]\nmode = %q\n[http]\naddress = \"\"\n%s", map[bool]string{true: "own", false: "off"}[m.Serve.IsValid() && s.c.NFSPort == NFSPort], s.Extra)
@@ -117,7 +119,7 @@ func (s *Cluster) prepare(ctx context.Context) error {
 	if err := os.WriteFile(filepath.Join(s.c.Dir, "exports"), []byte(exports), 0o644); err != nil {
 		return err
 	}
-	for _, args := range append([][]string{{"ca", "init", "--dir", tls}}, s.issue(tls)...) {
+	for _, args := range append([][]string{{"ca", "init", "--name", "bed", "--dir", tls}}, s.issue(tls)...) {
 		if out, err := s.c.Node.Run(ctx, s.bin, args...); err != nil {
 			return fmt.Errorf("%w\n%s", err, out)
 		}
@@ -170,10 +172,22 @@ func (s *Cluster) Start(ctx context.Context) error {
 			}
 		}
 	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	for _, m := range s.members {
+		p, name := m.proc, m.Name
+		go func() {
+			select {
+			case <-p.Done():
+				cancel(fmt.Errorf("bed: node %s ended while starting: %v", name, p.Err()))
+			case <-ctx.Done():
+			}
+		}()
+	}
 	for _, m := range s.members {
 		if m.Serve.IsValid() {
 			if err := waitAnswers(ctx, s.c.Node, m.Serve, s.c.NFSPort, s.c.MountPort, m.proc); err != nil {
-				return fmt.Errorf("%w\n%s", err, s.Log())
+				return fmt.Errorf("%w (%w)\n%s", err, context.Cause(ctx), s.Log())
 			}
 		}
 	}
