@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -446,4 +447,52 @@ func TestStaleFill(t *testing.T) {
 	}
 	b.m.e = b.e
 	b.close()
+}
+
+// TestLayoutOfNewFiles: new files go round over the OSTs that are up and have space,
+// and over all while none is up, which only their writers have to wait for.
+func TestLayoutOfNewFiles(t *testing.T) {
+	var osts []OSTState
+	b := newBed(t, vfs.NewMem(), Options{StripeCount: 2, StripeSize: 1 << 20, OSTs: func() []OSTState { return osts }})
+	creates := func(name string) *wire.Request {
+		return &wire.Request{Header: wire.Header{Op: wire.OpCreate}, FID: wire.RootFID, Name: []byte(name), SetAttr: mode(0o644)}
+	}
+	up := func(i uint16, free uint64) OSTState { return OSTState{Index: i, Up: true, Free: free} }
+	down := func(i uint16) OSTState { return OSTState{Index: i, Free: 1 << 40} }
+	for n, x := range []struct {
+		what  string
+		osts  []OSTState
+		count uint8
+		want  []uint16 // allowed
+	}{
+		{"all up", []OSTState{up(0, 1<<40), up(1, 1<<40), up(2, 1<<40)}, 2, []uint16{0, 1, 2}},
+		{"one down", []OSTState{up(0, 1<<40), down(1), up(2, 1<<40)}, 2, []uint16{0, 2}},
+		{"one nearly full", []OSTState{up(0, 1<<40), up(1, 1<<20), up(2, 1<<40)}, 2, []uint16{0, 2}},
+		{"nearly full or down", []OSTState{up(0, 1<<40), up(1, 1<<20), down(2)}, 2, []uint16{0, 1}},
+		{"two down", []OSTState{down(0), down(1), up(2, 1<<40)}, 1, []uint16{2}},
+		{"none up", []OSTState{down(0), down(1), down(2)}, 2, []uint16{0, 1, 2}},
+	} {
+		osts = x.osts
+		used := map[uint16]bool{}
+		for i := range 6 {
+			rep := b.call(creates(fmt.Sprintf("%d.%d", n, i)))
+			l := rep.Attr.Layout
+			if rep.Status != wire.OK || l.Count != x.count || l.Count == 2 && l.OST[0] == l.OST[1] {
+				t.Fatalf("%s: %v, layout %+v", x.what, rep.Status, l)
+			}
+			for _, o := range l.OST[:l.Count] {
+				if !slices.Contains(x.want, o) {
+					t.Errorf("%s: a file on OST %d", x.what, o)
+				}
+				used[o] = true
+			}
+		}
+		if len(used) != len(x.want) {
+			t.Errorf("%s: files on %v only", x.what, used)
+		}
+	}
+	osts = nil
+	if rep := b.call(creates("nowhere")); rep.Status != wire.ErrJukebox {
+		t.Error("without any OST:", rep.Status)
+	}
 }

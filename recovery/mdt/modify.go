@@ -727,8 +727,9 @@ func mayDelete(c *wire.Cred, dir, in *Inode) bool {
 }
 
 // layout chooses the OSTs of a new file: round robin over those that are up,
-// those with less than a quarter of the best one's free space only if needed. A
-// replay's file gets the ones that it had.
+// those with less than a quarter of the best one's free space only if needed. With
+// none up it is any: a file needs no object before it is written, and a writer waits
+// for the OST as those of older files do. A replay's file gets the ones that it had.
 func (t *tx) layout(dir *Inode) (wire.Layout, wire.Status) {
 	m := t.m
 	if t.replay() {
@@ -743,6 +744,9 @@ func (t *tx) layout(dir *Inode) (wire.Layout, wire.Status) {
 		size, count = dir.DirStripeSize, dir.DirStripeCount
 	}
 	osts := m.o.OSTs()
+	if len(osts) == 0 {
+		return wire.Layout{}, wire.ErrJukebox
+	}
 	var best uint64
 	up := 0
 	for _, o := range osts {
@@ -751,8 +755,9 @@ func (t *tx) layout(dir *Inode) (wire.Layout, wire.Status) {
 			up++
 		}
 	}
-	if up == 0 {
-		return wire.Layout{}, wire.ErrJukebox
+	none := up == 0
+	if none {
+		up = len(osts)
 	}
 	l := wire.Layout{StripeSize: size, Count: min(count, uint8(min(up, wire.MaxStripes)))}
 	n := 0
@@ -761,7 +766,7 @@ func (t *tx) layout(dir *Inode) (wire.Layout, wire.Status) {
 	for pass := 0; pass < 2 && n < int(l.Count); pass++ {
 		for i := range osts {
 			o := &osts[(start+i)%len(osts)]
-			if o.Up && (o.Free >= best/4) == (pass == 0) && n < int(l.Count) {
+			if (o.Up || none) && (o.Free >= best/4) == (pass == 0) && n < int(l.Count) {
 				l.OST[n] = o.Index
 				n++
 			}
