@@ -31,6 +31,19 @@ func TestTargetsKilled(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(n)*30*time.Second+2*time.Minute)
 	defer cancel()
 	m := w.crashClient(ctx, t)
+	defer func() {
+		if !t.Failed() {
+			return
+		}
+		for _, b := range []*bed.Member{front, meta, data} {
+			if b.Running() {
+				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+				out, err := c.Baton(ctx, b, "status")
+				cancel()
+				t.Logf("status of %s: %v\n%s", b.Name, err, out)
+			}
+		}
+	}()
 	restart := func(b *bed.Member) {
 		if err := c.StartMember(ctx, b); err != nil {
 			t.Fatal(err)
@@ -84,7 +97,9 @@ func TestTargetsKilled(t *testing.T) {
 			baton(data, "target", "start", "OST0000")
 		}
 		if i%5 == 0 || i == n {
-			m.verify(ctx, t, fmt.Sprintf("round %d, %s", i, what))
+			short, cancel := context.WithTimeout(ctx, 2*time.Minute)
+			m.verify(short, t, fmt.Sprintf("round %d, %s", i, what))
+			cancel()
 		}
 	}
 	m.end(ctx, t)
