@@ -212,6 +212,11 @@ func TestSettle(t *testing.T) {
 	if !b.mdt.Front().Evict(host.AgentID("dead")) {
 		t.Fatal("the client is not known")
 	}
+	evicted := func(node string) {
+		t.Helper()
+		b.until("the MDT has forgotten "+node, func() bool { return b.mdt.Body().Tenure(host.AgentID(node)) == 0 })
+	}
+	evicted("dead")
 	c, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if err := b.mdt.Sync().Settle(c); err != nil {
@@ -240,6 +245,7 @@ func TestSettle(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.mdt.Front().Evict(host.AgentID("late"))
+	evicted("late")
 	short, cancel2 := context.WithTimeout(ctx, 200*time.Millisecond)
 	defer cancel2()
 	if err := b.mdt.Sync().Settle(short); err == nil {

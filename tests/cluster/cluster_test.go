@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -111,6 +112,50 @@ func TestCluster(t *testing.T) {
 		b = c.dial("b", "/disk")
 		la.end(b)
 	})
+	ok = ok && t.Run("files on one OST while many writes hang on another", func(t *testing.T) {
+		const n = 400
+		var fhs [n][]byte
+		for i := range n {
+			var err error
+			if fhs[i], err = a.create(fmt.Sprint("hang", i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.signal("d", syscall.SIGSTOP) // it has OST0001
+		var wg sync.WaitGroup
+		var written [n]atomic.Bool
+		there := func() (l []int) {
+			for i := range written {
+				if written[i].Load() {
+					l = append(l, i)
+				}
+			}
+			return l
+		}
+		conns := []*client{c.dial("a", "/disk"), c.dial("a", "/disk")} // each has so many calls at a time
+		for i := range n {
+			wg.Go(func() {
+				if _, err := conns[i%2].write(fhs[i], 0, "x", wire.Unstable); err != nil {
+					t.Errorf("write %d: %v", i, err)
+				}
+				written[i].Store(true)
+			})
+		}
+		// All files of the other OST: so many writes do not stop each other.
+		c.until("the writes to OST0000", func() bool { return len(there()) > n/4 })
+		hanging := n - len(there())
+		if got, err := a.read(fhs[there()[0]]); err != nil || got != "x" {
+			t.Errorf("%q, %v", got, err)
+		}
+		if hanging < 100 || n-len(there()) < 100 {
+			t.Errorf("%d writes hang, later %d: too few to show anything", hanging, n-len(there()))
+		}
+		if a.slow > 20*time.Second {
+			t.Errorf("a call took %v", a.slow)
+		}
+		c.signal("d", syscall.SIGCONT)
+		wg.Wait()
+	})
 	ok = ok && t.Run("two-node durability", func(t *testing.T) {
 		storm := func(k *client, name string, hit func()) (made []string) {
 			var mu sync.Mutex
@@ -164,7 +209,7 @@ func TestCluster(t *testing.T) {
 	}
 	c.start("b")
 	c.dial("b", "/disk")
-	for _, n := range []string{"b", "c", "d", "a"} {
+	for _, n := range []string{"b", "a", "c", "d"} {
 		c.stop(n)
 	}
 }
@@ -193,7 +238,7 @@ func TestTakeOver(t *testing.T) {
 	if s := c.state("c", "OST0001"); s != "up" {
 		t.Errorf("OST0001 on c is %s", s)
 	}
-	for _, n := range []string{"b", "d", "c", "a"} {
+	for _, n := range []string{"b", "a", "d", "c"} {
 		c.stop(n)
 	}
 }
@@ -244,7 +289,7 @@ func TestCertificates(t *testing.T) {
 		t.Errorf("b sees the files: %s", out)
 	}
 	a.check("secret", "secret")
-	for _, n := range []string{"b", "c", "d", "a"} {
+	for _, n := range []string{"b", "a", "c", "d"} {
 		c.stop(n)
 	}
 }
