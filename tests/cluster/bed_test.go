@@ -228,6 +228,14 @@ func (c *cell) order(n string, args ...string) (string, error) {
 	return string(out), err
 }
 
+// fsck checks all stores.
+func (c *cell) fsck() (string, error) {
+	x, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	out, err := exec.CommandContext(x, c.bin, "fsck", "--config", c.path("c", "baton.toml")).CombinedOutput()
+	return string(out), err
+}
+
 func (c *cell) must(n string, args ...string) {
 	c.t.Helper()
 	if out, err := c.order(n, args...); err != nil {

@@ -209,8 +209,14 @@ func TestCluster(t *testing.T) {
 	}
 	c.start("b")
 	c.dial("b", "/disk")
+	if out, err := c.fsck(); err == nil || !strings.Contains(out, "the store belongs to another node") && !strings.Contains(out, "belongs to a target that runs") {
+		t.Errorf("fsck of stores that are in use: %v\n%s", err, out)
+	}
 	for _, n := range []string{"b", "a", "c", "d"} {
 		c.stop(n)
+	}
+	if out, err := c.fsck(); err != nil {
+		t.Errorf("fsck: %v\n%s", err, out)
 	}
 }
 
