@@ -11,6 +11,7 @@ import (
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/fsck"
+	"github.com/baton-nfs/baton/internal/node"
 )
 
 // exitError ends the program with a code of its own; what there is to say was
@@ -30,6 +31,9 @@ other: records, names and cookies, link counts, the tree, logs, layouts,
 objects and sizes. With --repair it mends what it finds; nothing that might be
 data is thrown away: files without a name go to /lost+found, objects without a
 file to lost+found of their object target. Copy the directories first.
+
+In a cluster it is given on a node that sees the directories of the MDT and all
+OSTs; it refuses those whose targets run on any node.
 
 Exit codes: 0 nothing is wrong (any more), 1 something is, 2 the check could
 not be made.`,
@@ -53,6 +57,12 @@ not be made.`,
 			if ctx == nil {
 				ctx = context.Background()
 			}
+			leave, err := node.TakeStores(ctx, cfg)
+			if err != nil {
+				fmt.Fprintf(a.stderr, "baton: %v\n", err)
+				return &exitError{fsck.ExitCannot}
+			}
+			defer leave()
 			rep, err := fsck.Open(ctx, o)
 			if o.Progress != nil {
 				fmt.Fprint(a.stderr, "\r\033[K")

@@ -289,3 +289,32 @@ func TestClusterStores(t *testing.T) {
 	do(os.Rename(at("away"), at("mgs")))
 	do(b.StartTarget(ctx, "MGS", ""))
 }
+
+// A node that was alone can become the first of a cluster: everything is kept.
+func TestAloneBecomesCluster(t *testing.T) {
+	dir := t.TempDir()
+	c := conf(t, dir)
+	n := start(t, c)
+	f := create(t, n, "f")
+	write(t, n, f, 0, "kept", wire.Unstable)
+	ver := verifiers(t, n.reg)
+	stop(t, n)
+	cl := newCell(t)
+	c.Node, c.Cluster.Node, c.Cluster.TLS, c.Cluster.Listen = "a", "a", config.TLSOff, cl.ports["a"]
+	c.Cluster.Nodes = []config.ClusterNode{{Name: "a", Address: cl.ports["a"]}}
+	c.Cluster.Start = []string{"MGS", "MDT0000", "OST0000", "OST0001"}
+	alone := []string{"a"}
+	c.MGS.Nodes, c.MDT.Nodes = alone, alone
+	for i := range c.OST {
+		c.OST[i].Nodes = alone
+	}
+	n = start(t, c)
+	cl.ready(n)
+	cl.all(n)
+	if got := content(t, n, f.FID); got != "kept" {
+		t.Errorf("%q", got)
+	}
+	if now := verifiers(t, n.reg); !slices.Equal(now, ver) {
+		t.Error("the write verifier changed")
+	}
+}

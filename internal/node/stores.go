@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -124,4 +125,51 @@ func (n *Node) maxConns() int {
 	n.log.Warn("fewer connections than nfs.max_connections: the limit of open files is too low (ulimit -n, LimitNOFILE= of systemd)",
 		"max_connections", want, "taken", most, "limit", lim.Cur)
 	return most
+}
+
+// TakeStores owns the stores of a cluster's targets for the time of a check, so that
+// no node starts them meanwhile. A store whose target runs is refused. The stores of
+// a node that is alone need none of it.
+func TakeStores(ctx context.Context, cfg *config.Config) (leave func(), err error) {
+	var ends []func()
+	leave = func() {
+		for _, end := range ends {
+			end()
+		}
+	}
+	if !cfg.Clustered() {
+		return leave, nil
+	}
+	for _, t := range cfg.Targets() {
+		if t.Name == config.MGSName {
+			continue
+		}
+		if err := takeForCheck(ctx, cfg, t.Dir, &ends); err != nil {
+			leave()
+			return nil, fmt.Errorf("%s in %s: %w", t.Name, t.Dir, err)
+		}
+	}
+	return leave, nil
+}
+
+func takeForCheck(ctx context.Context, cfg *config.Config, dir string, ends *[]func()) error {
+	o := owner.Options{Node: cfg.Cluster.Node, Dir: dir, Interval: time.Duration(cfg.Recovery.Heartbeat), Check: true}
+	unlock := func() {}
+	if cfg.Cluster.FileLocks {
+		var err error
+		if unlock, err = lockStore(dir); err != nil {
+			return err
+		}
+		o.Exclusive = true
+	}
+	own, err := owner.Open(ctx, o)
+	if err != nil {
+		unlock()
+		return err
+	}
+	*ends = append(*ends, func() {
+		_ = own.Release(context.WithoutCancel(ctx)) // else others wait before they take it
+		unlock()
+	})
+	return nil
 }

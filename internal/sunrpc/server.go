@@ -60,7 +60,9 @@ type Config struct {
 	MaxOutBytesPerConn      int // reply bytes waiting, default 8 MiB; may be exceeded by the calls already running
 	MaxInflightBytes        int // all buffers of the server, default 256 MiB, at least 4 MaxRecord
 
-	Workers int // default 64
+	// Workers run calls, default 64; up to 8 times as many while no call that waits
+	// for one gets on.
+	Workers int
 
 	IdleTimeout     time.Duration // default 6 min; negative: never
 	WriteTimeout    time.Duration // without progress while replies wait, default 60 s
@@ -154,6 +156,10 @@ const (
 	maxProcs    = 4096
 )
 
+// elastic bounds the workers, in multiples of Config.Workers, while all of them
+// wait for something.
+const elastic = 8
+
 // NewServer returns a server with its workers and time-outs running; Close ends them. It panics if a
 // program has no handler, no NumProcs or an absurd version range: a mistake of the caller.
 func NewServer(cfg Config) *Server {
@@ -194,7 +200,7 @@ func NewServer(cfg Config) *Server {
 		peers: make(map[netip.Addr]*peer), endpoints: make(map[endpointKey]*endpoint),
 		connsGone: make(chan struct{}),
 	}
-	s.pool = workers.New(cfg.Workers, (*Call).run)
+	s.pool = workers.NewElastic(cfg.Workers, elastic*cfg.Workers, (*Call).run)
 	s.mem.freed = s.bufFreed
 	s.log.next = make(map[string]logState)
 	s.clock.Store(cfg.Now().UnixNano())

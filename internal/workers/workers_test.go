@@ -4,6 +4,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // Work waits while all goroutines are busy, runs in order when one is free, and
@@ -83,5 +84,77 @@ func BenchmarkSubmit(b *testing.B) {
 		p.Submit(x)
 	}
 	wg.Wait()
+	p.Close()
+}
+
+// While the queue stands still an elastic pool grows, to its limit; as soon as work
+// is done again it does not, and what is too much goes.
+func TestElastic(t *testing.T) {
+	gate := make(chan struct{})
+	started := make(chan int, 100)
+	p := NewElastic(2, 8, func(i int) {
+		started <- i
+		<-gate
+	})
+	p.stall = time.Hour // looked at by hand
+	look := func(n, goroutines int) {
+		t.Helper()
+		p.look()
+		for range n {
+			<-started
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.n != goroutines || len(started) != 0 {
+			t.Errorf("%d goroutines, %d too many have started, want %d", p.n, len(started), goroutines)
+		}
+	}
+	for i := range 20 {
+		p.Submit(i)
+	}
+	<-started
+	<-started
+	look(2, 4)
+	gate <- struct{}{} // the queue moves by one
+	<-started
+	look(0, 4)
+	look(2, 6)
+	look(2, 8)
+	look(0, 8)
+	close(gate)
+	for range 20 - 9 {
+		<-started
+	}
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		p.mu.Lock()
+		n := p.n
+		p.mu.Unlock()
+		if n <= 2 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines are left", n)
+		}
+	}
+	p.Close()
+	if p.n != 0 || p.count != 0 {
+		t.Errorf("%d goroutines, %d in the queue after Close", p.n, p.count)
+	}
+}
+
+// The time alone makes it grow.
+func TestElasticGrows(t *testing.T) {
+	gate := make(chan struct{})
+	var running sync.WaitGroup
+	running.Add(16)
+	p := NewElastic(2, 16, func(int) {
+		running.Done()
+		<-gate
+	})
+	for i := range 16 {
+		p.Submit(i)
+	}
+	running.Wait()
+	close(gate)
 	p.Close()
 }
