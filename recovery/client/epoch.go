@@ -275,7 +275,7 @@ func (f *FS) closer() {
 			idle = 0
 		}
 		for {
-			n, err := f.closeEpochs(context.Background(), idle)
+			n, err := f.closeEpochs(f.work, idle)
 			if err != nil {
 				f.log.Warn("closing IO epochs failed; sizes are asked of the OSTs until it works", "err", err)
 			}

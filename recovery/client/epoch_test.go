@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"context"
 	"math/rand"
 	"sync"
 	"sync/atomic"
@@ -615,6 +616,38 @@ func TestCloseOfUntouchedFilesThatOthersUse(t *testing.T) {
 		if err := other.Close(ctx); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// Close is not held up by what the closer asks of a target that does not answer.
+func TestCloseWhileTheCloserWaits(t *testing.T) {
+	b := newBed(t, 1, Options{EpochIdle: time.Millisecond})
+	block, blocked := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		if req.Op != wire.OpGetattr {
+			return false
+		}
+		once.Do(func() { close(blocked) })
+		<-block
+		rep.Status = wire.ErrTargetDown
+		return true
+	})
+	b.create("f", false)
+	b.fs.epochs.release(b.fs, func() *epoch {
+		e := b.fs.epochs.ref(b.fs, wire.FID{Seq: 9, OID: 9})
+		e.open.Store(true)
+		return e
+	}())
+	<-blocked
+	done, cancel := context.WithCancel(ctx)
+	time.AfterFunc(10*time.Millisecond, func() {
+		<-b.fs.work.Done() // it is told to give up
+		close(block)
+	})
+	cancel()
+	if err := b.fs.Close(done); err == nil {
+		t.Error("closed without an error, though a file is left")
 	}
 }
 

@@ -105,7 +105,10 @@ func (fe *frontend) stop() {
 	fe.over = true
 	fe.mu.Unlock()
 	if was {
-		<-fe.stopped
+		select {
+		case <-fe.stopped:
+		case <-fe.p.ctx.Done(): // it died
+		}
 		return
 	}
 	close(fe.gone)
