@@ -236,7 +236,6 @@ type ostFS struct {
 	objfs.FS // once it is locked
 	d        *ostStore
 	p        *process
-	gate     sync.RWMutex // against the process's death
 	super    atomic.Int64 // descriptor of the superblock that is being written
 }
 

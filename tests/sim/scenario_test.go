@@ -128,6 +128,7 @@ var operations = []struct {
 		time.Sleep(5 * time.Second)
 	}},
 	{"getattr", wire.OpGetattr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
+	{"lookup", wire.OpLookup, func(a *actor) { a.lookup(a.places(false)[0]) }},
 	{"size", wire.OpObjAttr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
 	{"read", wire.OpRead, func(a *actor) { a.verify(a.places(false)[0].file(), all, 0, 12) }},
 	{"readdir", wire.OpReaddir, func(a *actor) { a.list(a.root) }},
