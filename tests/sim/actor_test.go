@@ -335,6 +335,12 @@ func (a *actor) writeCells(f *file, from, to int, ver uint32) bool {
 	if a.rng.IntN(4) == 0 {
 		how = wire.FileSync
 	}
+	return a.writeAs(f, from, to, ver, how)
+}
+
+func (a *actor) writeUnstable(f *file, from, to int) { a.writeAs(f, from, to, 0, wire.Unstable) }
+
+func (a *actor) writeAs(f *file, from, to int, ver uint32, how wire.StableHow) bool {
 	if ver == 0 {
 		a.ver++
 		ver = uint32(a.id+1)<<24 | a.ver

@@ -319,6 +319,33 @@ func scenarios() (l []scenario) {
 			})
 		})
 	}
+	// A frontend misses the recovery of an OST that has lost its data: it has to tell its
+	// clients, who write them again.
+	add("unstable-lost", apart, false, func(c *cluster) {
+		c.furnish()
+		a := c.actors[0]
+		for range 8 {
+			a.createAs(wire.Guarded, -1)
+		}
+		for _, p := range a.places(false) {
+			a.writeUnstable(p.file(), 0, 20)
+		}
+		c.excused(wire.ClientID{}, -1, "a frontend misses a recovery")
+		n, fe := c.homeOf(ostName(0)), c.frontendOf(a)
+		c.net.change(func() { c.net.blocked[[2]string{fe.name, n.name}] = true })
+		c.crash(n, "power", 500*time.Millisecond)
+		for s := c.running(ostName(0)); s == nil || !s.front.Abort(); s = c.running(ostName(0)) {
+			time.Sleep(50 * time.Millisecond)
+		}
+		c.net.change(func() { clear(c.net.blocked) })
+		a.settle()
+		a.final()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.seen["verifier changes"] == 0 {
+			c.faults = append(c.faults, "no verifier has changed")
+		}
+	})
 	add("recovery-aborted", apart, false, func(c *cluster) {
 		c.load(60, func() {
 			in := &injector{cluster: c, rng: c.rand("abort")}
