@@ -265,6 +265,9 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 		return wire.ErrTargetDown // the record stays; the next start works on it
 	}
 	defer f.finishing.leave()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(f.work, cancel)()
 	// Not taken for open: since the MDT opened the epoch, an older use of the file may
 	// have ended and closed it.
 	e := f.epochs.ref(f, a.FID)

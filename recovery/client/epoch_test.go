@@ -651,6 +651,37 @@ func TestCloseWhileTheCloserWaits(t *testing.T) {
 	}
 }
 
+// Close is not held up by a size change that waits for an OST either.
+func TestCloseWhileATruncateWaits(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("12345678"))
+	req := wire.Request{FID: wire.RootFID, Name: []byte("f"), How: wire.Unchecked, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: 3}}
+	req.Op, req.Flags = wire.OpCreate, wire.FlagWaitCommit
+	var rep wire.Reply
+	b.fs.Call(ctx, Owner{}, &req, &rep)
+	blocked := make(chan struct{})
+	var once sync.Once
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		if req.Op != wire.OpPunch {
+			return false
+		}
+		once.Do(func() { close(blocked) })
+		<-b.fs.work.Done() // as an import does when the caller's context ends
+		rep.Status = wire.ErrTargetDown
+		return true
+	})
+	cut := make(chan wire.Status)
+	go func() { cut <- b.fs.Truncated(ctx, Owner{}, &rep.Attr, rep.Truncate) }()
+	<-blocked
+	done, cancel := context.WithCancel(ctx)
+	cancel()
+	_ = b.fs.Close(done)
+	if st := <-cut; st != wire.ErrTargetDown {
+		t.Error(st)
+	}
+}
+
 // The answer of a create that was executed before does not tell whose epoch it opened:
 // it is closed, and not taken for open.
 func TestRecreated(t *testing.T) {

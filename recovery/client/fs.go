@@ -87,7 +87,7 @@ type FS struct {
 	flushLost atomic.Uint64
 
 	stop chan struct{}
-	// work ends what the closer does when Close's time is over.
+	// work ends what Close waits for when its time is over.
 	work   context.Context
 	unwork context.CancelFunc
 	wg     sync.WaitGroup
@@ -189,8 +189,8 @@ func (f *FS) Close(ctx context.Context) error {
 	close(f.stop)
 	limit := context.AfterFunc(ctx, f.unwork)
 	f.wg.Wait()
-	limit()
 	f.finishing.close()
+	limit()
 	var first error
 	for {
 		n, err := f.closeEpochs(ctx, 0)
