@@ -259,6 +259,8 @@ func (o *op) createDone() {
 	if o.rep.Status == wire.OK && o.proc == nfs.NFSProcedureCreate {
 		// A new file may have been given a size, too.
 		switch {
+		case o.rep.Truncate.LogID != 0 && o.rep.Reconstructed && !o.rep.Created:
+			o.rep.Status = wire.ErrTargetDown // see Truncated
 		case o.rep.Truncate.LogID != 0 || !o.rep.Attr.EpochOpen:
 		case o.rep.Reconstructed:
 			o.a.srv.fs.Recreated(o.rep.Attr.FID)
@@ -267,7 +269,7 @@ func (o *op) createDone() {
 			o.madeDone()
 			return
 		}
-		if o.rep.Truncate.LogID != 0 {
+		if o.rep.Truncate.LogID != 0 && o.rep.Status == wire.OK {
 			o.c.Go(func(*sunrpc.Call) {
 				if st := o.a.srv.fs.Truncated(o.ctx, o.owner(), &o.rep.Attr, o.rep.Truncate); st != wire.OK {
 					o.rep.Status = st

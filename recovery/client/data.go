@@ -244,11 +244,12 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 	e.trunc.Lock()
 	f.Call(ctx, o, req, rep)
 	if rep.Status == wire.OK && rep.Truncate.LogID != 0 {
-		// If it was made before, perhaps another client has made it and opened the epoch.
+		st := wire.ErrTargetDown
 		if !rep.Reconstructed {
 			f.epochs.markOpen(f, e, req.Tenure)
-		}
-		if st := f.punch(ctx, o, e, &rep.Attr, rep.Truncate); st != wire.OK {
+			st = f.punch(ctx, o, e, &rep.Attr, rep.Truncate)
+		} // else it may be another client's, or left to the MDT; the next attempt replaces it
+		if st != wire.OK {
 			rep.Status = st
 		}
 	}
@@ -257,7 +258,8 @@ func (f *FS) Setattr(ctx context.Context, o Owner, req *wire.Request, rep *wire.
 }
 
 // Truncated finishes a size change that OpCreate made, durably: on an existing
-// file, or on a new one that was given a size.
+// file, or on a new one that was given a size. What was answered from memory
+// (Reply.Reconstructed) on an existing file is to be asked for again instead.
 func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Truncate) wire.Status {
 	if t.LogID == 0 {
 		return wire.OK
@@ -266,6 +268,9 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 		return wire.ErrTargetDown // the record stays; the next start works on it
 	}
 	defer f.finishing.leave()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(f.work, cancel)()
 	// Not taken for open: since the MDT opened the epoch, an older use of the file may
 	// have ended and closed it.
 	e := f.epochs.ref(f, a.FID)
@@ -279,6 +284,9 @@ func (f *FS) Truncated(ctx context.Context, o Owner, a *wire.Attr, t wire.Trunca
 // punch executes a logged size change on all objects, after those before it that
 // failed, in an open epoch; e.trunc is held.
 func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
+	if t.LogID <= f.epochs.lost.Load() {
+		return wire.ErrTargetDown // left to the MDT
+	}
 	// One that failed and cut nothing off that this one leaves is not needed
 	// any more; the MDT has dropped its record. It may also be t itself.
 	e.undone = slices.DeleteFunc(e.undone, func(u wire.Truncate) bool {
@@ -298,7 +306,11 @@ func (f *FS) punch(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.
 			return st
 		}
 	}
-	return f.punchUndone(ctx, o, e, a)
+	st := f.punchUndone(ctx, o, e, a)
+	if st == wire.OK && t.LogID <= f.epochs.lost.Load() {
+		return wire.ErrTargetDown // perhaps not executed
+	}
+	return st
 }
 
 func (f *FS) punchUndone(ctx context.Context, o Owner, e *epoch, a *wire.Attr) wire.Status {
@@ -309,8 +321,17 @@ func (f *FS) punchUndone(ctx context.Context, o Owner, e *epoch, a *wire.Attr) w
 		slices.SortFunc(e.undone, func(a, b wire.Truncate) int { return cmp.Compare(a.LogID, b.LogID) })
 	}
 	renewed := 0
-	for len(e.undone) > 0 {
-		st := f.punchOne(ctx, o, e, a, e.undone[0])
+	for {
+		// In this order: what an eviction leaves to the MDT is not made with a new tenure.
+		// Others may have written since.
+		tenure := f.tenure.Load()
+		lost := f.epochs.lost.Load()
+		left := func(t wire.Truncate) bool { return t.LogID <= lost }
+		e.undone, e.logs = slices.DeleteFunc(e.undone, left), slices.DeleteFunc(e.logs, left)
+		if len(e.undone) == 0 {
+			break
+		}
+		st := f.punchOne(ctx, o, e, a, e.undone[0], tenure)
 		if st == wire.ErrTooLate && renewed < maxRenewals {
 			renewed++
 			if st = f.epochs.renew(ctx, f, o, e); st == wire.OK {
@@ -330,7 +351,7 @@ func (f *FS) punchUndone(ctx context.Context, o Owner, e *epoch, a *wire.Attr) w
 // maxLogs bounds the unreported truncate records of one file.
 const maxLogs = 256
 
-func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate) wire.Status {
+func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wire.Truncate, tenure uint64) wire.Status {
 	m := f.get()
 	defer f.put(m)
 	var mg merger
@@ -348,6 +369,7 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		m.req.LogID = t.LogID
 		m.req.Time = a.Ctime
 		f.header(o, &m.req)
+		m.req.Tenure = tenure
 		f.call(ctx, c, m)
 		f.noteFlush(a.Layout.OST[s], m.rep.FlushErrors)
 		if m.rep.Status != wire.OK {

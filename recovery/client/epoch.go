@@ -58,6 +58,9 @@ type epochTable struct {
 		closed uint64
 	}
 	n atomic.Int64
+	// lost is the highest transno, and so truncate record, before an eviction by the
+	// MDT: what was to be done for older records is the MDT's.
+	lost atomic.Uint64
 }
 
 func (t *epochTable) init() {
@@ -211,6 +214,7 @@ func (t *epochTable) created(fid wire.FID, transno uint64) {
 // creates whose answers are still on their way: the MDT has forgotten them. The
 // tenure has been taken back before.
 func (t *epochTable) lostAll(transno uint64) {
+	t.lost.Store(max(t.lost.Load(), transno))
 	for i := range t.shards {
 		s := &t.shards[i]
 		s.mu.Lock()
@@ -275,7 +279,7 @@ func (f *FS) closer() {
 			idle = 0
 		}
 		for {
-			n, err := f.closeEpochs(context.Background(), idle)
+			n, err := f.closeEpochs(f.work, idle)
 			if err != nil {
 				f.log.Warn("closing IO epochs failed; sizes are asked of the OSTs until it works", "err", err)
 			}

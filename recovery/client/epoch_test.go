@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"context"
 	"math/rand"
 	"sync"
 	"sync/atomic"
@@ -615,6 +616,134 @@ func TestCloseOfUntouchedFilesThatOthersUse(t *testing.T) {
 		if err := other.Close(ctx); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// Close is not held up by what the closer asks of a target that does not answer.
+func TestCloseWhileTheCloserWaits(t *testing.T) {
+	b := newBed(t, 1, Options{EpochIdle: time.Millisecond})
+	block, blocked := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		if req.Op != wire.OpGetattr {
+			return false
+		}
+		once.Do(func() { close(blocked) })
+		<-block
+		rep.Status = wire.ErrTargetDown
+		return true
+	})
+	b.create("f", false)
+	b.fs.epochs.release(b.fs, func() *epoch {
+		e := b.fs.epochs.ref(b.fs, wire.FID{Seq: 9, OID: 9})
+		e.open.Store(true)
+		return e
+	}())
+	<-blocked
+	done, cancel := context.WithCancel(ctx)
+	time.AfterFunc(10*time.Millisecond, func() {
+		<-b.fs.work.Done() // it is told to give up
+		close(block)
+	})
+	cancel()
+	if err := b.fs.Close(done); err == nil {
+		t.Error("closed without an error, though a file is left")
+	}
+}
+
+// After an eviction by the MDT, size changes from before are the MDT's: they may be
+// executed, or replaced, before others write, and must not come again.
+func TestEvictionLeavesTruncatesToTheMDT(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("12345678"))
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		rep.Status = wire.ErrTargetDown
+		return req.Op == wire.OpPunch
+	})
+	if st := b.truncate(a.FID, 3); st != wire.ErrTargetDown {
+		t.Fatal(st)
+	}
+	b.setHook(nil)
+	n := b.count(wire.OpPunch)
+	l := b.pending()
+	if len(l) != 1 {
+		t.Fatalf("%d records", len(l))
+	}
+	b.fs.epochs.lostAll(l[0].ID)
+	b.write(a.FID, 8, []byte("9"))
+	if k := b.count(wire.OpPunch) - n; k != 0 {
+		t.Errorf("%d punches after the eviction", k)
+	}
+	if st := b.truncate(a.FID, 3); st != wire.OK {
+		t.Error(st)
+	}
+	b.closeAll()
+	if at := b.mdtAttr(a.FID); at.Size != 3 || at.EpochOpen || len(b.pending()) != 0 {
+		t.Errorf("size %d, open %v, records %v", at.Size, at.EpochOpen, b.pending())
+	}
+}
+
+// A size change that is answered from memory may be another client's, or be left to the
+// MDT: the caller is told to ask again.
+func TestReconstructedSetattr(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("12345678"))
+	other := b.another()
+	req := wire.Request{Header: wire.Header{Op: wire.OpSetattr}, FID: a.FID, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: 3}}
+	req.Key = wire.ReplyKey{Addr: [16]byte{1}, Port: 700, XID: 1, Proc: 2, Sum: 3}
+	again := req
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		rep.Status = wire.ErrTargetDown
+		return req.Op == wire.OpPunch
+	})
+	var rep wire.Reply
+	b.fs.Setattr(ctx, Owner{}, &req, &rep)
+	b.setHook(nil)
+	rep = wire.Reply{}
+	if other.Setattr(ctx, Owner{}, &again, &rep); rep.Status != wire.ErrTargetDown || !rep.Reconstructed {
+		t.Errorf("%v, reconstructed %v", rep.Status, rep.Reconstructed)
+	}
+	again.Key.XID++
+	rep = wire.Reply{}
+	if other.Setattr(ctx, Owner{}, &again, &rep); rep.Status != wire.OK {
+		t.Error(rep.Status)
+	}
+	b.checkSize("asked again", a.FID, 3)
+	if err := other.Close(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// Close is not held up by a size change that waits for an OST either.
+func TestCloseWhileATruncateWaits(t *testing.T) {
+	b := newBed(t, 1, Options{})
+	a, _ := b.create("f", false)
+	b.write(a.FID, 0, []byte("12345678"))
+	req := wire.Request{FID: wire.RootFID, Name: []byte("f"), How: wire.Unchecked, SetAttr: wire.SetAttr{Mask: wire.SetSize, Size: 3}}
+	req.Op, req.Flags = wire.OpCreate, wire.FlagWaitCommit
+	var rep wire.Reply
+	b.fs.Call(ctx, Owner{}, &req, &rep)
+	blocked := make(chan struct{})
+	var once sync.Once
+	b.setHook(func(req *wire.Request, rep *wire.Reply) bool {
+		if req.Op != wire.OpPunch {
+			return false
+		}
+		once.Do(func() { close(blocked) })
+		<-b.fs.work.Done() // as an import does when the caller's context ends
+		rep.Status = wire.ErrTargetDown
+		return true
+	})
+	cut := make(chan wire.Status)
+	go func() { cut <- b.fs.Truncated(ctx, Owner{}, &rep.Attr, rep.Truncate) }()
+	<-blocked
+	done, cancel := context.WithCancel(ctx)
+	cancel()
+	_ = b.fs.Close(done)
+	if st := <-cut; st != wire.ErrTargetDown {
+		t.Error(st)
 	}
 }
 

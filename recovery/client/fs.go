@@ -87,7 +87,10 @@ type FS struct {
 	flushSeen []atomic.Uint64 // the newest Reply.FlushErrors of each OST
 	flushLost atomic.Uint64
 
-	stop   chan struct{}
+	stop chan struct{}
+	// work ends what Close waits for when its time is over.
+	work   context.Context
+	unwork context.CancelFunc
 	wg     sync.WaitGroup
 	closed atomic.Bool
 	// finishing is entered by what completions start in the background, which may be
@@ -131,6 +134,7 @@ func newFS(o Options) *FS {
 		o.MaxWaiting = 32
 	}
 	f := &FS{o: o, log: o.Logger, stop: make(chan struct{})}
+	f.work, f.unwork = context.WithCancel(context.Background())
 	f.pool.New = func() any { return new(msg) }
 	f.epochs.init()
 	// The XID starts at a point that an earlier incarnation cannot have reached.
@@ -176,14 +180,18 @@ func (f *FS) Connect(ctx context.Context) error {
 	return nil
 }
 
-// Close flushes and closes all IO epochs and disconnects.
+// Close flushes and closes all IO epochs and disconnects. What is not done when ctx
+// ends is left to the targets.
 func (f *FS) Close(ctx context.Context) error {
 	if f.closed.Swap(true) {
 		return nil
 	}
+	defer f.unwork()
 	close(f.stop)
+	limit := context.AfterFunc(ctx, f.unwork)
 	f.wg.Wait()
 	f.finishing.close()
+	limit()
 	var first error
 	for {
 		n, err := f.closeEpochs(ctx, 0)

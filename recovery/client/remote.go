@@ -101,6 +101,7 @@ func (f *FS) Abandon() error {
 		return nil
 	}
 	close(f.stop)
+	f.unwork()
 	err := f.closeImports()
 	f.wg.Wait()
 	return err

@@ -227,8 +227,10 @@ func (a *actor) step() {
 		a.truncate(pick(a.rng, files).file())
 	case p < 70:
 		a.read(pick(a.rng, files).file())
-	case p < 74:
+	case p < 73:
 		a.getattr(pick(a.rng, files).file())
+	case p < 74:
+		a.lookup(pick(a.rng, files))
 	case p < 77:
 		a.list(pick(a.rng, a.dirs()))
 	case p < 83:
@@ -333,6 +335,12 @@ func (a *actor) writeCells(f *file, from, to int, ver uint32) bool {
 	if a.rng.IntN(4) == 0 {
 		how = wire.FileSync
 	}
+	return a.writeAs(f, from, to, ver, how)
+}
+
+func (a *actor) writeUnstable(f *file, from, to int) { a.writeAs(f, from, to, 0, wire.Unstable) }
+
+func (a *actor) writeAs(f *file, from, to int, ver uint32, how wire.StableHow) bool {
 	if ver == 0 {
 		a.ver++
 		ver = uint32(a.id+1)<<24 | a.ver
@@ -468,6 +476,17 @@ func (a *actor) getattr(f *file) {
 	if a.expect("getattr", st, wire.OK) {
 		a.checkAttr(f, &at)
 		a.checkSize(f, all, "getattr", int(at.Size/cellSize))
+	}
+}
+
+func (a *actor) lookup(p place) {
+	what := fmt.Sprintf("lookup %v %s", p.dir.fid, p.name)
+	at, st, _ := ask(a, what, func(fe *frontend, o client.Owner) (wire.Attr, wire.Status) {
+		return fe.lookup(o, p.dir.fid, p.name)
+	})
+	a.ops++
+	if a.expect(what, st, wire.OK) {
+		a.checkAttr(p.file(), &at)
 	}
 }
 

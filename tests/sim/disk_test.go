@@ -52,7 +52,7 @@ func (d *mdtStore) attach(p *process) *vfs.MemFS {
 		// Its user was alive and does not know yet.
 		d.w.trace("%s takes the MDT's store from %s", p.node.name, d.user.node.name)
 		d.fs = d.crash()
-		d.w.history.add(true)
+		d.w.history.add(true, d.user.node)
 	case d.last != nil && d.last != p.node:
 		d.fs = d.bare
 	}
@@ -76,7 +76,7 @@ func (d *mdtStore) died(p *process, power bool) {
 	defer d.mu.Unlock()
 	if d.user == p {
 		d.user = nil
-		d.w.history.add(true)
+		d.w.history.add(true, p.node)
 		d.bare = d.crash()
 		// The dead process's goroutines end on the old one.
 		d.fs = d.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: d.rng})
@@ -187,13 +187,13 @@ func newOSTStore(w *world, i int) *ostStore {
 	return &ostStore{w: w, index: i, mem: objfs.NewMem(w.clock.Now), rng: w.rand("ost disk", i)}
 }
 
-// crash loses what is not durable. The lock is held.
-func (d *ostStore) crash() {
+// crash loses what is not durable, in a node's memory. The lock is held.
+func (d *ostStore) crash(n *node) {
 	if d.rng.IntN(2) == 0 {
 		d.mem.Writeback(d.rng)
 	}
 	d.mem = d.mem.CrashClone(d.rng.Uint64())
-	d.w.history.add(false)
+	d.w.history.add(false, n)
 }
 
 func (d *ostStore) attach(p *process) *objfs.Mem {
@@ -202,9 +202,9 @@ func (d *ostStore) attach(p *process) *objfs.Mem {
 	switch {
 	case d.user != nil && d.user != p:
 		d.w.trace("%s takes the store of OST %d from %s", p.node.name, d.index, d.user.node.name)
-		d.crash()
+		d.crash(d.user.node)
 	case d.last != nil && d.last != p.node:
-		d.crash()
+		d.crash(d.last)
 	}
 	d.user, d.last = p, p.node
 	return d.mem
@@ -226,7 +226,7 @@ func (d *ostStore) died(p *process, power bool) {
 		d.mem.Kill()
 	}
 	if power && d.last == p.node {
-		d.crash()
+		d.crash(p.node)
 		d.last = nil
 	}
 }
@@ -236,7 +236,6 @@ type ostFS struct {
 	objfs.FS // once it is locked
 	d        *ostStore
 	p        *process
-	gate     sync.RWMutex // against the process's death
 	super    atomic.Int64 // descriptor of the superblock that is being written
 }
 

@@ -146,6 +146,16 @@ func everything(in *injector) {
 			in.abort()
 		case p < 93 && evil > 2:
 			in.badDisk()
+		case p < 94:
+			in.count("blackouts")
+			in.trace("--- power is lost everywhere")
+			for _, n := range in.nodes {
+				n.die(true)
+			}
+			_ = sleep(in.ctx, in.between(0, 3*time.Second))
+			for _, n := range in.nodes {
+				n.boot()
+			}
 		}
 	}
 }

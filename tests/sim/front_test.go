@@ -105,7 +105,10 @@ func (fe *frontend) stop() {
 	fe.over = true
 	fe.mu.Unlock()
 	if was {
-		<-fe.stopped
+		select {
+		case <-fe.stopped:
+		case <-fe.p.ctx.Done(): // it died
+		}
 		return
 	}
 	close(fe.gone)
@@ -175,6 +178,8 @@ func (fe *frontend) modify(o client.Owner, q *wire.Request) *wire.Reply {
 	}
 	if req.Op == wire.OpCreate && rep.Status == wire.OK {
 		switch {
+		case rep.Truncate.LogID != 0 && rep.Reconstructed && !rep.Created:
+			rep.Status = wire.ErrTargetDown
 		case rep.Truncate.LogID != 0:
 			if st := fe.fs.Truncated(ctx, o, &rep.Attr, rep.Truncate); st != wire.OK {
 				rep.Status = st

@@ -149,6 +149,9 @@ func (f *file) check(w *world, v *vip, mine func(int) bool, from int, data []byt
 		if !ok {
 			return fmt.Errorf("%v: sector %d is torn: %x", f.fid, at, b[:16])
 		}
+		if c.cur == 0 && w.badDisk.Load() {
+			continue // a failed flush may lose that something was cut off
+		}
 		if got != c.cur && !(w.risk(&c, v) && slices.Contains(c.old, got)) {
 			return fmt.Errorf("%v: sector %d of %d has write %x, acknowledged is %x (verifier %d, now %d; at risk %v; before %x)",
 				f.fid, at, size, got, c.cur, c.verf, w.verifier(v.index), w.risk(&c, v), c.old)
@@ -173,22 +176,29 @@ func (f *file) least(w *world, v *vip, mine func(int) bool) int {
 // history of what has lost data that were not durable: when stores lost them.
 type history struct {
 	mu   sync.Mutex
-	mdt  []time.Time
-	osts []time.Time
+	mdt  []loss
+	osts []loss
 }
 
-func (h *history) add(mdt bool) {
+// loss is that what a store had in a node's memory is lost.
+type loss struct {
+	at time.Time
+	n  *node
+}
+
+func (h *history) add(mdt bool, n *node) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	l := loss{time.Now(), n}
 	if mdt {
-		h.mdt = append(h.mdt, time.Now())
+		h.mdt = append(h.mdt, l)
 	} else {
-		h.osts = append(h.osts, time.Now())
+		h.osts = append(h.osts, l)
 	}
 }
 
 // bothDied tells whether an acknowledgement may be void because the frontend that
-// gave it and a target have died close to each other.
+// gave it and a target on another node have died close to each other.
 func (w *world) bothDied(a *ack, mdt bool) bool {
 	a.fe.mu.Lock()
 	ended := slices.Clone(a.fe.ended)
@@ -200,7 +210,11 @@ func (w *world) bothDied(a *ack, mdt bool) bool {
 		losses = w.history.mdt
 	}
 	for _, e := range ended {
-		for _, t := range losses {
+		for _, l := range losses {
+			t := l.at
+			if l.n == a.fe.p.node {
+				continue // for what is there they wait for the disk
+			}
 			if !e.Before(a.at) && !t.Before(a.at) && t.Before(e.Add(20*time.Second)) && e.Before(t.Add(60*time.Second)) {
 				return true
 			}

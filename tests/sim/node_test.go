@@ -59,13 +59,6 @@ type service struct {
 	ost   *host.OST
 }
 
-func (s *service) err() error {
-	if s.mdt != nil {
-		return s.mdt.Err()
-	}
-	return s.ost.Err()
-}
-
 func (s *service) stop(ctx context.Context) error {
 	if s.mdt != nil {
 		return s.mdt.Stop(ctx)

@@ -128,6 +128,7 @@ var operations = []struct {
 		time.Sleep(5 * time.Second)
 	}},
 	{"getattr", wire.OpGetattr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
+	{"lookup", wire.OpLookup, func(a *actor) { a.lookup(a.places(false)[0]) }},
 	{"size", wire.OpObjAttr, func(a *actor) { a.getattr(a.places(false)[0].file()) }},
 	{"read", wire.OpRead, func(a *actor) { a.verify(a.places(false)[0].file(), all, 0, 12) }},
 	{"readdir", wire.OpReaddir, func(a *actor) { a.list(a.root) }},
@@ -288,46 +289,17 @@ func scenarios() (l []scenario) {
 		fe.boot()
 		c.each(func(a *actor) { a.mkdir() })
 	})
-	// Writes of a frontend that hangs arrive after everybody has taken it for dead.
-	for _, order := range []string{"silent", "evicted", "evicted-by-ost"} {
-		add("late-writes-"+order, apart, false, func(c *cluster) {
-			c.furnish()
-			a, fe := c.actors[0], c.frontendOf(c.actors[0])
-			in := &injector{cluster: c, rng: c.rand("late")}
-			in.excuseAll("a frontend hung")
-			c.net.change(func() { c.net.filter = func(*message) verdict { return verdict{delay: 2 * time.Second} } })
-			done := make(chan struct{})
-			go func() {
-				a.writeCells(a.places(false)[0].file(), 2, 6, 0)
-				a.writeCells(a.places(false)[1].file(), 2, 6, 0)
-				close(done)
-			}()
-			time.Sleep(2500 * time.Millisecond)
-			c.net.change(func() { fe.paused, c.net.filter = true, nil })
-			switch order {
-			case "silent":
-				time.Sleep(2 * c.cfg.recovery.PingTimeout)
-			case "evicted":
-				c.running(mdtName).front.Evict(clientID(fe.name))
-			default:
-				c.running(ostName(0)).front.Evict(clientID(fe.name))
-				c.running(ostName(1)).front.Evict(clientID(fe.name))
-			}
-			c.depose(a.v, fe.frontend())
-			<-done // by another frontend
-			a.truncateTo(a.places(false)[0].file(), 1)
-			a.settle()
-			time.Sleep(3 * time.Second)
-			c.net.change(func() { fe.paused = false })
-			time.Sleep(3 * time.Second)
-			a.final()
-			c.mu.Lock()
-			n := c.seen["evictions by the MDT"]
-			c.mu.Unlock()
-			if n == 0 && order != "evicted-by-ost" {
-				c.fault("nobody was evicted")
-			}
-		})
+	// Writes of a frontend that hangs arrive after it was evicted, or after its address
+	// has moved.
+	for _, l := range []late{
+		{name: "silent", silent: true, moved: true},
+		{name: "evicted", mdt: true, moved: true},
+		{name: "evicted-by-ost", ost: true, moved: true},
+		{name: "evicted-by-all", mdt: true, ost: true},
+		{name: "evicted-unmoved", mdt: true},
+		{name: "moved", moved: true},
+	} {
+		add("late-writes-"+l.name, apart, false, l.run)
 	}
 	// The old owner of a store hangs, another node takes it, the old one comes back.
 	for _, target := range []string{mdtName, ostName(0)} {
@@ -347,6 +319,33 @@ func scenarios() (l []scenario) {
 			})
 		})
 	}
+	// A frontend misses the recovery of an OST that has lost its data: it has to tell its
+	// clients, who write them again.
+	add("unstable-lost", apart, false, func(c *cluster) {
+		c.furnish()
+		a := c.actors[0]
+		for range 8 {
+			a.createAs(wire.Guarded, -1)
+		}
+		for _, p := range a.places(false) {
+			a.writeUnstable(p.file(), 0, 20)
+		}
+		c.excused(wire.ClientID{}, -1, "a frontend misses a recovery")
+		n, fe := c.homeOf(ostName(0)), c.frontendOf(a)
+		c.net.change(func() { c.net.blocked[[2]string{fe.name, n.name}] = true })
+		c.crash(n, "power", 500*time.Millisecond)
+		for s := c.running(ostName(0)); s == nil || !s.front.Abort(); s = c.running(ostName(0)) {
+			time.Sleep(50 * time.Millisecond)
+		}
+		c.net.change(func() { clear(c.net.blocked) })
+		a.settle()
+		a.final()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.seen["verifier changes"] == 0 {
+			c.faults = append(c.faults, "no verifier has changed")
+		}
+	})
 	add("recovery-aborted", apart, false, func(c *cluster) {
 		c.load(60, func() {
 			in := &injector{cluster: c, rng: c.rand("abort")}
@@ -406,6 +405,67 @@ func scenarios() (l []scenario) {
 		})
 	}
 	return l
+}
+
+// late is what happens to a frontend while it hangs, with writes on the way.
+type late struct {
+	name     string
+	silent   bool // for so long that everybody takes it for dead
+	mdt, ost bool // by whom it is evicted
+	moved    bool // another frontend takes its address
+}
+
+func (l *late) run(c *cluster) {
+	c.furnish()
+	a, fe := c.actors[0], c.frontendOf(c.actors[0])
+	c.excused(wire.ClientID{}, -1, "a frontend hung")
+	sent := make(chan bool, 1)
+	c.net.change(func() {
+		c.net.filter = func(m *message) (v verdict) {
+			if m.op == wire.OpWrite && !m.reply {
+				c.net.filter = nil
+				sent <- true
+				v.delay = 100 * time.Millisecond
+			}
+			return v
+		}
+	})
+	f := a.places(false)[0].file()
+	done := make(chan struct{})
+	go func() { a.writeCells(f, 10, 16, 0); close(done) }()
+	<-sent
+	c.net.change(func() { fe.paused = true })
+	if l.silent {
+		time.Sleep(2 * c.cfg.recovery.PingTimeout)
+	}
+	if l.mdt {
+		c.running(mdtName).front.Evict(clientID(fe.name))
+	}
+	if l.ost {
+		for i := range c.osts {
+			c.running(ostName(i)).front.Evict(clientID(fe.name))
+		}
+	}
+	if l.moved {
+		c.depose(a.v, fe.frontend())
+		<-done // by the other frontend
+		a.writeCells(f, 9, 12, 0)
+		a.commit(f)
+		if l.silent || l.mdt {
+			a.truncateTo(f, 1)
+		}
+	}
+	time.Sleep(4 * time.Second)
+	c.net.change(func() { fe.paused = false })
+	<-done
+	time.Sleep(3 * time.Second)
+	a.final()
+	c.mu.Lock()
+	n := c.seen["evictions by the MDT"]
+	c.mu.Unlock()
+	if (n > 0) != (l.silent || l.mdt) {
+		c.fault("the MDT has evicted %d", n)
+	}
 }
 
 // part is the node with a target, or the one that serves the first client.
