@@ -136,7 +136,11 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 		defer cancel()
 		return errors.Join(err, n.Stop(sctx))
 	}
-	log.Info("serving", "version", status.Version, "node", cfg.Node, "data", cfg.DataDir,
+	what := "serving"
+	if cfg.Clustered() {
+		what = "started; targets and service addresses follow as the other nodes are reached"
+	}
+	log.Info(what, "version", status.Version, "node", cfg.Node, "data", cfg.DataDir,
 		"addresses", cfg.NFS.Addresses, "port", cfg.NFS.Port, "mount_port", cfg.NFS.MountPort)
 	a.daemon.notify(sd.SdNotifyReady + "\nSTATUS=serving")
 	for _, m := range mountCommands(cfg, s.node.Status()) {
