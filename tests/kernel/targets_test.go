@@ -23,9 +23,6 @@ func TestTargetsKilled(t *testing.T) {
 	var c *bed.Cluster
 	w := newWorldWith(t, bed.Config{}, func(cfg bed.Config) (s bed.Server, err error) {
 		c, err = bed.NewCluster(cfg, front, meta, data)
-		if err == nil {
-			c.Extra = "[recovery]\nheartbeat = \"200ms\"\n"
-		}
 		return c, err
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(n)*30*time.Second+2*time.Minute)
