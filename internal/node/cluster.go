@@ -168,6 +168,7 @@ func (c *cluster) keep(h *hosted) {
 		case err == nil || c.ctx.Err() != nil || errors.Is(err, errNotStopped):
 			return
 		case errors.Is(err, owner.ErrHeld):
+			h.wanted.Store(false)
 			c.log.Warn("target is not started here, since it runs elsewhere", "target", h.Name, "err", err)
 			return
 		case err.Error() != last:
