@@ -156,9 +156,13 @@ func (c *cell) all(n *Node) {
 // durable yet, are one file system for all frontends. RS 0a, CS 5d.
 func TestClusterOfNodes(t *testing.T) {
 	c := newCell(t)
-	a, b := c.up("a"), c.up("b")
-	k := c.up("c")
+	a := c.up("a")
+	until(t, "what it waits for", func() bool { return strings.Contains(a.Status().Waits, "MGS") })
+	b, k := c.up("b"), c.up("c")
 	c.ready(a)
+	if w := a.Status().Waits; w != "" {
+		t.Errorf("it serves, and waits for %s", w)
+	}
 	c.ready(b)
 	c.all(b)
 	for _, n := range []*Node{a, b} {
