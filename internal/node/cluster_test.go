@@ -322,3 +322,59 @@ func TestAloneBecomesCluster(t *testing.T) {
 		t.Error("the write verifier changed")
 	}
 }
+
+// New write verifiers are stored before anything goes on that depends on them. If
+// the node is stopped meanwhile, its next start changes them.
+func TestVerifiersWaitForTheRegistry(t *testing.T) {
+	c := newCell(t)
+	c.start = map[string][]string{"c": {"MGS"}, "b": {mdtName, ostName(0), ostName(1)}}
+	k, b := c.up("c"), c.up("b")
+	c.ready(b)
+	c.all(b)
+	fh := mount(t, b, "/data")
+	registry := func(up bool) {
+		t.Helper()
+		var err error
+		if up {
+			err = k.StartTarget(ctx, "MGS", "")
+		} else {
+			err = k.StopTarget(ctx, "MGS")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost := func() chan struct{} {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			b.lostData(b.reg)
+		}()
+		select {
+		case <-done:
+			t.Error("it goes on though the new verifiers are not stored")
+		case <-time.After(300 * time.Millisecond):
+		}
+		return done
+	}
+	old := commitVerf(t, b, fh)
+	registry(false)
+	done := lost()
+	registry(true)
+	<-done
+	now := commitVerf(t, b, fh)
+	if reg := [8]byte(decodeVerf(t, b.reg)); now == old || now != reg {
+		t.Errorf("%x after %x, registered %x", now, old, reg)
+	}
+	registry(false)
+	done = lost()
+	c.down("b", b)
+	<-done
+	registry(true)
+	b = c.up("b")
+	c.ready(b)
+	c.all(b)
+	if v := commitVerf(t, b, mount(t, b, "/data")); v == now {
+		t.Errorf("the verifier is %x as before", v)
+	}
+}
