@@ -49,6 +49,8 @@ type cell struct {
 	ports map[string]string
 	start map[string][]string
 	nodes map[string]*Node
+	// change is applied to the configuration of every node, if set.
+	change func(*config.Config)
 }
 
 func newCell(t *testing.T) *cell {
@@ -85,6 +87,9 @@ func (c *cell) conf(name string) *config.Config {
 		k.NFS.Addresses = []string{"127.0.0.3"}
 	default:
 		k.NFS.Addresses = nil
+	}
+	if c.change != nil {
+		c.change(k)
 	}
 	return k
 }
@@ -377,4 +382,38 @@ func TestVerifiersWaitForTheRegistry(t *testing.T) {
 	if v := commitVerf(t, b, mount(t, b, "/data")); v == now {
 		t.Errorf("the verifier is %x as before", v)
 	}
+}
+
+// A frontend that would do harm is refused, with what to do: its address is served by
+// another node, or its handles would be worth nothing there.
+func TestFrontendRefused(t *testing.T) {
+	c := newCell(t)
+	c.start = map[string][]string{"b": {"MGS", mdtName, ostName(0), ostName(1)}}
+	b := c.up("b")
+	c.ready(b)
+	refused := func(want string, change func(*config.Config)) {
+		t.Helper()
+		c.change = change
+		a := c.up("a")
+		select {
+		case err := <-a.Failed():
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, want an error about %q", err, want)
+			}
+		case <-time.After(patience):
+			t.Error("not refused")
+		}
+		if a.FS() != nil {
+			t.Error("it serves")
+		}
+		c.down("a", a)
+	}
+	refused("node b", func(k *config.Config) { k.NFS.Addresses = []string{"127.0.0.3"} })
+	key := filepath.Join(c.dir, "other.key")
+	refused("copy the file", func(k *config.Config) { k.ClusterKeyFile = key })
+	if _, err := os.Stat(key); err == nil {
+		t.Error("the key that was made for nothing is still there")
+	}
+	c.change = nil
+	c.ready(c.up("a"))
 }
