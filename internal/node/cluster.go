@@ -182,12 +182,6 @@ func (c *cluster) keep(h *hosted) {
 	}
 }
 
-func (h *hosted) condition() (state, reason string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.state, h.reason
-}
-
 // close stops what runs here, in order: the MDT, which works at the OSTs, before
 // them, and the registry last.
 func (c *cluster) close(ctx context.Context) error {

@@ -133,8 +133,10 @@ func (c *cell) ready(n *Node) {
 }
 
 func state(n *Node, target string) string {
-	s, _ := n.cluster.byName[target].condition()
-	return s
+	h := n.cluster.byName[target]
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.state
 }
 
 // all waits until the MDT makes files on all OSTs.

@@ -204,14 +204,15 @@ func (n *Node) startFrontend(ctx context.Context) error {
 	n.waitsFor("the metadata target (" + mdtName + ")")
 	connected := make(chan struct{})
 	n.frontend.Go(func() {
-		for t := time.NewTicker(tellWait); ; {
+		t := time.NewTicker(tellWait)
+		defer t.Stop()
+		for {
 			select {
 			case <-connected:
-				t.Stop()
 				return
 			case <-t.C:
-				_, addr, st := n.fs.MDTImport().Status()
-				n.log.Warn("waiting for the MDT before the service addresses are served", "target", mdtName, "nodes", n.cfg.MDT.Nodes, "next", addr, "why", st.Reason)
+				_, node, st := n.fs.MDTImport().Status()
+				n.log.Warn("waiting for the MDT before the service addresses are served", "target", mdtName, "nodes", n.cfg.MDT.Nodes, "next", node, "why", st.Reason)
 			}
 		}
 	})
