@@ -35,7 +35,11 @@ func (n *Node) StartTarget(ctx context.Context, name, fenced string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
-	return c.start(ctx, h, fenced)
+	if err := c.start(ctx, h, fenced); err != nil {
+		return err
+	}
+	h.wanted.Store(true)
+	return nil
 }
 
 // StopTarget stops a target on this node in order, or breaks its start off.

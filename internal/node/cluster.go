@@ -168,6 +168,7 @@ func (c *cluster) keep(h *hosted) {
 		case err == nil || c.ctx.Err() != nil || errors.Is(err, errNotStopped):
 			return
 		case errors.Is(err, owner.ErrHeld):
+			h.wanted.Store(false)
 			c.log.Warn("target is not started here, since it runs elsewhere", "target", h.Name, "err", err)
 			return
 		case err.Error() != last:
@@ -179,12 +180,6 @@ func (c *cluster) keep(h *hosted) {
 		case <-time.After(startAgain):
 		}
 	}
-}
-
-func (h *hosted) condition() (state, reason string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.state, h.reason
 }
 
 // close stops what runs here, in order: the MDT, which works at the OSTs, before

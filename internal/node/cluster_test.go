@@ -49,6 +49,8 @@ type cell struct {
 	ports map[string]string
 	start map[string][]string
 	nodes map[string]*Node
+	// change is applied to the configuration of every node, if set.
+	change func(*config.Config)
 }
 
 func newCell(t *testing.T) *cell {
@@ -85,6 +87,9 @@ func (c *cell) conf(name string) *config.Config {
 		k.NFS.Addresses = []string{"127.0.0.3"}
 	default:
 		k.NFS.Addresses = nil
+	}
+	if c.change != nil {
+		c.change(k)
 	}
 	return k
 }
@@ -128,8 +133,10 @@ func (c *cell) ready(n *Node) {
 }
 
 func state(n *Node, target string) string {
-	s, _ := n.cluster.byName[target].condition()
-	return s
+	h := n.cluster.byName[target]
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.state
 }
 
 // all waits until the MDT makes files on all OSTs.
@@ -156,9 +163,13 @@ func (c *cell) all(n *Node) {
 // durable yet, are one file system for all frontends. RS 0a, CS 5d.
 func TestClusterOfNodes(t *testing.T) {
 	c := newCell(t)
-	a, b := c.up("a"), c.up("b")
-	k := c.up("c")
+	a := c.up("a")
+	until(t, "what it waits for", func() bool { return strings.Contains(a.Status().Waits, "MGS") })
+	b, k := c.up("b"), c.up("c")
 	c.ready(a)
+	if w := a.Status().Waits; w != "" {
+		t.Errorf("it serves, and waits for %s", w)
+	}
 	c.ready(b)
 	c.all(b)
 	for _, n := range []*Node{a, b} {
@@ -317,4 +328,94 @@ func TestAloneBecomesCluster(t *testing.T) {
 	if now := verifiers(t, n.reg); !slices.Equal(now, ver) {
 		t.Error("the write verifier changed")
 	}
+}
+
+// New write verifiers are stored before anything goes on that depends on them. If
+// the node is stopped meanwhile, its next start changes them.
+func TestVerifiersWaitForTheRegistry(t *testing.T) {
+	c := newCell(t)
+	c.start = map[string][]string{"c": {"MGS"}, "b": {mdtName, ostName(0), ostName(1)}}
+	k, b := c.up("c"), c.up("b")
+	c.ready(b)
+	c.all(b)
+	fh := mount(t, b, "/data")
+	registry := func(up bool) {
+		t.Helper()
+		var err error
+		if up {
+			err = k.StartTarget(ctx, "MGS", "")
+		} else {
+			err = k.StopTarget(ctx, "MGS")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost := func() chan struct{} {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			b.lostData(b.reg)
+		}()
+		select {
+		case <-done:
+			t.Error("it goes on though the new verifiers are not stored")
+		case <-time.After(300 * time.Millisecond):
+		}
+		return done
+	}
+	old := commitVerf(t, b, fh)
+	registry(false)
+	done := lost()
+	registry(true)
+	<-done
+	now := commitVerf(t, b, fh)
+	if reg := [8]byte(decodeVerf(t, b.reg)); now == old || now != reg {
+		t.Errorf("%x after %x, registered %x", now, old, reg)
+	}
+	registry(false)
+	done = lost()
+	c.down("b", b)
+	<-done
+	registry(true)
+	b = c.up("b")
+	c.ready(b)
+	c.all(b)
+	if v := commitVerf(t, b, mount(t, b, "/data")); v == now {
+		t.Errorf("the verifier is %x as before", v)
+	}
+}
+
+// A frontend that would do harm is refused, with what to do: its address is served by
+// another node, or its handles would be worth nothing there.
+func TestFrontendRefused(t *testing.T) {
+	c := newCell(t)
+	c.start = map[string][]string{"b": {"MGS", mdtName, ostName(0), ostName(1)}}
+	b := c.up("b")
+	c.ready(b)
+	refused := func(want string, change func(*config.Config)) {
+		t.Helper()
+		c.change = change
+		a := c.up("a")
+		select {
+		case err := <-a.Failed():
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, want an error about %q", err, want)
+			}
+		case <-time.After(patience):
+			t.Error("not refused")
+		}
+		if a.FS() != nil {
+			t.Error("it serves")
+		}
+		c.down("a", a)
+	}
+	refused("node b", func(k *config.Config) { k.NFS.Addresses = []string{"127.0.0.3"} })
+	key := filepath.Join(c.dir, "other.key")
+	refused("copy the file", func(k *config.Config) { k.ClusterKeyFile = key })
+	if _, err := os.Stat(key); err == nil {
+		t.Error("the key that was made for nothing is still there")
+	}
+	c.change = nil
+	c.ready(c.up("a"))
 }

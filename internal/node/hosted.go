@@ -28,7 +28,8 @@ type hosted struct {
 	config.Target
 	kind  string
 	index int // of an OST
-	// wanted: it belongs to the start of the node and was not stopped since.
+	// wanted: it is started with the node, or was started by order, and was not
+	// stopped since nor found elsewhere.
 	wanted atomic.Bool
 
 	// op is held while the target is being started or stopped; mu guards the rest

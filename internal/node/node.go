@@ -71,6 +71,7 @@ type Node struct {
 	// Of a cluster: the frontend comes up in the background; up is set when all
 	// fields of it are, failed tells that it cannot.
 	up         atomic.Bool
+	waits      atomic.Pointer[string] // what it waits for until then
 	frontend   sync.WaitGroup
 	noFrontend context.CancelFunc
 	failed     chan error
@@ -172,6 +173,7 @@ func (n *Node) startCluster() (err error) {
 // registry and MDT; files on OSTs that are there do not need the others.
 func (n *Node) startFrontend(ctx context.Context) error {
 	c := n.cluster
+	n.waitsFor("the registry (MGS)")
 	if err := c.meet(ctx); err != nil {
 		return err
 	}
@@ -199,16 +201,18 @@ func (n *Node) startFrontend(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.waitsFor("the metadata target (" + mdtName + ")")
 	connected := make(chan struct{})
 	n.frontend.Go(func() {
-		for t := time.NewTicker(tellWait); ; {
+		t := time.NewTicker(tellWait)
+		defer t.Stop()
+		for {
 			select {
 			case <-connected:
-				t.Stop()
 				return
 			case <-t.C:
-				_, addr, st := n.fs.MDTImport().Status()
-				n.log.Warn("waiting for the MDT before the service addresses are served", "target", mdtName, "nodes", n.cfg.MDT.Nodes, "next", addr, "why", st.Reason)
+				_, node, st := n.fs.MDTImport().Status()
+				n.log.Warn("waiting for the MDT before the service addresses are served", "target", mdtName, "nodes", n.cfg.MDT.Nodes, "next", node, "why", st.Reason)
 			}
 		}
 	})
@@ -223,6 +227,8 @@ func (n *Node) startFrontend(ctx context.Context) error {
 	n.log.Info("serving the service addresses", "addresses", n.cfg.NFS.Addresses)
 	return nil
 }
+
+func (n *Node) waitsFor(what string) { n.waits.Store(&what) }
 
 // tellWait is how often it is told that a start waits.
 const tellWait = 10 * time.Second

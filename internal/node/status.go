@@ -59,6 +59,9 @@ func (n *Node) Status() status.Status {
 		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Stopping: n.stopping.Load(),
 	}
 	n.targetStatus(&s)
+	if w := n.waits.Load(); w != nil && !n.up.Load() {
+		s.Waits = *w
+	}
 	if n.up.Load() {
 		s.Boot, s.Rpcbind = n.boot, n.rpcMode
 		n.importStatus(&s)

@@ -22,6 +22,9 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 	fmt.Fprintf(&b, "baton %s on %s, up %s, start %d, pid %d\n", s.Version, clean(s.Node), Span(s.Uptime), s.Boot, s.PID)
 	fmt.Fprintf(&b, "data %s, rpcbind %s, memory %s (heap %s, calls %s)\n", clean(s.DataDir), clean(s.Rpcbind),
 		Bytes(s.Memory.RSS), Bytes(s.Memory.Heap), Bytes(s.Memory.InFlight))
+	if s.Waits != "" {
+		fmt.Fprintf(&b, "the service addresses are not served yet: waiting for %s\n", clean(s.Waits))
+	}
 	if s.Stopping {
 		b.WriteString("STOPPING\n")
 	}

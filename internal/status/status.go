@@ -21,6 +21,9 @@ type Status struct {
 	DataDir string        `json:"data_dir"`
 	// Rpcbind tells how clients find the ports: "system", "own" or "off".
 	Rpcbind string `json:"rpcbind"`
+	// Waits is what the frontend of a cluster's node waits for before it serves its
+	// addresses.
+	Waits string `json:"waits,omitempty"`
 	// Stopping is set during an orderly stop.
 	Stopping bool `json:"stopping,omitempty"`
 

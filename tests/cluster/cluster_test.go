@@ -11,11 +11,13 @@ import (
 	"testing"
 	"time"
 
+	nfs "github.com/willscott/go-nfs"
+
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
-// What happens to targets and frontends of a cluster, to clients is a delay: RS 0a,
-// RS 4a, RO 1, RO 3, CS 5d.
+// What happens to targets and frontends of a cluster is a delay to clients: RS 4a, RO 1,
+// RO 3, RS 0a and MM 6 (moves), CS 50h (deactivation), MM 10 (fsck).
 func TestCluster(t *testing.T) {
 	c := newCell(t)
 	c.up()
@@ -111,6 +113,33 @@ func TestCluster(t *testing.T) {
 		c.start("b")
 		b = c.dial("b", "/disk")
 		la.end(b)
+	})
+	ok = ok && t.Run("OST deactivated", func(t *testing.T) {
+		const n = 24
+		try := func() (good int) {
+			for i := range n {
+				fh, err := a.lookup(fmt.Sprint("unstable", i))
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = a.write(fh, 0, content(fmt.Sprint("unstable", i)), wire.FileSync)
+				switch {
+				case err == nil:
+					good++
+				case !strings.Contains(err.Error(), nfs.NFSStatusIO.String()):
+					t.Error(err)
+				}
+			}
+			return good
+		}
+		c.must("a", "target", "deactivate", "OST0001")
+		if k := try(); k == 0 || k == n {
+			t.Errorf("%d of %d writes succeed", k, n)
+		}
+		c.must("a", "target", "activate", "OST0001")
+		if k := try(); k != n {
+			t.Errorf("%d of %d writes succeed", k, n)
+		}
 	})
 	ok = ok && t.Run("files on one OST while many writes hang on another", func(t *testing.T) {
 		const n = 400
@@ -220,9 +249,9 @@ func TestCluster(t *testing.T) {
 	}
 }
 
-// A target that runs is refused to another node. One whose node hangs is taken over
-// after the watch time, and when that node goes on it has lost the target and does
-// not write to it: own 5.
+// Of two nodes that start a target at a time one has it, and one that runs is refused
+// to others: MM 1, CS 41c. One whose node hangs is taken over after the watch time, and
+// when that node goes on it has lost the target and does not write to it: MM 7.
 func TestTakeOver(t *testing.T) {
 	c := newCell(t)
 	c.locks = false // a process that is stopped keeps them
@@ -234,6 +263,20 @@ func TestTakeOver(t *testing.T) {
 	if err == nil || !strings.Contains(out, `node "d"`) || !strings.Contains(out, "stop it there first") {
 		t.Errorf("start of a target that runs on d: %v\n%s", err, out)
 	}
+	c.must("d", "target", "stop", "OST0001")
+	var wg sync.WaitGroup
+	won := map[string]*error{"c": new(error), "d": new(error)}
+	for n, err := range won {
+		wg.Go(func() { _, *err = c.order(n, "target", "start", "OST0001") })
+	}
+	wg.Wait()
+	switch cWon, dWon := *won["c"] == nil, *won["d"] == nil; {
+	case cWon == dWon:
+		t.Fatalf("started at a time: %v, %v", *won["c"], *won["d"])
+	case cWon:
+		c.move("OST0001", "c", "d")
+	}
+	l.more(5)
 	c.signal("d", syscall.SIGSTOP)
 	c.must("c", "target", "start", "OST0001")
 	l.more(10)
