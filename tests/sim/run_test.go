@@ -3,7 +3,6 @@ package sim
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"runtime"
 	"slices"
@@ -256,14 +255,14 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	rng := c.rand("schedule")
 	c.serving()
 	c.addActors(2+rng.IntN(3), rng.IntN(2) == 0)
+	pause := time.Duration(20+rng.IntN(300)) * time.Millisecond
+	until := time.Now().Add(time.Duration(5+rng.IntN(40)) * time.Second)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	in := &injector{cluster: c, rng: rng, ctx: ctx}
 	wg.Go(func() { faults(in) })
 	wg.Go(func() { c.watch(ctx) })
 	ended := make(chan struct{})
-	pause := time.Duration(20+rng.IntN(300)) * time.Millisecond
-	until := c.busyUntil(rng)
 	go func() {
 		c.each(func(a *actor) { a.run(ops, pause, func() bool { return time.Now().After(until) }) })
 		close(ended)
@@ -288,8 +287,4 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 		c.hangs(fmt.Sprintf("go test ./tests/sim -v -run TestRandom -sim.seed=%d", c.seed), "calls are not answered")
 	}
 	c.finish()
-}
-
-func (c *cluster) busyUntil(rng *rand.Rand) time.Time {
-	return time.Now().Add(time.Duration(5+rng.IntN(40)) * time.Second)
 }
