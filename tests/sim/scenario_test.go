@@ -319,6 +319,36 @@ func scenarios() (l []scenario) {
 			})
 		})
 	}
+	// The size that one frontend reports arrives after another one has opened the file,
+	// made it longer and closed it.
+	add("old-close", apart, false, func(c *cluster) {
+		a, b := c.actors[0], c.actors[1]
+		fe := c.frontendOf(a)
+		if c.frontendOf(b) == fe {
+			for _, n := range c.nodes {
+				if n.front && n != fe {
+					c.serve(b.v, n.frontend())
+				}
+			}
+		}
+		held := make(chan bool, 1)
+		c.net.change(func() {
+			c.net.filter = func(m *message) (v verdict) {
+				if m.op == wire.OpCloseEpoch && !m.reply && m.c.from.node == fe {
+					c.net.filter = nil
+					held <- true
+					v.delay = 5 * time.Second
+				}
+				return v
+			}
+		})
+		s := c.shared[0]
+		a.writeCells(s.views[a.id], a.id, a.id+1, 0)
+		<-held
+		b.writeCells(s.views[b.id], 20+b.id, 21+b.id, 0)
+		time.Sleep(7 * time.Second)
+		c.each(func(a *actor) { a.final() })
+	})
 	// A frontend misses the recovery of an OST that has lost its data: it has to tell its
 	// clients, who write them again.
 	add("unstable-lost", apart, false, func(c *cluster) {
