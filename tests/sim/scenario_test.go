@@ -101,6 +101,37 @@ func (c *cluster) lose(op wire.Op, reply bool) <-chan string {
 	return ch
 }
 
+// hold delays the next request with op from a node; the result tells that it is on
+// its way.
+func (c *cluster) hold(op wire.Op, from *node, d time.Duration) <-chan bool {
+	ch := make(chan bool, 1)
+	c.net.change(func() {
+		c.net.filter = func(m *message) (v verdict) {
+			if m.op == op && !m.reply && m.c.from.node == from {
+				c.net.filter = nil
+				ch <- true
+				v.delay = d
+			}
+			return v
+		}
+	})
+	return ch
+}
+
+// separate has the first two clients served by different frontends and returns that of
+// the first.
+func (c *cluster) separate() *node {
+	fe := c.frontendOf(c.actors[0])
+	if c.frontendOf(c.actors[1]) == fe {
+		for _, n := range c.nodes {
+			if n.front && n != fe {
+				c.serve(c.actors[1].v, n.frontend())
+			}
+		}
+	}
+	return fe
+}
+
 // operations are all kinds of operations, as a client makes them; each checks the
 // answer.
 var operations = []struct {
@@ -323,31 +354,51 @@ func scenarios() (l []scenario) {
 	// made it longer and closed it.
 	add("old-close", apart, false, func(c *cluster) {
 		a, b := c.actors[0], c.actors[1]
-		fe := c.frontendOf(a)
-		if c.frontendOf(b) == fe {
-			for _, n := range c.nodes {
-				if n.front && n != fe {
-					c.serve(b.v, n.frontend())
-				}
-			}
-		}
-		held := make(chan bool, 1)
-		c.net.change(func() {
-			c.net.filter = func(m *message) (v verdict) {
-				if m.op == wire.OpCloseEpoch && !m.reply && m.c.from.node == fe {
-					c.net.filter = nil
-					held <- true
-					v.delay = 5 * time.Second
-				}
-				return v
-			}
-		})
+		held := c.hold(wire.OpCloseEpoch, c.separate(), 5*time.Second)
 		s := c.shared[0]
 		a.writeCells(s.views[a.id], a.id, a.id+1, 0)
 		<-held
 		b.writeCells(s.views[b.id], 20+b.id, 21+b.id, 0)
 		time.Sleep(7 * time.Second)
 		c.each(func(a *actor) { a.final() })
+	})
+	// The same of a frontend that has made the file and never used it.
+	add("old-close-of-the-creator", apart, false, func(c *cluster) {
+		a, b := c.actors[0], c.actors[1]
+		fe := c.separate()
+		time.Sleep(3 * time.Second)
+		held := c.hold(wire.OpCloseEpoch, fe, 3*time.Second)
+		s := a.share(wire.RootFID, "used by others")
+		c.shared = append(c.shared, s)
+		b.writeCells(s.views[b.id], 20+b.id, 21+b.id, 0)
+		<-held
+		time.Sleep(7 * time.Second)
+		c.each(func(a *actor) { a.final() })
+	})
+	// The MDT leaves a frontend's process, with a write of that on the way.
+	add("mdt-leaves-its-frontend", together, false, func(c *cluster) {
+		a := c.actors[0]
+		n := c.homeOf(mdtName)
+		c.serve(a.v, n.frontend())
+		for range 6 {
+			a.createAs(wire.Guarded, -1)
+		}
+		sent := c.hold(wire.OpWrite, n, 3*time.Second)
+		done := make(chan struct{})
+		go func() {
+			for _, p := range a.places(false) {
+				a.writeCells(p.file(), 0, 8, 0)
+			}
+			close(done)
+		}()
+		<-sent
+		c.mu.Lock()
+		c.home[mdtName] = c.nodes[1]
+		c.cond.Broadcast()
+		c.mu.Unlock()
+		<-done
+		time.Sleep(3 * time.Second)
+		a.final()
 	})
 	// A frontend misses the recovery of an OST that has lost its data: it has to tell its
 	// clients, who write them again.
