@@ -225,9 +225,9 @@ func (c *cluster) fsck() {
 			continue // a note that power was lost, there is nothing in it
 		}
 		// A failed flush may lose what it was to make durable; and when both nodes of a
-		// two-node export have died, an IO epoch may be lost whose data are not.
+		// two-node export have died, an IO epoch or a file may be lost whose data are not.
 		lossy := slices.ContainsFunc(c.actors, func(a *actor) bool { return a.two && a.isLossy() })
-		if (c.badDisk.Load() || lossy) && (f.Class == fsck.ObjectMissing || f.Class == fsck.SizeWrong) {
+		if (c.badDisk.Load() || lossy) && (f.Class == fsck.ObjectMissing || f.Class == fsck.SizeWrong) || lossy && f.Class == fsck.ObjectOrphan {
 			continue
 		}
 		c.fault("fsck: %+v", f)
