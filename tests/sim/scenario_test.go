@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -328,6 +329,7 @@ func scenarios() (l []scenario) {
 		{name: "evicted-by-ost", ost: true, moved: true},
 		{name: "evicted-by-all", mdt: true, ost: true},
 		{name: "evicted-unmoved", mdt: true},
+		{name: "evicted-while-ost-away", mdt: true, away: true},
 		{name: "moved", moved: true},
 	} {
 		add("late-writes-"+l.name, apart, false, l.run)
@@ -494,12 +496,26 @@ type late struct {
 	silent   bool // for so long that everybody takes it for dead
 	mdt, ost bool // by whom it is evicted
 	moved    bool // another frontend takes its address
+	away     bool // the MDT does not reach the OST when it evicts the frontend
 }
 
 func (l *late) run(c *cluster) {
 	c.furnish()
 	a, fe := c.actors[0], c.frontendOf(c.actors[0])
 	c.excused(wire.ClientID{}, -1, "a frontend hung")
+	f := a.places(false)[0].file()
+	m := c.homeOf(mdtName)
+	o := c.homeOf(ostName(int(c.layout(a, f).OST[0])))
+	block := func(v bool) {
+		c.net.change(func() {
+			c.net.blocked[[2]string{m.name, o.name}], c.net.blocked[[2]string{o.name, m.name}] = v, v
+		})
+	}
+	if l.away {
+		block(true)
+		time.Sleep(c.cfg.imports.DeadAfter + 2*c.cfg.imports.PingInterval)
+		a.writeCells(f, 8, 10, 0) // the epoch is open
+	}
 	sent := make(chan bool, 1)
 	c.net.change(func() {
 		c.net.filter = func(m *message) (v verdict) {
@@ -511,7 +527,6 @@ func (l *late) run(c *cluster) {
 			return v
 		}
 	})
-	f := a.places(false)[0].file()
 	done := make(chan struct{})
 	go func() { a.writeCells(f, 10, 16, 0); close(done) }()
 	<-sent
@@ -521,6 +536,10 @@ func (l *late) run(c *cluster) {
 	}
 	if l.mdt {
 		c.running(mdtName).front.Evict(clientID(fe.name))
+	}
+	if l.away {
+		time.Sleep(500 * time.Millisecond)
+		block(false)
 	}
 	if l.ost {
 		for i := range c.osts {
@@ -547,6 +566,12 @@ func (l *late) run(c *cluster) {
 	if (n > 0) != (l.silent || l.mdt) {
 		c.fault("the MDT has evicted %d", n)
 	}
+}
+
+func (c *cluster) layout(a *actor, f *file) wire.Layout {
+	at, st, _ := ask(a, "layout", func(fe *frontend, o client.Owner) (wire.Attr, wire.Status) { return fe.getattr(o, f.fid) })
+	a.expect("layout", st, wire.OK)
+	return at.Layout
 }
 
 // part is the node with a target, or the one that serves the first client.
