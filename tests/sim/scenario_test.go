@@ -402,6 +402,36 @@ func scenarios() (l []scenario) {
 		time.Sleep(3 * time.Second)
 		a.final()
 	})
+	// A frontend dies with the OST in its process after it has cut files there; another one
+	// writes them before the MDT knows that the first is dead, and finishes what it has left.
+	add("truncates-of-the-absent", together, false, func(c *cluster) {
+		a := c.actors[0]
+		n, o := c.nodes[1], c.nodes[0]
+		c.serve(a.v, n.frontend())
+		for range 8 {
+			a.createAs(wire.Guarded, -1)
+		}
+		for _, p := range a.places(false) {
+			a.writeCells(p.file(), 0, 12, 0)
+		}
+		a.settle()
+		time.Sleep(5 * time.Second)
+		for _, p := range a.places(false) {
+			a.truncateTo(p.file(), 1)
+		}
+		n.die(false)
+		c.mu.Lock()
+		for _, t := range c.targets() {
+			c.home[t] = o
+		}
+		c.cond.Broadcast()
+		c.mu.Unlock()
+		for _, p := range a.places(false) {
+			a.writeAs(p.file(), 4, 8, 0, wire.FileSync)
+		}
+		time.Sleep(2 * c.cfg.recovery.PingTimeout)
+		a.final()
+	})
 	// A frontend misses the recovery of an OST that has lost its data: it has to tell its
 	// clients, who write them again.
 	add("unstable-lost", apart, false, func(c *cluster) {
