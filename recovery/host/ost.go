@@ -87,7 +87,7 @@ func StartOST(ctx context.Context, o OSTOptions) (t *OST, err error) {
 	if err = t.body.Learn(info); err != nil {
 		return t, err
 	}
-	if t.front, err = front.New(front.Options{Name: o.Name, Body: t.body, Config: o.Recovery, Logger: o.Logger}); err != nil {
+	if t.front, err = front.New(front.Options{Name: o.Name, Body: t.body, Config: o.Recovery, Logger: o.Logger, OnFail: t.fail.set}); err != nil {
 		return t, err
 	}
 	t.fail.then(t.front.Fail)

@@ -217,31 +217,31 @@ func (a *actor) step() {
 	switch p := a.rng.IntN(100); {
 	case p < 6 && len(a.dirs()) < 3:
 		a.mkdir()
-	case p < 22 && len(files) < 8 || len(files) == 0:
+	case p < 20 && len(files) < 8 || len(files) == 0:
 		a.create()
-	case p < 50:
+	case p < 46:
 		a.write(pick(a.rng, files).file())
-	case p < 58:
+	case p < 53:
 		a.commit(pick(a.rng, files).file())
-	case p < 64:
+	case p < 59:
 		a.truncate(pick(a.rng, files).file())
-	case p < 70:
+	case p < 65:
 		a.read(pick(a.rng, files).file())
-	case p < 73:
+	case p < 68:
 		a.getattr(pick(a.rng, files).file())
-	case p < 74:
+	case p < 69:
 		a.lookup(pick(a.rng, files))
-	case p < 77:
+	case p < 72:
 		a.list(pick(a.rng, a.dirs()))
-	case p < 83:
+	case p < 78:
 		a.rename(pick(a.rng, files))
-	case p < 87:
+	case p < 82:
 		a.link(pick(a.rng, files))
-	case p < 93:
+	case p < 87:
 		a.remove(pick(a.rng, files))
-	case p < 95:
+	case p < 89:
 		a.chmod(pick(a.rng, files).file())
-	case p < 96:
+	case p < 90:
 		a.rmdir()
 	default:
 		a.shared()

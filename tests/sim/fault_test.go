@@ -40,6 +40,9 @@ func (in *injector) n(k int) int {
 	return in.rng.IntN(k)
 }
 
+// choose takes one of several.
+func choose[T any](in *injector, l []T) T { return l[in.n(len(l))] }
+
 // claim takes a node that nothing is done to now; nil if there is none.
 func (in *injector) claim() *node {
 	in.mu.Lock()
@@ -176,8 +179,8 @@ func (in *injector) down(n *node, end func()) {
 
 // move gives a target to another node in order.
 func (in *injector) move() {
-	t := pick(in.rng, in.targets())
-	n := pick(in.rng, in.nodes)
+	t := choose(in, in.targets())
+	n := choose(in, in.nodes)
 	in.count("moves")
 	in.trace("--- %s moves to %s", t, n.name)
 	in.world.mu.Lock()
@@ -225,7 +228,7 @@ func (w *world) depose(v *vip, fe *frontend) {
 
 // split cuts the way between two nodes for a while.
 func (in *injector) split(evil int) {
-	a, b := pick(in.rng, in.nodes), pick(in.rng, in.nodes)
+	a, b := choose(in, in.nodes), choose(in, in.nodes)
 	if a == b {
 		return
 	}
@@ -261,7 +264,7 @@ func (in *injector) split(evil int) {
 
 // evict is an administrator's order.
 func (in *injector) evict() {
-	t, n := pick(in.rng, in.targets()), pick(in.rng, in.nodes)
+	t, n := choose(in, in.targets()), choose(in, in.nodes)
 	s := in.running(t)
 	if s == nil {
 		return
@@ -273,7 +276,7 @@ func (in *injector) evict() {
 
 // abort is an administrator's order.
 func (in *injector) abort() {
-	t := pick(in.rng, in.targets())
+	t := choose(in, in.targets())
 	s := in.running(t)
 	if s == nil {
 		return

@@ -164,6 +164,9 @@ func (f *file) check(w *world, v *vip, mine func(int) bool, from int, data []byt
 // mine.
 func (f *file) least(w *world, v *vip, mine func(int) bool) int {
 	n := f.cut
+	if w.badDisk.Load() {
+		n = 0 // see check
+	}
 	for i := range f.cells {
 		c := &f.cells[i]
 		if mine(i) && (c.cur != 0 || len(c.old) > 0) && !w.risk(c, v) {

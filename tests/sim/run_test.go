@@ -3,7 +3,6 @@ package sim
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"runtime"
 	"slices"
@@ -226,9 +225,9 @@ func (c *cluster) fsck() {
 			continue // a note that power was lost, there is nothing in it
 		}
 		// A failed flush may lose what it was to make durable; and when both nodes of a
-		// two-node export have died, an IO epoch may be lost whose data are not.
+		// two-node export have died, an IO epoch or a file may be lost whose data are not.
 		lossy := slices.ContainsFunc(c.actors, func(a *actor) bool { return a.two && a.isLossy() })
-		if (c.badDisk.Load() || lossy) && (f.Class == fsck.ObjectMissing || f.Class == fsck.SizeWrong) {
+		if (c.badDisk.Load() || lossy) && (f.Class == fsck.ObjectMissing || f.Class == fsck.SizeWrong) || lossy && f.Class == fsck.ObjectOrphan {
 			continue
 		}
 		c.fault("fsck: %+v", f)
@@ -256,14 +255,14 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	rng := c.rand("schedule")
 	c.serving()
 	c.addActors(2+rng.IntN(3), rng.IntN(2) == 0)
+	pause := time.Duration(20+rng.IntN(300)) * time.Millisecond
+	until := time.Now().Add(time.Duration(5+rng.IntN(40)) * time.Second)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	in := &injector{cluster: c, rng: rng, ctx: ctx}
 	wg.Go(func() { faults(in) })
 	wg.Go(func() { c.watch(ctx) })
 	ended := make(chan struct{})
-	pause := time.Duration(20+rng.IntN(300)) * time.Millisecond
-	until := c.busyUntil(rng)
 	go func() {
 		c.each(func(a *actor) { a.run(ops, pause, func() bool { return time.Now().After(until) }) })
 		close(ended)
@@ -288,8 +287,4 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 		c.hangs(fmt.Sprintf("go test ./tests/sim -v -run TestRandom -sim.seed=%d", c.seed), "calls are not answered")
 	}
 	c.finish()
-}
-
-func (c *cluster) busyUntil(rng *rand.Rand) time.Time {
-	return time.Now().Add(time.Duration(5+rng.IntN(40)) * time.Second)
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -99,6 +100,37 @@ func (c *cluster) lose(op wire.Op, reply bool) <-chan string {
 		}
 	})
 	return ch
+}
+
+// hold delays the next request with op from a node; the result tells that it is on
+// its way.
+func (c *cluster) hold(op wire.Op, from *node, d time.Duration) <-chan bool {
+	ch := make(chan bool, 1)
+	c.net.change(func() {
+		c.net.filter = func(m *message) (v verdict) {
+			if m.op == op && !m.reply && m.c.from.node == from {
+				c.net.filter = nil
+				ch <- true
+				v.delay = d
+			}
+			return v
+		}
+	})
+	return ch
+}
+
+// separate has the first two clients served by different frontends and returns that of
+// the first.
+func (c *cluster) separate() *node {
+	fe := c.frontendOf(c.actors[0])
+	if c.frontendOf(c.actors[1]) == fe {
+		for _, n := range c.nodes {
+			if n.front && n != fe {
+				c.serve(c.actors[1].v, n.frontend())
+			}
+		}
+	}
+	return fe
 }
 
 // operations are all kinds of operations, as a client makes them; each checks the
@@ -297,6 +329,7 @@ func scenarios() (l []scenario) {
 		{name: "evicted-by-ost", ost: true, moved: true},
 		{name: "evicted-by-all", mdt: true, ost: true},
 		{name: "evicted-unmoved", mdt: true},
+		{name: "evicted-while-ost-away", mdt: true, away: true},
 		{name: "moved", moved: true},
 	} {
 		add("late-writes-"+l.name, apart, false, l.run)
@@ -319,6 +352,86 @@ func scenarios() (l []scenario) {
 			})
 		})
 	}
+	// The size that one frontend reports arrives after another one has opened the file,
+	// made it longer and closed it.
+	add("old-close", apart, false, func(c *cluster) {
+		a, b := c.actors[0], c.actors[1]
+		held := c.hold(wire.OpCloseEpoch, c.separate(), 5*time.Second)
+		s := c.shared[0]
+		a.writeCells(s.views[a.id], a.id, a.id+1, 0)
+		<-held
+		b.writeCells(s.views[b.id], 20+b.id, 21+b.id, 0)
+		time.Sleep(7 * time.Second)
+		c.each(func(a *actor) { a.final() })
+	})
+	// The same of a frontend that has made the file and never used it.
+	add("old-close-of-the-creator", apart, false, func(c *cluster) {
+		a, b := c.actors[0], c.actors[1]
+		fe := c.separate()
+		time.Sleep(3 * time.Second)
+		held := c.hold(wire.OpCloseEpoch, fe, 3*time.Second)
+		s := a.share(wire.RootFID, "used by others")
+		c.shared = append(c.shared, s)
+		b.writeCells(s.views[b.id], 20+b.id, 21+b.id, 0)
+		<-held
+		time.Sleep(7 * time.Second)
+		c.each(func(a *actor) { a.final() })
+	})
+	// The MDT leaves a frontend's process, with a write of that on the way.
+	add("mdt-leaves-its-frontend", together, false, func(c *cluster) {
+		a := c.actors[0]
+		n := c.homeOf(mdtName)
+		c.serve(a.v, n.frontend())
+		for range 6 {
+			a.createAs(wire.Guarded, -1)
+		}
+		sent := c.hold(wire.OpWrite, n, 3*time.Second)
+		done := make(chan struct{})
+		go func() {
+			for _, p := range a.places(false) {
+				a.writeCells(p.file(), 0, 8, 0)
+			}
+			close(done)
+		}()
+		<-sent
+		c.mu.Lock()
+		c.home[mdtName] = c.nodes[1]
+		c.cond.Broadcast()
+		c.mu.Unlock()
+		<-done
+		time.Sleep(3 * time.Second)
+		a.final()
+	})
+	// A frontend dies with the OST in its process after it has cut files there; another one
+	// writes them before the MDT knows that the first is dead, and finishes what it has left.
+	add("truncates-of-the-absent", together, false, func(c *cluster) {
+		a := c.actors[0]
+		n, o := c.nodes[1], c.nodes[0]
+		c.serve(a.v, n.frontend())
+		for range 8 {
+			a.createAs(wire.Guarded, -1)
+		}
+		for _, p := range a.places(false) {
+			a.writeCells(p.file(), 0, 12, 0)
+		}
+		a.settle()
+		time.Sleep(5 * time.Second)
+		for _, p := range a.places(false) {
+			a.truncateTo(p.file(), 1)
+		}
+		n.die(false)
+		c.mu.Lock()
+		for _, t := range c.targets() {
+			c.home[t] = o
+		}
+		c.cond.Broadcast()
+		c.mu.Unlock()
+		for _, p := range a.places(false) {
+			a.writeAs(p.file(), 4, 8, 0, wire.FileSync)
+		}
+		time.Sleep(2 * c.cfg.recovery.PingTimeout)
+		a.final()
+	})
 	// A frontend misses the recovery of an OST that has lost its data: it has to tell its
 	// clients, who write them again.
 	add("unstable-lost", apart, false, func(c *cluster) {
@@ -413,12 +526,26 @@ type late struct {
 	silent   bool // for so long that everybody takes it for dead
 	mdt, ost bool // by whom it is evicted
 	moved    bool // another frontend takes its address
+	away     bool // the MDT does not reach the OST when it evicts the frontend
 }
 
 func (l *late) run(c *cluster) {
 	c.furnish()
 	a, fe := c.actors[0], c.frontendOf(c.actors[0])
 	c.excused(wire.ClientID{}, -1, "a frontend hung")
+	f := a.places(false)[0].file()
+	m := c.homeOf(mdtName)
+	o := c.homeOf(ostName(int(c.layout(a, f).OST[0])))
+	block := func(v bool) {
+		c.net.change(func() {
+			c.net.blocked[[2]string{m.name, o.name}], c.net.blocked[[2]string{o.name, m.name}] = v, v
+		})
+	}
+	if l.away {
+		block(true)
+		time.Sleep(c.cfg.imports.DeadAfter + 2*c.cfg.imports.PingInterval)
+		a.writeCells(f, 8, 10, 0) // the epoch is open
+	}
 	sent := make(chan bool, 1)
 	c.net.change(func() {
 		c.net.filter = func(m *message) (v verdict) {
@@ -430,7 +557,6 @@ func (l *late) run(c *cluster) {
 			return v
 		}
 	})
-	f := a.places(false)[0].file()
 	done := make(chan struct{})
 	go func() { a.writeCells(f, 10, 16, 0); close(done) }()
 	<-sent
@@ -440,6 +566,10 @@ func (l *late) run(c *cluster) {
 	}
 	if l.mdt {
 		c.running(mdtName).front.Evict(clientID(fe.name))
+	}
+	if l.away {
+		time.Sleep(500 * time.Millisecond)
+		block(false)
 	}
 	if l.ost {
 		for i := range c.osts {
@@ -466,6 +596,12 @@ func (l *late) run(c *cluster) {
 	if (n > 0) != (l.silent || l.mdt) {
 		c.fault("the MDT has evicted %d", n)
 	}
+}
+
+func (c *cluster) layout(a *actor, f *file) wire.Layout {
+	at, st, _ := ask(a, "layout", func(fe *frontend, o client.Owner) (wire.Attr, wire.Status) { return fe.getattr(o, f.fid) })
+	a.expect("layout", st, wire.OK)
+	return at.Layout
 }
 
 // part is the node with a target, or the one that serves the first client.

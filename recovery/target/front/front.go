@@ -40,6 +40,9 @@ type Options struct {
 	// OnState is called with each new state after New, in order, by a goroutine of
 	// the front, which waits for it. It must not call Stop.
 	OnState func(recov.State)
+	// OnFail is called once when the target fails, be it told by Fail or found out by
+	// the front itself. It must not block or call the front.
+	OnFail func(error)
 }
 
 // Front is a target in service. Its methods are safe for concurrent use.
@@ -202,6 +205,9 @@ func (f *Front) Fail(err error) {
 	if first {
 		f.log.Error("target failed", "err", err)
 		f.poke()
+		if f.o.OnFail != nil {
+			f.o.OnFail(err)
+		}
 	}
 }
 

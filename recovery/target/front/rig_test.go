@@ -24,6 +24,7 @@ type rig struct {
 	cfg    recov.Config
 	log    lines
 	states []recov.State
+	told   []error // by OnFail
 	open   []*answer
 	conns  []wire.Target
 }
@@ -86,6 +87,7 @@ func (r *rig) start() {
 func (r *rig) options() Options {
 	return Options{
 		Name: "MDT0000", Body: r.b, Config: r.cfg, OnState: func(s recov.State) { r.states = append(r.states, s) },
+		OnFail: func(err error) { r.told = append(r.told, err) },
 		Logger: slog.New(slog.NewTextHandler(&r.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 }

@@ -188,8 +188,12 @@ func TestFailInRecovery(t *testing.T) {
 		aside := r.send(a.c, replay(a1))
 		own := l.connect()
 		la := a.last()
+		r.told = nil
 		r.f.Fail(errDead)
 		synctest.Wait()
+		if len(r.told) != 1 || r.told[0] != errDead {
+			t.Errorf("its owner was told %v", r.told)
+		}
 		r.want(aside, wire.ErrTargetDown)
 		r.want(own, wire.ErrTargetDown)
 		r.want(la, wire.ErrTargetDown)
