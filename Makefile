@@ -12,11 +12,13 @@ BENCHFLAGS  ?= -scale 1000000 -json bench.json -markdown bench.md
 
 # Packages whose concurrency matters most; the race detector runs on them in check.
 RACE = ./internal/sunrpc/... ./internal/workers/... ./internal/xdr/... ./recovery/target/... ./recovery/client/... ./recovery/locks/... ./recovery/mdt/... \
-	./recovery/wire/... ./recovery/mgs/... ./nfsd/... ./lockd/... ./statd/...
+	./recovery/wire/... ./recovery/mgs/... ./recovery/host/... ./nfsd/... ./lockd/... ./statd/...
+# What check runs without it.
+REST = $(filter-out $(shell $(GO) list $(RACE)),$(shell $(GO) list ./...))
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)
 # Suites that must not end without a passed test.
-SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench
+SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim
 
 .PHONY: build run check lint test bench bench-quick fuzz fuzz-short clean
 
@@ -34,7 +36,7 @@ lint:
 	$(GO) run $(STATICCHECK) ./...
 
 check: lint
-	$(GO) test -short ./...
+	$(GO) test -short $(REST)
 	$(GO) test -short -race $(RACE)
 	$(MAKE) fuzz-short
 

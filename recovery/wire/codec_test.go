@@ -309,11 +309,19 @@ func TestEveryOpIsKnown(t *testing.T) {
 	}
 }
 
+// roundTrips is how many messages of each kind are tried.
+func roundTrips() int {
+	if testing.Short() {
+		return 12
+	}
+	return 60
+}
+
 func TestRequestRoundTrip(t *testing.T) {
 	g := newGen(t)
 	var got Request
 	for _, op := range allOps() {
-		for range 60 {
+		for range roundTrips() {
 			want := g.request(op)
 			if st := CheckRequest(want); st != OK {
 				t.Fatalf("op %d: %v", op, st)
@@ -344,7 +352,7 @@ func TestReplyRoundTrip(t *testing.T) {
 	g := newGen(t)
 	var got Reply
 	for _, op := range allOps() {
-		for range 60 {
+		for range roundTrips() {
 			want := g.reply(op)
 			b := AppendReply([]byte("before"), op, want)[6:]
 			n, err := DecodeReply(b, op, &got)

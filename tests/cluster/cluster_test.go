@@ -19,6 +19,9 @@ import (
 // What happens to targets and frontends of a cluster is a delay to clients: RS 4a, RO 1,
 // RO 3, RS 0a and MM 6 (moves), CS 50h (deactivation), MM 10 (fsck).
 func TestCluster(t *testing.T) {
+	if testing.Short() {
+		t.Skip("SKIPPED, reason: -short")
+	}
 	c := newCell(t)
 	c.up()
 	a, b := c.dial("a", "/disk"), c.dial("b", "/disk")

@@ -706,7 +706,7 @@ func TestSimulation(t *testing.T) {
 	}
 	runs := *simRuns
 	if testing.Short() {
-		runs = min(runs, 200)
+		runs = min(runs, 100)
 	}
 	total := map[string]int{}
 	for seed := *simFirst; seed < *simFirst+runs && !t.Failed(); seed++ {
