@@ -135,6 +135,12 @@ func (im *Import) event(e Event) {
 		im.log.Error(e.String())
 	case EvRestored:
 		im.log.Info(e.String())
+	case EvLost:
+		if e.Reason == notYet {
+			im.log.Info("the target cannot be reached yet")
+			return
+		}
+		im.log.Warn(e.String())
 	default:
 		im.log.Warn(e.String())
 	}

@@ -8,10 +8,13 @@ import (
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
+// notYet is the reason of an import that never was connected.
+const notYet = "not yet connected"
+
 // Start is the input that the import is to be used from now on.
 func (m *Machine) Start(now int64) {
 	m.now, m.awaySince, m.retryAt = now, now, now
-	m.reason = "not yet connected"
+	m.reason = notYet
 	m.step()
 	m.arm()
 }
