@@ -136,6 +136,11 @@ func (c *Committer) Gate(t uint64, rep *wire.Reply, done Completer) bool {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if com := c.committed.Load(); t <= com {
+		// A flush has ended since, which perhaps has released for the last time.
+		rep.LastCommitted = com
+		return false
+	}
 	if c.err != nil || c.closing {
 		failReply(rep, c.committed.Load())
 		return false

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/datadriven"
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -383,5 +385,41 @@ func TestCommitterExtra(t *testing.T) {
 	}
 	if err := extra(); err == nil || len(got) != 0 {
 		t.Error("after Close:", err)
+	}
+}
+
+// A reply that is gated while the flush that it needs ends is released although
+// nothing is applied after it.
+func TestCommitterGateAtTheEndOfAFlush(t *testing.T) {
+	c := NewCommitter(0, func() error { return nil }, nil)
+	gate := func(n uint64, wg *sync.WaitGroup) {
+		rep := &wire.Reply{}
+		if !c.Gate(n, rep, Func(wg.Done)) {
+			wg.Done()
+		}
+	}
+	for n := uint64(1); n <= 20000; n++ {
+		var wg sync.WaitGroup
+		wg.Add(4)
+		c.Applied(n)
+		for i := range 3 {
+			go func() {
+				for range i * int(n%50) {
+					runtime.Gosched()
+				}
+				gate(n, &wg)
+			}()
+		}
+		gate(n, &wg)
+		released := make(chan struct{})
+		go func() { wg.Wait(); close(released) }()
+		select {
+		case <-released:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("a reply gated for %d was not released", n)
+		}
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
 	}
 }
