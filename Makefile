@@ -63,7 +63,7 @@ fuzz:
 	sh tests/fuzz.sh $(FUZZTIME)
 
 fuzz-short:
-	sh tests/fuzz.sh 1s
+	sh tests/fuzz.sh 2000x
 
 clean:
 	rm -rf baton baton-data bench.json bench.md

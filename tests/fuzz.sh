@@ -1,8 +1,9 @@
 #!/bin/sh
-# Runs every fuzz target of the module for the time given, for example 60s.
+# Runs every fuzz target of the module for the time, or the number of inputs, given:
+# 60s, 2000x. A short time can end in an error of the fuzzer itself on a busy machine.
 # It fails if a target fails or if there is none.
 set -u
-time=${1:?usage: fuzz.sh TIME}
+time=${1:?usage: fuzz.sh TIME|COUNTx}
 go=${GO:-go}
 n=0
 bad=0
