@@ -42,6 +42,7 @@ type rig struct {
 	// Until the crash told bounds what frontends are told to be durable.
 	told    atomic.Uint64
 	crashed atomic.Bool
+	most    atomic.Int32 // replays of one frontend that were unanswered at a time
 
 	mdt, dead *host.MDT
 	ost       *host.OST
@@ -91,7 +92,7 @@ func (r *rig) start(ctx context.Context) (err error) {
 		Name: mdtName, Dir: "mdt", MDT: mdt.Options{StripeCount: 1},
 		// A full table of the store would be written durably, commits held back or not.
 		Engine:   local.Options{FS: r.disk, MinFreeBytes: -1, MemTableBytes: 1 << 30},
-		Recovery: recov.Config{SoftMin: r.window},
+		Recovery: recov.Config{SoftMin: r.window, Step: min(10*time.Second, r.window)},
 		OSTs:     []client.Target{r.reach("targets", ostName)}, Clock: r.clk.Now,
 	})
 	if err != nil {
@@ -146,8 +147,8 @@ func (r *rig) reach(node, name string) client.Target {
 		if err != nil {
 			return nil, err
 		}
-		if name == mdtName && !r.crashed.Load() {
-			return &toldLess{b, r}, nil
+		if name == mdtName {
+			return &path{Bundle: b, r: r}, nil
 		}
 		return b, nil
 	}}
@@ -172,15 +173,27 @@ func (r *rig) frontend(ctx context.Context, i int, evicted func()) (*client.FS, 
 	return fs, nil
 }
 
-// toldLess is a path to the MDT on which the rig bounds what is told to be durable.
-type toldLess struct {
+// path is a frontend's path to the MDT.
+type path struct {
 	*tcp.Bundle
-	r *rig
+	r       *rig
+	replays atomic.Int32 // unanswered ones
 }
 
-func (c *toldLess) Start(req *wire.Request, rep *wire.Reply, done func(err error)) {
+func (c *path) Start(req *wire.Request, rep *wire.Reply, done func(err error)) {
+	replay := req.Flags&wire.FlagReplay != 0
+	if replay {
+		n := c.replays.Add(1)
+		for m := c.r.most.Load(); n > m && !c.r.most.CompareAndSwap(m, n); m = c.r.most.Load() {
+		}
+	}
 	c.Bundle.Start(req, rep, func(err error) {
-		rep.LastCommitted = min(rep.LastCommitted, c.r.told.Load())
+		if replay {
+			c.replays.Add(-1)
+		}
+		if !c.r.crashed.Load() {
+			rep.LastCommitted = min(rep.LastCommitted, c.r.told.Load())
+		}
 		done(err)
 	})
 }

@@ -12,7 +12,6 @@ import (
 
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/client/imp"
-	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -34,7 +33,7 @@ type result struct {
 	replay   time.Duration // from the first connect to the end of recovery
 	cpu      time.Duration // of the process, meanwhile
 	replayed uint64
-	status   recov.Status
+	ahead    int // the most replays that a frontend had unanswered
 }
 
 // depth is how many operations are outstanding while they are made.
@@ -219,10 +218,10 @@ func (p plan) run(ctx context.Context) (res result, err error) {
 	res.served = time.Since(start)
 	over()
 	res.cpu = cpuTime() - before
-	res.status = r.mdt.Front().Status().Recovery
-	res.replay, res.replayed = res.status.End.Sub(res.status.Start), res.status.Replayed
-	if res.replayed != uint64(want) || res.status.Failed != 0 || evicted.Load() != 0 {
-		return res, fmt.Errorf("%w: %d operations were replayed, want %d; %d failed, %d frontends were evicted", errWrong, res.replayed, want, res.status.Failed, evicted.Load())
+	st := r.mdt.Front().Status().Recovery
+	res.replay, res.replayed, res.ahead = st.End.Sub(st.Start), st.Replayed, int(r.most.Load())
+	if st.Replayed != uint64(want) || st.Failed != 0 || evicted.Load() != 0 {
+		return res, fmt.Errorf("%w: %d operations were replayed, want %d; %d failed, %d frontends were evicted", errWrong, st.Replayed, want, st.Failed, evicted.Load())
 	}
 	for i, f := range alive {
 		if s := f.MDTImport().State(); s != imp.Full {
