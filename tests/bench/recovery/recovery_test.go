@@ -9,7 +9,7 @@ import (
 
 // What frontends were told and a crash of the MDT has lost is replayed exactly, with
 // one replay at a time or several, and whether all frontends come back or one does not:
-// RS 4a, RS 5.
+// RS 4a, RS 5, RD 0a, RV 11a.
 func TestReplayIsExact(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
