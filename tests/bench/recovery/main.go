@@ -8,6 +8,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"runtime"
@@ -30,7 +31,7 @@ func main() {
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
-	if err := table(ctx, *ops, *clients, plan{dead: *dead, window: *window, ahead: *ahead}, *rounds, *profile); err != nil {
+	if err := table(ctx, os.Stdout, *ops, *clients, plan{dead: *dead, window: *window, ahead: *ahead}, *rounds, *profile); err != nil {
 		fmt.Fprintln(os.Stderr, "recovery:", err)
 		os.Exit(1)
 	}
@@ -48,7 +49,8 @@ func numbers(s string) (l []int, err error) {
 	return l, nil
 }
 
-func table(ctx context.Context, ops, clients string, p plan, rounds int, profile string) error {
+// table runs all combinations and writes a line for each.
+func table(ctx context.Context, w io.Writer, ops, clients string, p plan, rounds int, profile string) error {
 	ns, err := numbers(ops)
 	if err != nil {
 		return err
@@ -70,10 +72,10 @@ func table(ctx context.Context, ops, clients string, p plan, rounds int, profile
 			return pprof.StopCPUProfile
 		}
 	}
-	fmt.Printf("Command: `go run ./tests/bench/recovery %s`; %s; %d CPUs; medians of %d rounds.\n\n",
+	fmt.Fprintf(w, "Command: `go run ./tests/bench/recovery %s`; %s; %d CPUs; medians of %d rounds.\n\n",
 		strings.Join(os.Args[1:], " "), time.Now().UTC().Format("2006-01-02 15:04 UTC"), runtime.NumCPU(), rounds)
-	fmt.Println("| operations | frontends | open the store ms | all are served again ms | replays/s | CPU µs/replay |")
-	fmt.Println("|---:|---:|---:|---:|---:|---:|")
+	fmt.Fprintln(w, "| operations | frontends | open the store ms | all are served again ms | replays/s | CPU µs/replay |")
+	fmt.Fprintln(w, "|---:|---:|---:|---:|---:|---:|")
 	for _, n := range ns {
 		for _, k := range ks {
 			p.ops, p.clients = n, k
@@ -87,7 +89,7 @@ func table(ctx context.Context, ops, clients string, p plan, rounds int, profile
 				rate = append(rate, float64(r.replayed)/r.replay.Seconds())
 				cpu = append(cpu, float64(r.cpu.Microseconds())/float64(r.replayed))
 			}
-			fmt.Printf("| %d | %d | %.0f | %.0f | %.0f | %.0f |\n", n, k, median(open), median(all), median(rate), median(cpu))
+			fmt.Fprintf(w, "| %d | %d | %.0f | %.0f | %.0f | %.0f |\n", n, k, median(open), median(all), median(rate), median(cpu))
 		}
 	}
 	return nil

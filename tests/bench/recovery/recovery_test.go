@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 )
@@ -33,5 +34,25 @@ func TestReplayIsExact(t *testing.T) {
 				t.Errorf("served after %v, before the window of %v was over", r.served, p.window)
 			}
 		})
+	}
+}
+
+func TestTable(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var b strings.Builder
+	if err := table(ctx, &b, "20,50", "1,2", plan{window: time.Second}, 2, ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"| 20 | 1 | ", "| 20 | 2 | ", "| 50 | 1 | ", "| 50 | 2 | "} {
+		if strings.Count(b.String(), want) != 1 {
+			t.Errorf("no line %q in\n%s", want, b.String())
+		}
+	}
+	if table(ctx, &b, "0", "1", plan{}, 1, "") == nil || table(ctx, &b, "1", "1x", plan{}, 1, "") == nil {
+		t.Error("numbers that are none were taken")
+	}
+	if table(ctx, &b, "1", "1", plan{dead: true}, 1, "") == nil {
+		t.Error("one frontend, and that dead, was measured")
 	}
 }

@@ -43,6 +43,7 @@ type rig struct {
 	told    atomic.Uint64
 	crashed atomic.Bool
 	most    atomic.Int32 // replays of one frontend that were unanswered at a time
+	first   atomic.Int64 // when the first replay was sent, in nanoseconds since 1970
 
 	mdt, dead *host.MDT
 	ost       *host.OST
@@ -183,6 +184,7 @@ type path struct {
 func (c *path) Start(req *wire.Request, rep *wire.Reply, done func(err error)) {
 	replay := req.Flags&wire.FlagReplay != 0
 	if replay {
+		c.r.first.CompareAndSwap(0, time.Now().UnixNano())
 		n := c.replays.Add(1)
 		for m := c.r.most.Load(); n > m && !c.r.most.CompareAndSwap(m, n); m = c.r.most.Load() {
 		}

@@ -30,7 +30,7 @@ type plan struct {
 type result struct {
 	opened   time.Duration // to read the store
 	served   time.Duration // from the start of the target to the last frontend's first new answer
-	replay   time.Duration // from the first connect to the end of recovery
+	replay   time.Duration // from the first replay to the end of recovery
 	cpu      time.Duration // of the process, meanwhile
 	replayed uint64
 	ahead    int // the most replays that a frontend had unanswered
@@ -219,7 +219,7 @@ func (p plan) run(ctx context.Context) (res result, err error) {
 	over()
 	res.cpu = cpuTime() - before
 	st := r.mdt.Front().Status().Recovery
-	res.replay, res.replayed, res.ahead = st.End.Sub(st.Start), st.Replayed, int(r.most.Load())
+	res.replay, res.replayed, res.ahead = st.End.Sub(time.Unix(0, r.first.Load())), st.Replayed, int(r.most.Load())
 	if st.Replayed != uint64(want) || st.Failed != 0 || evicted.Load() != 0 {
 		return res, fmt.Errorf("%w: %d operations were replayed, want %d; %d failed, %d frontends were evicted", errWrong, st.Replayed, want, st.Failed, evicted.Load())
 	}
