@@ -22,7 +22,7 @@ func TestReplayIsExact(t *testing.T) {
 		{ops: 400, clients: 4, dead: true},
 	} {
 		t.Run(fmt.Sprintf("%d of %d, dead %v, ahead %d", p.ops, p.clients, p.dead, p.ahead), func(t *testing.T) {
-			p.window = time.Second
+			p.window, p.step = time.Second, time.Second
 			r, err := p.run(ctx)
 			if err != nil {
 				t.Fatal(err)

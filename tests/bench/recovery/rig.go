@@ -32,8 +32,7 @@ const (
 
 // rig is an MDT and an OST over stores in memory, served by TCP.
 type rig struct {
-	window time.Duration
-	ahead  int
+	p      plan
 	disk   *disk
 	clk    clock.Strict
 	srv    *tcp.Server
@@ -49,8 +48,8 @@ type rig struct {
 	ost       *host.OST
 }
 
-func newRig(ctx context.Context, window time.Duration, ahead int) (r *rig, err error) {
-	r = &rig{window: window, ahead: ahead, disk: &disk{FS: vfs.NewCrashableMem()}, served: make(chan error, 1)}
+func newRig(ctx context.Context, p plan) (r *rig, err error) {
+	r = &rig{p: p, disk: &disk{FS: vfs.NewCrashableMem()}, served: make(chan error, 1)}
 	r.told.Store(math.MaxUint64)
 	if r.srv, err = tcp.NewServer(nil, tcp.ServerOptions{Node: "targets", Insecure: true}); err != nil {
 		return nil, err
@@ -93,7 +92,7 @@ func (r *rig) start(ctx context.Context) (err error) {
 		Name: mdtName, Dir: "mdt", MDT: mdt.Options{StripeCount: 1},
 		// A full table of the store would be written durably, commits held back or not.
 		Engine:   local.Options{FS: r.disk, MinFreeBytes: -1, MemTableBytes: 1 << 30},
-		Recovery: recov.Config{SoftMin: r.window, Step: min(10*time.Second, r.window)},
+		Recovery: recov.Config{SoftMin: r.p.window, Step: r.p.step},
 		OSTs:     []client.Target{r.reach("targets", ostName)}, Clock: r.clk.Now,
 	})
 	if err != nil {
@@ -163,7 +162,7 @@ func (r *rig) frontend(ctx context.Context, i int, evicted func()) (*client.FS, 
 	}, client.Remote{
 		MDT: r.reach(node, mdtName), OSTs: []client.Target{r.reach(node, ostName)},
 		// One frontend is to keep everything; the rest is as a node has it.
-		Import: imp.Config{Soft: 1 << 40, BackoffMax: time.Second, ReplayWindow: r.ahead},
+		Import: imp.Config{Soft: 1 << 40, BackoffMax: time.Second, ReplayWindow: r.p.ahead},
 	})
 	if err != nil {
 		return nil, err

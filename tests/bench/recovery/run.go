@@ -20,6 +20,7 @@ type plan struct {
 	ops, clients int // operations of all clients together
 	dead         bool
 	window       time.Duration
+	step         time.Duration // that progress gives; 0 for the default
 	ahead        int
 	// measured, if not nil, is called when the recovery begins, and what it returns
 	// when it is over.
@@ -146,7 +147,7 @@ func (p plan) run(ctx context.Context) (res result, err error) {
 	if p.dead && p.clients < 2 {
 		return res, errors.New("with one frontend dead there is none to measure")
 	}
-	r, err := newRig(ctx, p.window, p.ahead)
+	r, err := newRig(ctx, p)
 	if err != nil {
 		return res, err
 	}
