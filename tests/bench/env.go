@@ -209,8 +209,8 @@ func (e *env) cpu() (time.Duration, error) {
 	return u.CPU, err
 }
 
-// maxSeconds is how long a row may try to complete one operation.
-const maxSeconds = 20 * time.Second
+// rowLimit is how long a row may try to complete one operation.
+const rowLimit = 20 * time.Second
 
 // runRow runs a row in a new directory, which it empties and removes.
 func (e *env) runRow(r *row, c conc) ([]outcome, error) {
@@ -223,7 +223,7 @@ func (e *env) runRow(r *row, c conc) ([]outcome, error) {
 	usual := e.seconds
 	out, err := r.run(e, dir, c)
 	// A short run may fall into a pause of the disk's.
-	for errors.Is(err, errNothing) && e.seconds < maxSeconds {
+	for errors.Is(err, errNothing) && e.seconds < rowLimit {
 		e.seconds *= 8
 		if err = e.empty(dir); err == nil {
 			out, err = r.run(e, dir, c)
