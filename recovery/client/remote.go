@@ -33,6 +33,11 @@ type Remote struct {
 	Clock imp.Clock
 }
 
+// mdtReplays is how many replays the MDT is given at a time. The path to it is one
+// connection, on which it gets everything in order, as that takes; data go to an OST by
+// another connection than the rest.
+const mdtReplays = 8
+
 // NewRemote returns a FS over imports; MDT and OSTs of o are not used. It begins
 // to connect at once; Connect waits for that. Close ends the imports.
 func NewRemote(o Options, r Remote) (*FS, error) {
@@ -60,6 +65,9 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 	}
 	var err error
 	f.mdtImp, err = open(&r.MDT, func(io *imp.Options) {
+		if io.Config.ReplayWindow == 0 {
+			io.Config.ReplayWindow = mdtReplays
+		}
 		io.OnConnect = func(rep *wire.Reply) { f.tenure.Store(rep.Tenure) }
 		io.OnEvicted = f.mdtEvicted
 	})

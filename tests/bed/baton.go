@@ -56,6 +56,14 @@ func (s *Baton) Pid() int {
 	return s.proc.Pid()
 }
 
+// locks is the section of baton's configuration with that name.
+func (c *Config) locks() string {
+	if c.MaxLocks == 0 {
+		return ""
+	}
+	return fmt.Sprintf("[locks]\nmax_per_client = %d\n", c.MaxLocks)
+}
+
 func (s *Baton) config() (toml, exports string) {
 	var e strings.Builder
 	for _, x := range s.c.Exports {
@@ -68,10 +76,6 @@ func (s *Baton) config() (toml, exports string) {
 		}
 		fmt.Fprintf(&e, "%s *(%s,%s,insecure,dir=/)\n", x.Path, mode, squash)
 	}
-	locks := ""
-	if s.c.MaxLocks != 0 {
-		locks = fmt.Sprintf("[locks]\nmax_per_client = %d\n", s.c.MaxLocks)
-	}
 	return fmt.Sprintf(`data_dir = %q
 [nfs]
 addresses = [%q]
@@ -83,7 +87,7 @@ file = %q
 mode = %q
 [http]
 address = ""
-%s`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), s.c.NFSPort, s.c.MountPort, filepath.Join(s.c.Dir, "exports"), s.rpcbind, locks), e.String()
+%s`, filepath.Join(s.c.Dir, "data"), s.c.Addr.String(), s.c.NFSPort, s.c.MountPort, filepath.Join(s.c.Dir, "exports"), s.rpcbind, s.c.locks()), e.String()
 }
 
 // Start writes the configuration and starts the server.

@@ -35,10 +35,11 @@ type Cluster struct {
 	Extra string
 	// OSTs is their number. Default 2.
 	OSTs int
+	// Plain leaves connections between members unencrypted.
+	Plain bool
 }
 
 // NewCluster builds ./cmd/baton (once per process) and makes the members' setting.
-// Connections between them are encrypted.
 func NewCluster(c Config, members ...*Member) (*Cluster, error) {
 	bin, err := Build("./cmd/baton")
 	if err != nil {
@@ -64,6 +65,16 @@ func (s *Cluster) Pid() int {
 	return 0
 }
 
+// Pids returns the PIDs of all members that run.
+func (s *Cluster) Pids() (pids []int) {
+	for _, m := range s.members {
+		if m.proc != nil {
+			pids = append(pids, m.proc.Pid())
+		}
+	}
+	return pids
+}
+
 // ConfigFile returns the path of a member's configuration.
 func (s *Cluster) ConfigFile(m *Member) string {
 	return filepath.Join(s.c.Dir, m.Name, "baton.toml")
@@ -87,6 +98,9 @@ func (s *Cluster) config(m *Member) string {
 	all := s.quoted(names)
 	fmt.Fprintf(&b, "data_dir = %q\n[cluster]\nnode = %q\ntls_dir = %q\nstart = %s\n",
 		filepath.Join(dir, "data"), m.Name, filepath.Join(s.c.Dir, "tls"), s.quoted(m.Start))
+	if s.Plain {
+		b.WriteString("tls = \"off\"\n")
+	}
 	for _, x := range s.members {
 		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = %q\n", x.Name, x.Addr)
 	}
@@ -101,16 +115,13 @@ func (s *Cluster) config(m *Member) string {
 		b.WriteString("[nfs]\naddresses = []\n")
 	}
 	fmt.Fprintf(&b, "[exports]\nfile = %q\n", filepath.Join(s.c.Dir, "exports"))
-	fmt.Fprintf(&b, "[rpcbind]\nmode = %q\n[http]\naddress = \"\"\n%s", map[bool]string{true: "own", false: "off"}[m.Serve.IsValid() && s.c.NFSPort == NFSPort], s.Extra)
+	fmt.Fprintf(&b, "[rpcbind]\nmode = %q\n[http]\naddress = \"\"\n%s%s",
+		map[bool]string{true: "own", false: "off"}[m.Serve.IsValid() && s.c.NFSPort == NFSPort], s.c.locks(), s.Extra)
 	return b.String()
 }
 
-// prepare makes the certificates and what all members share.
+// prepare makes what all members share and, unless they are plain, the certificates.
 func (s *Cluster) prepare(ctx context.Context) error {
-	tls := filepath.Join(s.c.Dir, "tls")
-	if _, err := os.Stat(tls); err == nil {
-		return nil
-	}
 	if err := os.MkdirAll(s.c.Dir, 0o755); err != nil {
 		return err
 	}
@@ -118,6 +129,10 @@ func (s *Cluster) prepare(ctx context.Context) error {
 	_, exports := single.config()
 	if err := os.WriteFile(filepath.Join(s.c.Dir, "exports"), []byte(exports), 0o644); err != nil {
 		return err
+	}
+	tls := filepath.Join(s.c.Dir, "tls")
+	if _, err := os.Stat(tls); err == nil || s.Plain {
+		return nil
 	}
 	for _, args := range append([][]string{{"ca", "init", "--name", "bed", "--dir", tls}}, s.issue(tls)...) {
 		if out, err := s.c.Node.Run(ctx, s.bin, args...); err != nil {

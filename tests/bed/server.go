@@ -200,3 +200,21 @@ func ProcUsage(pid int) (Usage, error) {
 	u.PeakRSS = statusKB(string(st2), "VmHWM:") << 10
 	return u, nil
 }
+
+// ServerUsage is the sum over all processes of a running server.
+func ServerUsage(s Server) (sum Usage, err error) {
+	pids := []int{s.Pid()}
+	if m, ok := s.(interface{ Pids() []int }); ok {
+		pids = m.Pids()
+	}
+	for _, pid := range pids {
+		u, err := ProcUsage(pid)
+		if err != nil {
+			return sum, err
+		}
+		sum.CPU += u.CPU
+		sum.RSS += u.RSS
+		sum.PeakRSS += u.PeakRSS
+	}
+	return sum, nil
+}

@@ -77,6 +77,30 @@ func TestSmoke(t *testing.T) {
 	}
 }
 
+// TestSmokeNodes runs some rows against baton on several nodes.
+func TestSmokeNodes(t *testing.T) {
+	if os.Getenv("BATON_KERNEL") != "1" {
+		t.Skip("SKIPPED, reason: the benchmark's smoke test runs only with BATON_KERNEL=1 (make test)")
+	}
+	n, err := bed.NewNode("probe")
+	bed.Need(t, err)
+	n.Close()
+	logTo = testLog{t}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	o := options{rounds: 1, seconds: 50 * time.Millisecond, rows: []string{"filesync", "crwrite", "names", "nlm"}, concs: []string{"1", "4x16"}, servers: []string{nodesServer, plainServer}}
+	r, err := run(ctx, o)
+	bed.Need(t, err)
+	if want := 2 * 2 * (1 + 1 + 3 + 2); len(r.Results) != want {
+		t.Errorf("%d results, want %d", len(r.Results), want)
+	}
+	for _, x := range r.Results {
+		if len(x.Rate) != 1 || x.Rate[0] <= 0 {
+			t.Errorf("%s, %s outstanding, %s: rates %v", x.Row, x.Conc, x.Server, x.Rate)
+		}
+	}
+}
+
 // noNLM tells whether the report says that a server has no lock manager.
 func noNLM(r *report, server string) bool {
 	return slices.ContainsFunc(r.Notes, func(n string) bool { return strings.HasPrefix(n, server+" has no lock manager") })

@@ -23,6 +23,10 @@ const (
 	// dirsyncServer is Ganesha on directories with the attribute D (chattr +D):
 	// ext4 then makes names durable before it returns, as baton does.
 	dirsyncServer = "ganesha-dirsync"
+	// nodesServer is baton as three processes: a frontend, the metadata target, and
+	// the object targets. plainServer is the same without TLS between them.
+	nodesServer = "baton-nodes"
+	plainServer = "baton-nodes-plain"
 )
 
 // env is one running server and the connections to it.
@@ -74,6 +78,8 @@ func newEnv(ctx context.Context, name, dir string, o options) (_ *env, err error
 	switch name {
 	case batonServer:
 		e.srv, err = bed.NewBaton(c)
+	case nodesServer, plainServer:
+		e.srv, err = newNodes(c, name == plainServer)
 	case ganeshaServer:
 		e.srv, err = bed.NewGanesha(c)
 	case dirsyncServer:
@@ -116,6 +122,19 @@ func newEnv(ctx context.Context, name, dir string, o options) (_ *env, err error
 		}
 	}
 	return e, nil
+}
+
+// newNodes makes a frontend whose targets run on two other nodes.
+func newNodes(c bed.Config, plain bool) (bed.Server, error) {
+	s, err := bed.NewCluster(c,
+		&bed.Member{Name: "front", Addr: netip.MustParseAddr("127.0.0.2"), Serve: c.Addr},
+		&bed.Member{Name: "meta", Addr: netip.MustParseAddr("127.0.0.3"), Start: []string{"MGS", "MDT0000"}},
+		&bed.Member{Name: "data", Addr: netip.MustParseAddr("127.0.0.4"), Start: []string{"OST0000", "OST0001"}})
+	if err != nil {
+		return nil, err
+	}
+	s.Plain = plain
+	return s, nil
 }
 
 // dirsync makes a directory with the attribute D.
@@ -186,7 +205,7 @@ func (e *env) close() {
 
 // cpu returns the processor time that the server has used.
 func (e *env) cpu() (time.Duration, error) {
-	u, err := bed.ProcUsage(e.srv.Pid())
+	u, err := usage(e)
 	return u.CPU, err
 }
 

@@ -218,7 +218,7 @@ func (e *env) holdLocks() error {
 		return err
 	}
 	e.held = h
-	before, err := bed.ProcUsage(e.srv.Pid())
+	before, err := bed.ServerUsage(e.srv)
 	if err != nil {
 		return err
 	}
@@ -244,7 +244,7 @@ func (e *env) holdLocks() error {
 		return err
 	}
 	took := time.Since(start)
-	after, err := bed.ProcUsage(e.srv.Pid())
+	after, err := bed.ServerUsage(e.srv)
 	if err != nil {
 		return err
 	}

@@ -1,5 +1,6 @@
 // Bench compares NFSv3 servers on this machine: baton as it comes (durable),
-// nfs-ganesha as it comes, and nfs-ganesha with names as durable as baton's.
+// nfs-ganesha as it comes, nfs-ganesha with names as durable as baton's, and baton
+// with its targets in other processes than the frontend.
 // All servers run at the same time, store their data on the same new file
 // system, and take turns, row by row and round by round. It needs root for its namespaces. See `make bench`.
 package main
@@ -45,7 +46,7 @@ func (o *options) nlm() bool {
 
 func main() {
 	rowsFlag := flag.String("rows", "all", "rows to run, separated by commas: "+rowKeys()+"; none for scaling alone")
-	servers := flag.String("servers", strings.Join([]string{batonServer, ganeshaServer, dirsyncServer}, ","), "servers to compare")
+	servers := flag.String("servers", strings.Join([]string{batonServer, ganeshaServer, dirsyncServer}, ","), "servers to compare; there are also "+nodesServer+" and "+plainServer+", several nodes of baton with and without TLS")
 	concs := flag.String("outstanding", "1,32,4x16", "numbers of outstanding calls")
 	rounds := flag.Int("rounds", 3, "rounds; medians are printed")
 	seconds := flag.Float64("seconds", 3, "seconds for each measurement")
@@ -256,4 +257,4 @@ func (e *env) runs(r *row) bool {
 	return e.name != dirsyncServer || r.metadata
 }
 
-func usage(e *env) (bed.Usage, error) { return bed.ProcUsage(e.srv.Pid()) }
+func usage(e *env) (bed.Usage, error) { return bed.ServerUsage(e.srv) }
