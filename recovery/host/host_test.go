@@ -8,8 +8,17 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
+
+// Frontends give the MDT several replays at a time, which have to come in order;
+// what a wire.Blocker gets comes in none.
+func TestMDTGetsRequestsInOrder(t *testing.T) {
+	if _, ok := any(new(mdt.MDT)).(wire.Blocker); ok {
+		t.Error("the MDT is a wire.Blocker: replays may overtake each other")
+	}
+}
 
 // Targets that are stopped and started again, one after the other, are only a delay
 // to a frontend elsewhere: RS 0a, RO 1, RO 3, CS 5d.
