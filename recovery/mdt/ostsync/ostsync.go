@@ -35,8 +35,10 @@ type Sync struct {
 	log *slog.Logger
 
 	// Up to seen the log was gone through; first is the lowest record before that
-	// waits for one of the OSTs in away, 0 for none. left is what MDT.Left said.
+	// waits for one of the OSTs in away, or has failed and is to be tried again; 0 for
+	// none. left is what MDT.Left said.
 	seen, first uint64
+	again       bool // one has failed
 	away        map[int]bool
 	left        uint64
 
@@ -192,6 +194,11 @@ func (s *Sync) run(jobs []*job) error {
 		s.fs.SubmitOST(j.ost, &j.req, &j.rep, wg.Done)
 	}
 	wg.Wait()
+	return outcome(jobs)
+}
+
+// outcome is the error of the first of some jobs that failed.
+func outcome(jobs []*job) error {
 	for _, j := range jobs {
 		if j.rep.Status != wire.OK {
 			return fmt.Errorf("%v stripe %d on OST %d: %w", j.req.FID, j.req.Stripe, j.ost, j.rep.Status)
@@ -231,8 +238,9 @@ func (s *Sync) fences() error {
 	return errors.Join(errs...)
 }
 
-// logs goes through the log: what is new, and what waited for an OST that is back
-// or for a client that is gone.
+// logs goes through the log: what is new, what waited for an OST that is back or for a
+// client that is gone, and what has failed in the last pass. What fails holds up only
+// the later records of the same file; the error is the first failure.
 func (s *Sync) logs(ctx context.Context) error {
 	away := map[int]bool{}
 	for i := range s.fs.OSTs() {
@@ -250,11 +258,17 @@ func (s *Sync) logs(ctx context.Context) error {
 		s.left, s.seen, s.first = left, 0, 0
 		s.setWaiting(0, away)
 	}
+	if s.again {
+		s.seen, s.first, s.again = min(s.seen, s.first-1), 0, false
+		s.setWaiting(0, away)
+	}
 	s.away = away
+	failed := map[wire.FID]error{}
+	var failure error
 	for ctx.Err() == nil {
 		recs, err := s.m.PendingLogs(s.seen, batch)
 		if err != nil || len(recs) == 0 {
-			return err
+			return errors.Join(failure, err)
 		}
 		first, waiting := s.first, 0
 		var now []mdt.LogRec
@@ -272,8 +286,17 @@ func (s *Sync) logs(ctx context.Context) error {
 				now = append(now, *l)
 			}
 		}
-		if err := s.work(ctx, now); err != nil {
-			return err // the next pass begins here
+		left, err := s.work(ctx, now, failed)
+		if err != nil {
+			return errors.Join(failure, err) // the next pass begins here
+		}
+		for _, l := range left {
+			if failure == nil {
+				failure = failed[l.FID]
+			}
+			if s.again = true; first == 0 || l.ID < first {
+				first = l.ID
+			}
 		}
 		s.seen, s.first = recs[len(recs)-1].ID, first
 		s.setWaiting(waiting, away)
@@ -293,45 +316,75 @@ func (s *Sync) setWaiting(n int, away map[int]bool) {
 }
 
 // work carries out log records: punches in their order, each before the next of the
-// same file, and destroys.
-func (s *Sync) work(ctx context.Context, recs []mdt.LogRec) error {
-	var destroys []*job
+// same file, and destroys. It gives those that are left: failed has their files, and
+// those whose earlier records are left.
+func (s *Sync) work(ctx context.Context, recs []mdt.LogRec, failed map[wire.FID]error) (left []*mdt.LogRec, err error) {
+	type destroy struct {
+		l    *mdt.LogRec
+		jobs []*job
+	}
+	var destroys []destroy
+	var all []*job
 	var done []uint64
 	var punched, destroyed uint64
+	fail := func(l *mdt.LogRec, err error) {
+		failed[l.FID] = err
+		left = append(left, l)
+	}
 	for i := range recs {
 		l := &recs[i]
-		var jobs []*job
-		for st := uint8(0); st < l.Layout.Count; st++ {
-			o := int(l.Layout.OST[st])
-			if o >= s.fs.OSTs() {
-				return fmt.Errorf("%v has data on OST %d, which is not configured; add it", l.FID, o)
-			}
-			jobs = append(jobs, &job{ost: o, req: wire.Request{FID: l.FID, Stripe: st}})
+		if failed[l.FID] != nil {
+			left = append(left, l)
+			continue
 		}
-		if l.Kind == mdt.LogUnlink {
+		jobs, err := s.jobs(l)
+		switch {
+		case err != nil:
+			fail(l, err)
+		case l.Kind == mdt.LogUnlink:
 			for _, j := range jobs {
 				j.req.Op = wire.OpDestroy
 			}
-			destroys = append(destroys, jobs...)
-			destroyed++
-		} else if err := s.punch(ctx, l, jobs); err != nil {
-			return err
-		} else {
+			all = append(all, jobs...)
+			destroys = append(destroys, destroy{l, jobs})
+		default:
+			if err := s.punch(ctx, l, jobs); err != nil {
+				fail(l, err)
+				continue
+			}
+			done = append(done, l.ID)
 			punched++
 		}
-		done = append(done, l.ID)
 	}
-	if err := s.run(destroys); err != nil {
-		return fmt.Errorf("destroy objects: %w", err)
+	_ = s.run(all) // each may fail by itself
+	for _, d := range destroys {
+		if err := outcome(d.jobs); err != nil {
+			fail(d.l, fmt.Errorf("destroy objects: %w", err))
+			continue
+		}
+		done = append(done, d.l.ID)
+		destroyed++
 	}
 	if err := s.m.LogDone(done); err != nil {
-		return err
+		return nil, err
 	}
 	s.mu.Lock()
 	s.st.Punched += punched
 	s.st.Destroyed += destroyed
 	s.mu.Unlock()
-	return nil
+	return left, nil
+}
+
+// jobs makes one for each object of a record's file.
+func (s *Sync) jobs(l *mdt.LogRec) (jobs []*job, err error) {
+	for st := uint8(0); st < l.Layout.Count; st++ {
+		o := int(l.Layout.OST[st])
+		if o >= s.fs.OSTs() {
+			return nil, fmt.Errorf("%v has data on OST %d, which is not configured; add it", l.FID, o)
+		}
+		jobs = append(jobs, &job{ost: o, req: wire.Request{FID: l.FID, Stripe: st}})
+	}
+	return jobs, nil
 }
 
 func (s *Sync) punch(ctx context.Context, l *mdt.LogRec, jobs []*job) error {
