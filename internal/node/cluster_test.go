@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -418,4 +419,31 @@ func TestFrontendRefused(t *testing.T) {
 	}
 	c.change = nil
 	c.ready(c.up("a"))
+}
+
+// The start of a frontend that waits for registry or MDT is broken off, leaves nothing
+// behind, and succeeds the next time (CS 23b).
+func TestStartBrokenOff(t *testing.T) {
+	c := newCell(t)
+	c.start = map[string][]string{"b": {"MGS"}}
+	before := runtime.NumGoroutine()
+	a := c.up("a") // there is no MGS
+	time.Sleep(50 * time.Millisecond)
+	c.down("a", a)
+	b := c.up("b") // there is no MDT
+	a = c.up("a")
+	until(t, "the frontend knows the registry", func() bool {
+		a.cluster.mu.Lock()
+		defer a.cluster.mu.Unlock()
+		return a.cluster.met
+	})
+	time.Sleep(50 * time.Millisecond) // it looks for the MDT
+	c.down("a", a)
+	c.down("b", b)
+	until(t, "all goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+	c.start = map[string][]string{"b": {"MGS", mdtName, ostName(0), ostName(1)}}
+	b = c.up("b")
+	a = c.up("a")
+	c.ready(b)
+	c.ready(a)
 }
