@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +21,7 @@ import (
 	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/nfsd/billyfs"
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/go-git/go-billy/v5"
 	"github.com/spf13/cobra"
 )
@@ -140,13 +142,19 @@ user that baton runs as.`
 func (a *app) lsCmd(open openFSFunc) *cobra.Command {
 	var t target
 	var l lister
+	var ost string
 	cmd := &cobra.Command{
-		Use:   "ls [-l] [-R] [PATH...]",
+		Use:   "ls [-l] [-R] [--ost NAME] [PATH...]",
 		Short: "List directories of the file system",
 		Long:  "List directories of the file system, or describe other objects." + filesHelp,
 		Example: `  baton ls --data /srv/baton -l /home
-  baton ls -R /`,
+  baton ls -R /
+  baton ls -R --ost OST0001 /     # files that need this OST`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if l.ost, err = config.OSTIndex(ost); ost != "" && err != nil {
+				return &usageError{err}
+			}
+			l.some = ost != ""
 			fsys, end, err := t.open(cmd.Context(), a, open)
 			if err != nil {
 				return err
@@ -159,6 +167,7 @@ func (a *app) lsCmd(open openFSFunc) *cobra.Command {
 	t.add(cmd)
 	cmd.Flags().BoolVarP(&l.long, "long", "l", false, "show mode, links, owner, group, size and time")
 	cmd.Flags().BoolVarP(&l.recursive, "recursive", "R", false, "list directories below")
+	cmd.Flags().StringVar(&ost, "ost", "", "list only files with data on this object target")
 	cmd.Flags().SortFlags = false
 	return cmd
 }
@@ -167,7 +176,18 @@ type lister struct {
 	fs              tree
 	out             io.Writer
 	long, recursive bool
+	some            bool // only files with data on ost
+	ost             int
 	printed         bool
+}
+
+// on tells whether a file is to be listed.
+func (l *lister) on(fi os.FileInfo) bool {
+	if !l.some {
+		return true
+	}
+	a := billyfs.Attr(fi)
+	return a != nil && a.Type == wire.TypeReg && slices.Contains(a.Layout.OST[:min(int(a.Layout.Count), len(a.Layout.OST))], uint16(l.ost))
 }
 
 func (l *lister) list(args []string) error {
@@ -190,7 +210,7 @@ func (l *lister) list(args []string) error {
 			errs = append(errs, err)
 		case fi.IsDir():
 			dirs = append(dirs, p)
-		default:
+		case l.on(fi):
 			files, names = append(files, fi), append(names, p)
 		}
 	}
@@ -211,24 +231,30 @@ func (l *lister) dir(p string, head bool) error {
 	if err != nil {
 		return err
 	}
-	if head {
-		if l.printed {
-			fmt.Fprintln(l.out)
+	shown := slices.DeleteFunc(slices.Clone(infos), func(fi os.FileInfo) bool { return !l.on(fi) })
+	if len(shown) > 0 || !l.some {
+		if head {
+			if l.printed {
+				fmt.Fprintln(l.out)
+			}
+			fmt.Fprintf(l.out, "%s:\n", printable(p))
 		}
-		fmt.Fprintf(l.out, "%s:\n", printable(p))
+		l.printed = true
+		names, bases := make([]string, len(shown)), make([]string, len(shown))
+		for i, fi := range shown {
+			names[i], bases[i] = join(p, fi.Name()), fi.Name()
+		}
+		if err := l.print(shown, names, bases); err != nil {
+			return err
+		}
 	}
-	l.printed = true
-	names, bases := make([]string, len(infos)), make([]string, len(infos))
-	for i, fi := range infos {
-		names[i], bases[i] = join(p, fi.Name()), fi.Name()
-	}
-	if err := l.print(infos, names, bases); err != nil || !l.recursive {
-		return err
+	if !l.recursive {
+		return nil
 	}
 	var errs []error
-	for i, fi := range infos {
+	for _, fi := range infos {
 		if fi.IsDir() {
-			if err := l.dir(names[i], true); err != nil {
+			if err := l.dir(join(p, fi.Name()), true); err != nil {
 				errs = append(errs, err)
 			}
 		}

@@ -170,6 +170,19 @@ func testFileCommands(t *testing.T, f *files) {
 	if out := f.ok("ls", "-R", "/tree/src"); out != want {
 		t.Errorf("ls -R: %q", out)
 	}
+	// Files by OST, which is what is to be known when one is lost (RS 90).
+	on := [2]string{f.ok("ls", "-R", "--ost", "OST0000", "/"), f.ok("ls", "-R", "--ost", "OST0001", "/")}
+	for _, name := range []string{"\nbig\n", "\nsmall\n", "\nempty\n", "\nx\n", "\none\n"} {
+		if n := strings.Count(on[0], name) + strings.Count(on[1], name); n != strings.Count(f.ok("ls", "-R", "/"), name) {
+			t.Errorf("%q is listed %d times:\n%s\n%s", name, n, on[0], on[1])
+		}
+	}
+	if on[0] == "" || on[1] == "" || strings.Contains(on[0]+on[1], "\nlink\n") || strings.Contains(on[0]+on[1], "\nsub\n") {
+		t.Errorf("by OST:\n%s\n%s", on[0], on[1])
+	}
+	if out := f.ok("ls", "-R", "--ost", "OST0007", "/"); out != "" {
+		t.Errorf("on an OST that there is not: %q", out)
+	}
 	long := f.ok("ls", "-l", "/tree")
 	for _, s := range []string{"-rw-r-----", "lrwxrwxrwx", "link -> sub/small", "dr-xr-xr-x", old.Local().Format("2006-01-02 15:04:05") + " big", " 3200000 "} {
 		if !strings.Contains(long, s) {
@@ -197,7 +210,7 @@ func testFileCommands(t *testing.T, f *files) {
 	}
 	for _, args := range [][]string{
 		{"cat"}, {"cp", "baton:/one"}, {"cp", "/one", "/two"}, {"cp", "baton:/one", "baton:/two"},
-		{"cp", "baton:/one", "/x", "/y"},
+		{"cp", "baton:/one", "/x", "/y"}, {"ls", "--ost", "1", "/"},
 	} {
 		var ue *usageError
 		if _, _, err := f.run(args...); !errors.As(err, &ue) {

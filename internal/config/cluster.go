@@ -103,6 +103,16 @@ const (
 // OSTName is the name of the object target of that index.
 func OSTName(i int) string { return fmt.Sprintf("OST%04x", i) }
 
+// OSTIndex is the index of an object target by its name.
+func OSTIndex(name string) (int, error) {
+	for i := range 1 << 16 {
+		if OSTName(i) == name {
+			return i, nil
+		}
+	}
+	return 0, fmt.Errorf("%q is not the name of an object target; they are %s, %s and so on", name, OSTName(0), OSTName(1))
+}
+
 // Target is where a target is and who may run it.
 type Target struct {
 	Name  string
