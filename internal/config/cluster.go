@@ -48,6 +48,7 @@ type Recovery struct {
 	WindowMin    Duration `toml:"window_min"`
 	WindowMax    Duration `toml:"window_max"`
 	WindowHard   Duration `toml:"window_hard"`
+	WindowStep   Duration `toml:"window_step"`
 	PingInterval Duration `toml:"ping_interval"`
 	PingTimeout  Duration `toml:"ping_timeout"`
 
@@ -276,6 +277,7 @@ func (v *validator) recovery() {
 	span("recovery.window_min", r.WindowMin, tenth, hour)
 	span("recovery.window_max", r.WindowMax, r.WindowMin, hour)
 	span("recovery.window_hard", r.WindowHard, r.WindowMax, 24*hour)
+	span("recovery.window_step", r.WindowStep, tenth, hour)
 	span("recovery.ping_interval", r.PingInterval, tenth, Duration(5*time.Minute))
 	span("recovery.ping_timeout", r.PingTimeout, 2*r.PingInterval, hour)
 	span("recovery.heartbeat", r.Heartbeat, tenth, Duration(time.Minute))

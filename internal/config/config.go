@@ -281,6 +281,7 @@ func Default() *Config {
 			WindowMin:    Duration(15 * time.Second),
 			WindowMax:    Duration(time.Minute),
 			WindowHard:   Duration(3 * time.Minute),
+			WindowStep:   Duration(10 * time.Second),
 			PingInterval: Duration(5 * time.Second),
 			PingTimeout:  Duration(30 * time.Second),
 			RetainSoft:   64 * MiB,

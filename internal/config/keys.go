@@ -106,6 +106,7 @@ var keyDocs = map[string]string{
 
 	"recovery.window_min":      "After a target died its clients send again what may be lost, before anybody\nelse is served. If some do not come, this window ends the waiting. How long\nit is comes from how long clients had to wait lately; this is the least.",
 	"recovery.window_max":      "The greatest length of the window, from when the first client came.",
+	"recovery.window_step":     "What progress (a client that connects, a request that is replayed) gives the\nothers at least, up to window_hard.",
 	"recovery.window_hard":     "Recovery ends after this time in any case. Clients that are not through are\nevicted: what was not durable is lost to them.",
 	"recovery.ping_interval":   "A frontend shows each target at least this often that it is alive.",
 	"recovery.ping_timeout":    "A frontend that was silent this long is evicted. At least two intervals.",

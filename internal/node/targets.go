@@ -88,7 +88,7 @@ func ostOptions(cfg *config.Config, i int, clk *clock.Strict, log *slog.Logger) 
 func recoveryConfig(cfg *config.Config) recov.Config {
 	r := &cfg.Recovery
 	return recov.Config{
-		SoftMin: time.Duration(r.WindowMin), SoftMax: time.Duration(r.WindowMax), Hard: time.Duration(r.WindowHard),
+		SoftMin: time.Duration(r.WindowMin), SoftMax: time.Duration(r.WindowMax), Hard: time.Duration(r.WindowHard), Step: time.Duration(r.WindowStep),
 		PingInterval: time.Duration(r.PingInterval), PingTimeout: time.Duration(r.PingTimeout), CommitOnShare: r.CommitOnShare,
 	}
 }
