@@ -36,7 +36,7 @@ func TestRandom(t *testing.T) {
 	}
 	runs := *simRuns
 	if runs == 0 {
-		if runs = 1000; testing.Short() {
+		if runs = 2000; testing.Short() {
 			runs = 80
 		}
 	}
