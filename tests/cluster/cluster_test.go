@@ -256,6 +256,9 @@ func TestCluster(t *testing.T) {
 // to others: MM 1, CS 41c. One whose node hangs is taken over after the watch time, and
 // when that node goes on it has lost the target and does not write to it: MM 7.
 func TestTakeOver(t *testing.T) {
+	if testing.Short() {
+		t.Skip("SKIPPED, reason: -short")
+	}
 	c := newCell(t)
 	c.locks = false // a process that is stopped keeps them
 	c.up()
