@@ -151,10 +151,11 @@ func (a *app) lsCmd(open openFSFunc) *cobra.Command {
   baton ls -R /
   baton ls -R --ost OST0001 /     # files that need this OST`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			if l.ost, err = config.OSTIndex(ost); ost != "" && err != nil {
-				return &usageError{err}
+			if l.some = ost != ""; l.some {
+				if l.ost, err = config.OSTIndex(ost); err != nil {
+					return &usageError{err}
+				}
 			}
-			l.some = ost != ""
 			fsys, end, err := t.open(cmd.Context(), a, open)
 			if err != nil {
 				return err

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/ca"
@@ -106,9 +107,9 @@ func OSTName(i int) string { return fmt.Sprintf("OST%04x", i) }
 
 // OSTIndex is the index of an object target by its name.
 func OSTIndex(name string) (int, error) {
-	for i := range 1 << 16 {
-		if OSTName(i) == name {
-			return i, nil
+	if n, ok := strings.CutPrefix(name, "OST"); ok {
+		if i, err := strconv.ParseUint(n, 16, 16); err == nil && OSTName(int(i)) == name {
+			return int(i), nil
 		}
 	}
 	return 0, fmt.Errorf("%q is not the name of an object target; they are %s, %s and so on", name, OSTName(0), OSTName(1))
