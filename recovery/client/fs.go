@@ -390,9 +390,7 @@ func (g *merger) add(l *wire.Layout, s uint8, ob *wire.ObjAttr) {
 
 func (g *merger) apply(a *wire.Attr) {
 	a.Size, a.Used = g.size, g.used
-	if g.ctime > a.Ctime {
-		a.Ctime, a.Mtime = g.ctime, g.mtime
-	}
+	a.Merge(g.mtime, g.ctime)
 }
 
 func (f *FS) ost(a *wire.Attr, s uint8) (*ostConn, wire.Status) {
