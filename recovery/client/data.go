@@ -105,6 +105,7 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 		g := merger{}
 		g.add(&a.Layout, 0, &ob)
 		g.apply(a)
+		f.saw(a.Ctime)
 		return pre, wire.OK
 	}
 	if st := f.writePieces(ctx, o, e, a, pieces(nil, &a.Layout, off, len(data)), data, stable, now); st != wire.OK {
