@@ -517,7 +517,7 @@ func scenarios() (l []scenario) {
 			c.load(60, func() { c.crash(c.nodes[0], end, time.Second) })
 		})
 	}
-	return l
+	return append(l, sizeScenarios()...)
 }
 
 // late is what happens to a frontend while it hangs, with writes on the way.
