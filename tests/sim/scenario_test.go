@@ -126,6 +126,9 @@ func (c *cluster) separate() *node {
 	if c.frontendOf(c.actors[1]) == fe {
 		for _, n := range c.nodes {
 			if n.front && n != fe {
+				for n.frontend() == nil {
+					time.Sleep(50 * time.Millisecond)
+				}
 				c.serve(c.actors[1].v, n.frontend())
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/mdt"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -64,7 +65,7 @@ func (l *overdue) run(c *cluster) {
 		if l.op == wire.OpPunch {
 			a.truncateTo(mine, 4)
 		} else {
-			a.writeUnstable(mine, 2+a.id, 3+a.id)
+			a.writeUnstable(mine, 40+a.id, 41+a.id) // past the end that the MDT is told
 		}
 		close(done)
 	}()
@@ -76,33 +77,21 @@ func (l *overdue) run(c *cluster) {
 	if l.misses {
 		away(true, fe)
 		c.crash(m, "power", 500*time.Millisecond)
-		for s := c.running(mdtName); s == nil || !s.front.Abort(); s = c.running(mdtName) {
-			time.Sleep(50 * time.Millisecond)
-		}
+		c.servingMDT(true)
 		time.Sleep(time.Second)
 	} else {
-		c.running(mdtName).front.Evict(clientID(fe.name))
+		c.servingMDT(false).front.Evict(clientID(fe.name))
 		time.Sleep(500 * time.Millisecond)
 	}
 	fenced := func() bool {
-		for _, f := range c.running(mdtName).mdt.Body().PendingFences() {
-			if f.ID == clientID(fe.name) {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(c.servingMDT(false).mdt.Body().PendingFences(), func(f mdt.PendingFence) bool { return f.ID == clientID(fe.name) })
 	}
 	for i := range l.restarts {
 		if !fenced() {
 			c.fault("after %d restarts the MDT has forgotten whom OSTs are to refuse", i)
 		}
 		c.crash(m, "power", 500*time.Millisecond)
-		for s := c.running(mdtName); s == nil || !s.front.Status().Serving; s = c.running(mdtName) {
-			if l.misses && s != nil {
-				s.front.Abort()
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
+		c.servingMDT(l.misses)
 	}
 	if l.restarts > 0 && !fenced() {
 		c.fault("the MDT has forgotten whom OSTs are to refuse")
@@ -110,7 +99,11 @@ func (l *overdue) run(c *cluster) {
 	away(false, osts...)
 	// The MDT finishes what the frontend has left. Nobody was told that the truncate is
 	// done, so it may come after any write before that.
-	for left, err := c.running(mdtName).mdt.Body().PendingLogs(0, 1); len(left) > 0 || err != nil; left, err = c.running(mdtName).mdt.Body().PendingLogs(0, 1) {
+	for {
+		left, err := c.servingMDT(false).mdt.Body().PendingLogs(0, 1)
+		if len(left) == 0 && err == nil {
+			break
+		}
 		if time.Since(began) > arrival/2 {
 			c.fault("the MDT does not finish what an evicted frontend has left: %+v, %v", left, err)
 			break
@@ -154,6 +147,20 @@ func (l *overdue) run(c *cluster) {
 		}
 	}
 	c.each(func(a *actor) { a.final() })
+}
+
+// servingMDT waits until the MDT serves; abort ends its recovery without who is missing.
+func (c *cluster) servingMDT(abort bool) *service {
+	for {
+		switch s := c.running(mdtName); {
+		case s == nil:
+		case s.front.Status().Serving:
+			return s
+		case abort:
+			s.front.Abort()
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
 }
 
 // attr is what a frontend says of a file.
