@@ -111,8 +111,8 @@ func (l *overdue) run(c *cluster) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	// Now another frontend writes, closes, and the MDT has the size.
-	const end = 31
-	b.writeAs(others, end-2+b.id-1, end, 0, wire.Unstable)
+	const end = 32
+	b.writeAs(others, end-2+b.id, end-1+b.id, 0, wire.Unstable)
 	for at := c.attr(b, others); at.EpochOpen; at = c.attr(b, others) {
 		if time.Since(began) > arrival-5*time.Second {
 			c.fault("the IO epochs do not close: %+v", at)
