@@ -259,7 +259,7 @@ func (f *FS) header(o Owner, req *wire.Request) {
 func (f *FS) mdtHeader(o Owner, req *wire.Request) {
 	f.header(o, req)
 	if req.Op == wire.OpSetattr && f.mdtImp != nil {
-		req.Time = max(f.o.Clock(), f.latest.Load()) // another node's clock may be behind
+		req.Time = max(f.o.Clock(), f.latest.Load()+slack) // another node's clock may be behind
 	}
 	if o.TwoNode && f.mdtImp != nil && req.Flags&wire.FlagWaitCommit != 0 {
 		req.Flags = req.Flags&^wire.FlagWaitCommit | wire.FlagTwoNode
@@ -373,6 +373,10 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 // maxAhead bounds how far another node's clock may be ahead of this one's, in
 // nanoseconds. One that is wrong by more has to be set right.
 const maxAhead = int64(10 * time.Second)
+
+// slack is how much newer than what an object has a time is that is set after it, in
+// nanoseconds: each crash of an OST may make the object newer by one.
+const slack = 1000
 
 // saw notes the ctime of a change. What this client changes at the MDT after it has
 // to be newer, or the times that it sets would count as older than that change.

@@ -322,5 +322,89 @@ func sizeScenarios() (l []scenario) {
 	} {
 		add(fmt.Sprintf("truncate-races-write%s", name), func(c *cluster) { race(c, func() { faults(c) }) })
 	}
+	for name, faults := range map[string]func(*cluster){
+		"close":     func(*cluster) {},
+		"mdt-power": func(c *cluster) { c.crash(c.homeOf(mdtName), "power", time.Second) },
+		"ost-power": func(c *cluster) {
+			for i := range c.osts {
+				c.crash(c.homeOf(ostName(i)), "power", time.Second)
+			}
+		},
+		"all-power": func(c *cluster) {
+			for _, t := range c.targets() {
+				c.homeOf(t).die(true)
+			}
+			time.Sleep(time.Second)
+			for _, t := range c.targets() {
+				c.homeOf(t).boot()
+			}
+		},
+		"evicted":  func(c *cluster) { c.servingMDT(false).front.Evict(clientID(c.frontendOf(c.actors[0]).name)) },
+		"frontend": func(c *cluster) { c.crash(c.frontendOf(c.actors[0]), "kill", time.Second) },
+	} {
+		add("times-"+name, func(c *cluster) { times(c, func() { faults(c) }) })
+	}
 	return l
+}
+
+// times has files written, cut and given times, and then something fail: what
+// was answered last about mtime counts, before and after the IO epochs are closed.
+func times(c *cluster, fault func()) {
+	a, b := c.actors[0], c.actors[1]
+	c.separate()
+	c.serving()
+	c.excused(wire.ClientID{}, -1, "a frontend is evicted or dies")
+	set := func(f *file, sa wire.SetAttr) {
+		rep, _ := a.modify("setattr", wire.Request{Header: wire.Header{Op: wire.OpSetattr, Flags: wire.FlagOwnerOverride}, FID: f.fid, SetAttr: sa})
+		a.expect("setattr", rep.Status, wire.OK)
+	}
+	const old, touched = 1_000_000_000 * int64(time.Second), 5 // the first files are those that end with a time that was set
+	touch := func(f *file) { set(f, wire.SetAttr{Mask: wire.SetMtime, Mtime: old}) }
+	write := func(f *file) { a.writeAs(f, 0, 8, 0, wire.Unstable); a.commit(f) }
+	chmod := func(f *file) { a.chmod(f) }
+	cut := func(f *file) { a.truncateTo(f, 3) }
+	var files []*file
+	for _, steps := range [][]func(*file){
+		{write, touch}, {write, touch, chmod}, {write, cut, touch}, {write, cut, touch, chmod}, {cut, touch},
+		{touch, write}, {touch, write, chmod}, {write, touch, cut}, {write, touch, cut, chmod},
+	} {
+		a.createAs(wire.Guarded, -1)
+		l := a.places(false)
+		f := l[slices.IndexFunc(l, func(p place) bool { return !slices.Contains(files, p.file()) })].file()
+		files = append(files, f)
+		for _, do := range steps {
+			do(f)
+		}
+	}
+	var want []wire.Attr
+	for _, f := range files {
+		want = append(want, c.attr(a, f))
+	}
+	check := func(when string) {
+		for i, f := range files {
+			for _, x := range []*actor{a, b} {
+				at := c.attr(x, f)
+				// An OST that has died makes what was written last newer by a little, so that
+				// clients look again; a time that was set stays.
+				if d := at.Mtime - want[i].Mtime; d < 0 || d > 0 && i < touched || d > 100 || at.Ctime < want[i].Ctime || at.Size != want[i].Size {
+					c.fault("%s, file %d: mtime %d ctime %d size %d, want %d, %d, %d", when, i, at.Mtime, at.Ctime, at.Size, want[i].Mtime, want[i].Ctime, want[i].Size)
+				}
+			}
+		}
+	}
+	for i := range files {
+		if (i < touched) != (want[i].Mtime == old) {
+			c.fault("file %d has mtime %d", i, want[i].Mtime)
+		}
+	}
+	check("before")
+	fault()
+	check("after")
+	time.Sleep(15 * time.Second)
+	for _, f := range files {
+		if c.attr(b, f).EpochOpen {
+			c.fault("%v is in an IO epoch", f.fid)
+		}
+	}
+	check("closed")
 }
