@@ -375,7 +375,8 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 const maxAhead = int64(10 * time.Second)
 
 // slack is how much newer than what an object has a time is that is set after it, in
-// nanoseconds: each crash of an OST may make the object newer by one.
+// nanoseconds: an OST that was killed may make the object newer by a few when it starts
+// and repeats changes.
 const slack = 1000
 
 // saw notes the ctime of a change. What this client changes at the MDT after it has

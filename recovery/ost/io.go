@@ -177,7 +177,7 @@ func (t *Target) write(req *wire.Request, rep *wire.Reply, by wire.ClientID, no 
 		if end := req.Offset + done; end > o.size {
 			o.size = end
 		}
-		t.touch(o, req.Time, no != 0)
+		t.touch(o, req.Time)
 		o.hdrDirty = true
 		rep.Transno = t.changed(o, by, no)
 		if last.idx > o.lastSeg {
@@ -365,7 +365,7 @@ func (t *Target) punch(req *wire.Request, rep *wire.Reply, by wire.ClientID, no 
 	default:
 		// Before the header is written, so that a process crash keeps it.
 		mtime, ctime := o.mtime, o.ctime
-		t.touch(o, req.Time, no != 0)
+		t.touch(o, req.Time)
 		if err = t.truncateTo(o, req.Size, req.LogID, req.LogID != 0); err != nil {
 			o.mtime, o.ctime = mtime, ctime
 		}

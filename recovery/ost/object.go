@@ -592,15 +592,10 @@ func (o *object) pre(p *wire.PreAttr) {
 }
 
 // touch sets the times of a change (mu held). ctime rises with every change,
-// also when requests overtake each other by a little. A replay is no new change: if
-// the object is as new already, and a time that was set since at the MDT may be only a
-// little newer, it leaves the times alone.
-func (t *Target) touch(o *object, at int64, replay bool) {
+// also when requests overtake each other by a little.
+func (t *Target) touch(o *object, at int64) {
 	if at == 0 {
 		at = t.clock()
-	}
-	if at <= o.ctime && replay {
-		return
 	}
 	if at <= o.ctime && o.ctime-at < 1e9 {
 		at = o.ctime + 1
