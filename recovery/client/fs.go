@@ -392,10 +392,16 @@ func (f *FS) saw(ctime int64) {
 
 // Later has an OpSetattr that follows be newer than what other clients have written to
 // the file that a describes, as the MDT knows it: their nodes' clocks may be ahead. It
-// asks OSTs only while another client has an IO epoch open. It may block.
+// asks OSTs only while another client has an IO epoch open, and does not wait for those
+// that are away. It may block.
 func (f *FS) Later(ctx context.Context, o Owner, a *wire.Attr) {
 	if f.mdtImp == nil || !a.EpochOpen || !a.EpochShared && f.epochs.opened(a.FID) {
 		return
+	}
+	for s := uint8(0); s < a.Layout.Count; s++ {
+		if c, st := f.ost(a, s); st != wire.OK || c.away() {
+			return
+		}
 	}
 	c := *a
 	// Without an answer the MDT's clock has to do.

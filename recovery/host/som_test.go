@@ -149,7 +149,7 @@ var skews = []time.Duration{0, 3 * time.Second, -3 * time.Second}
 func TestTwoFrontendsAgainstAModel(t *testing.T) {
 	steps := 400
 	if testing.Short() {
-		steps = 120
+		steps = 80
 	}
 	for stripes := uint8(1); stripes <= 3; stripes++ {
 		for _, skew := range skews {
