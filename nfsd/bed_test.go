@@ -42,6 +42,8 @@ type bed struct {
 	// during, if set, is called (a func(wire.Op)) after an OST has executed a
 	// request and before its answer is given.
 	during atomic.Value
+	// asked counts the requests to OSTs.
+	asked atomic.Int64
 
 	// what survives a restart
 	mem   vfs.FS
@@ -140,7 +142,18 @@ type hookConn struct {
 	b *bed
 }
 
+func (h *hookConn) TryHandle(req *wire.Request, rep *wire.Reply) bool {
+	h.b.asked.Add(1)
+	return h.Conn.TryHandle(req, rep)
+}
+
+func (h *hookConn) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	h.b.asked.Add(1)
+	h.Conn.Handle(req, rep, done)
+}
+
 func (h *hookConn) Call(ctx context.Context, req *wire.Request, rep *wire.Reply) error {
+	h.b.asked.Add(1)
 	op := req.Op
 	err := h.Conn.Call(ctx, req, rep)
 	if f, _ := h.b.during.Load().(func(wire.Op)); f != nil {

@@ -140,6 +140,8 @@ func (o *op) setattr(bool) bool {
 	}
 	if a.Guard {
 		a.GuardCtime = o.guard(a.GuardCtime)
+	} else if o.rep.Status == wire.OK {
+		o.a.srv.fs.Later(o.ctx, o.owner(), &o.rep.Attr)
 	}
 	if !o.modify(wire.OpSetattr) {
 		return true

@@ -97,15 +97,15 @@ func (f *FS) Write(ctx context.Context, o Owner, a *wire.Attr, off uint64, data 
 			return pre, st
 		}
 		if obPre.Valid {
-			pre = a.Pre()
-			pre.Size = obPre.Size
-			if obPre.Ctime > pre.Ctime {
-				pre.Ctime, pre.Mtime = obPre.Ctime, obPre.Mtime
-			}
+			before := *a
+			before.Merge(obPre.Mtime, obPre.Ctime)
+			before.Size = obPre.Size
+			pre = before.Pre()
 		}
 		g := merger{}
 		g.add(&a.Layout, 0, &ob)
 		g.apply(a)
+		f.saw(a.Ctime)
 		return pre, wire.OK
 	}
 	if st := f.writePieces(ctx, o, e, a, pieces(nil, &a.Layout, off, len(data)), data, stable, now); st != wire.OK {
@@ -367,7 +367,7 @@ func (f *FS) punchOne(ctx context.Context, o Owner, e *epoch, a *wire.Attr, t wi
 		m.req.FID, m.req.Stripe = a.FID, s
 		m.req.Size = a.Layout.ObjectSize(s, t.Size)
 		m.req.LogID = t.LogID
-		m.req.Time = a.Ctime
+		m.req.Time = a.MtimeSince() // not newer than a time that was set since
 		f.header(o, &m.req)
 		m.req.Tenure = tenure
 		f.call(ctx, c, m)

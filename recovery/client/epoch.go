@@ -260,6 +260,15 @@ func (t *epochTable) untouched(fid wire.FID) bool {
 	return yes
 }
 
+// opened tells that this client has the file's epoch open.
+func (t *epochTable) opened(fid wire.FID) bool {
+	s := &t.shards[t.shard(fid)]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.m[fid]
+	return e != nil && e.open.Load()
+}
+
 // closeBatch is how many epochs are closed in one MDT transaction.
 const closeBatch = 512
 

@@ -81,6 +81,7 @@ type FS struct {
 	osts   []*ostConn
 	mdtImp *imp.Import // nil without imports
 	tenure atomic.Uint64
+	latest atomic.Int64 // see saw
 
 	epochs    epochTable
 	flushMu   sync.Mutex
@@ -258,7 +259,7 @@ func (f *FS) header(o Owner, req *wire.Request) {
 func (f *FS) mdtHeader(o Owner, req *wire.Request) {
 	f.header(o, req)
 	if req.Op == wire.OpSetattr && f.mdtImp != nil {
-		req.Time = f.o.Clock() // another node's clock may be behind
+		req.Time = max(f.o.Clock(), f.latest.Load()+slack) // another node's clock may be behind
 	}
 	if o.TwoNode && f.mdtImp != nil && req.Flags&wire.FlagWaitCommit != 0 {
 		req.Flags = req.Flags&^wire.FlagWaitCommit | wire.FlagTwoNode
@@ -365,7 +366,46 @@ func (f *FS) Complete(ctx context.Context, o Owner, a *wire.Attr, block bool) (s
 		mg.add(&a.Layout, s, &m.rep.Obj)
 	}
 	mg.apply(a)
+	f.saw(a.Ctime)
 	return wire.OK, true
+}
+
+// maxAhead bounds how far another node's clock may be ahead of this one's, in
+// nanoseconds. One that is wrong by more has to be set right.
+const maxAhead = int64(10 * time.Second)
+
+// slack is how much newer than what an object has a time is that is set after it, in
+// nanoseconds: an OST that was killed may make the object newer by a few when it starts
+// and repeats changes.
+const slack = 1000
+
+// saw notes the ctime of a change. What this client changes at the MDT after it has
+// to be newer, or the times that it sets would count as older than that change.
+func (f *FS) saw(ctime int64) {
+	for {
+		last := f.latest.Load()
+		if ctime <= last || ctime > f.o.Clock()+maxAhead || f.latest.CompareAndSwap(last, ctime) {
+			return
+		}
+	}
+}
+
+// Later has an OpSetattr that follows be newer than what other clients have written to
+// the file that a describes, as the MDT knows it: their nodes' clocks may be ahead. It
+// asks OSTs only while another client has an IO epoch open, and does not wait for those
+// that are away. It may block.
+func (f *FS) Later(ctx context.Context, o Owner, a *wire.Attr) {
+	if f.mdtImp == nil || !a.EpochOpen || !a.EpochShared && f.epochs.opened(a.FID) {
+		return
+	}
+	for s := uint8(0); s < a.Layout.Count; s++ {
+		if c, st := f.ost(a, s); st != wire.OK || c.away() {
+			return
+		}
+	}
+	c := *a
+	// Without an answer the MDT's clock has to do.
+	_, _ = f.Complete(ctx, o, &c, true)
 }
 
 // merger folds what objects say into an inode's attributes: the size is the
@@ -390,9 +430,7 @@ func (g *merger) add(l *wire.Layout, s uint8, ob *wire.ObjAttr) {
 
 func (g *merger) apply(a *wire.Attr) {
 	a.Size, a.Used = g.size, g.used
-	if g.ctime > a.Ctime {
-		a.Ctime, a.Mtime = g.ctime, g.mtime
-	}
+	a.Merge(g.mtime, g.ctime)
 }
 
 func (f *FS) ost(a *wire.Attr, s uint8) (*ostConn, wire.Status) {

@@ -37,18 +37,25 @@ type bed struct {
 	clk   clock.Strict
 	srv   *tcp.Server
 	addr  string
+	// stripes is how many OSTs a file is on.
+	stripes uint8
 
 	mdt  *host.MDT
 	osts []*host.OST
 	gate gate
 }
 
+// stripe is the size of stripes in bytes.
+const stripe = 64 << 10
+
 const mdtName = "MDT0000"
 
 func ostName(i int) string { return fmt.Sprintf("OST%04x", i) }
 
-func newBed(t *testing.T, osts int) *bed {
-	b := &bed{t: t, mem: vfs.NewMem(), osts: make([]*host.OST, osts)}
+func newBed(t *testing.T, osts int) *bed { return newStripedBed(t, osts, 1) }
+
+func newStripedBed(t *testing.T, osts int, stripes uint8) *bed {
+	b := &bed{t: t, mem: vfs.NewMem(), stripes: stripes, osts: make([]*host.OST, osts)}
 	b.gate.hold = map[string]chan struct{}{}
 	for range osts {
 		b.disks = append(b.disks, objfs.NewMem(b.clk.Now))
@@ -105,7 +112,7 @@ func (b *bed) reachOSTs(node string) (l []client.Target) {
 func (b *bed) startMDT() {
 	b.t.Helper()
 	m, err := host.StartMDT(ctx, host.MDTOptions{
-		Name: mdtName, Dir: "mdt", Engine: local.Options{FS: b.mem, MinFreeBytes: -1}, MDT: mdt.Options{StripeCount: 1},
+		Name: mdtName, Dir: "mdt", Engine: local.Options{FS: b.mem, MinFreeBytes: -1}, MDT: mdt.Options{StripeCount: b.stripes, StripeSize: stripe},
 		Recovery: windows, OSTs: b.reachOSTs("targets"), Import: imports, Clock: b.clk.Now,
 	})
 	if err != nil {

@@ -55,7 +55,11 @@ func (t *tx) setattr() wire.Status {
 	case sa.Mask&wire.SetMtime != 0:
 		a.Mtime = sa.Mtime
 	}
-	a.Ctime = t.now
+	if sa.Mask&(wire.SetMtimeNow|wire.SetMtime|wire.SetSize) != 0 {
+		a.Ctime, a.MtimeAt = t.now, 0
+	} else {
+		in.touch(t.now)
+	}
 	return wire.OK
 }
 
@@ -138,7 +142,7 @@ func (t *tx) truncate(in *Inode, size uint64) wire.Status {
 		return wire.ErrFBig
 	}
 	old := a.Size
-	a.Size, a.Mtime, a.Ctime = size, t.now, t.now
+	a.Size, a.Mtime, a.Ctime, a.MtimeAt = size, t.now, t.now, 0
 	if t.req.Cred.UID != 0 {
 		a.Mode = dropPrivileges(a.Mode)
 	}
@@ -330,12 +334,15 @@ func (t *tx) closeEpochs() wire.Status {
 		})
 		a := &in.Attr
 		a.Size, a.Used = e.Size, e.Used
-		if e.Ctime > a.Ctime && e.Ctime < math.MaxInt64/2 {
-			a.Ctime, a.Mtime = e.Ctime, e.Mtime
+		if e.Ctime < math.MaxInt64/2 {
+			a.Merge(e.Mtime, e.Ctime)
 			// Later changes here must have a later ctime, within reason.
-			if e.Ctime < t.now+maxSkew {
+			if e.Ctime == a.Ctime && e.Ctime < t.now+maxSkew {
 				t.raise = max(t.raise, e.Ctime)
 			}
+		}
+		if !a.EpochOpen {
+			a.MtimeAt = 0
 		}
 		t.rep.Count++
 	}

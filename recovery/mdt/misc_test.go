@@ -321,6 +321,7 @@ func TestBadRequests(t *testing.T) {
 func FuzzDecodeInode(f *testing.F) {
 	f.Add(AppendInode(nil, &Inode{Attr: wire.Attr{Type: wire.TypeDir}, NextCookie: 3}))
 	f.Add(AppendInode(nil, &Inode{Attr: wire.Attr{Type: wire.TypeReg, EpochOpen: true, Layout: wire.Layout{StripeSize: 1, Count: 2}}, HasVerf: true, Opens: 1}))
+	f.Add(AppendInode(nil, &Inode{Attr: wire.Attr{Type: wire.TypeReg, EpochOpen: true, MtimeAt: 7}, Opens: 2}))
 	f.Add(AppendInode(nil, &Inode{Attr: wire.Attr{Type: wire.TypeLnk}}))
 	f.Fuzz(func(t *testing.T, v []byte) {
 		fid := wire.FID{Seq: 2, OID: 3}

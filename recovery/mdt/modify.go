@@ -685,6 +685,16 @@ func (t *tx) dropEntry(dir *Inode, name []byte, ent Entry, replaced bool) {
 	t.del(appendCookieKey(t.kb, d, ent.Cookie))
 }
 
+// touch sets ctime alone. While an IO epoch is open mtime goes on to be as old as it
+// is: an object may have a newer one, which is not lost by a change of something else.
+func (in *Inode) touch(now int64) {
+	a := &in.Attr
+	if a.EpochOpen && a.MtimeAt == 0 {
+		a.MtimeAt = a.Ctime
+	}
+	a.Ctime = now
+}
+
 func (t *tx) touchDir(dir *Inode) {
 	dir.Attr.Mtime, dir.Attr.Ctime = t.now, t.now
 	dir.Attr.Size = dirSize(dir.Entries)
@@ -696,7 +706,7 @@ func (t *tx) touchDir(dir *Inode) {
 func (t *tx) unlinkInode(in *Inode) {
 	a := &in.Attr
 	a.Nlink--
-	a.Ctime = t.now
+	in.touch(t.now)
 	if a.Nlink > 0 {
 		return
 	}

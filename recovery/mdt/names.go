@@ -226,7 +226,7 @@ func (t *tx) hardlink() wire.Status {
 	}
 	in, dir = t.edit(in), t.edit(dir)
 	in.Attr.Nlink++
-	in.Attr.Ctime = t.now
+	in.touch(t.now)
 	t.addEntry(dir, req.Name2, in)
 	return wire.OK
 }
@@ -400,7 +400,7 @@ func (t *tx) rename() wire.Status {
 			t.unlinkInode(dst)
 		}
 	}
-	src.Attr.Ctime = t.now
+	src.touch(t.now)
 	if isDir && moved {
 		src.Attr.Parent = req.FID2
 		from.Attr.Nlink--

@@ -155,7 +155,7 @@ func fetchLog(m *MDT, o *wire.OSTInfo, ost uint16, k, v []byte) error {
 	for s, i := range l.Layout.OST[:l.Layout.Count] {
 		if i == ost {
 			o.Truncates = append(o.Truncates, wire.ObjTruncate{
-				FID: l.FID, Stripe: uint8(s), Size: l.Layout.ObjectSize(uint8(s), l.Size), LogID: l.ID, Time: in.Attr.Ctime, Client: maker,
+				FID: l.FID, Stripe: uint8(s), Size: l.Layout.ObjectSize(uint8(s), l.Size), LogID: l.ID, Time: in.Attr.MtimeSince(), Client: maker,
 			})
 		}
 	}

@@ -173,6 +173,7 @@ const (
 	inoVerf = 1 << iota
 	inoHadData
 	inoOpen
+	inoMtimeAt
 )
 
 const inodeHead = 1 + 1 + 2 + 6*4 + 2*8 + 3*8 + 4 + 8
@@ -189,6 +190,9 @@ func AppendInode(b []byte, in *Inode) []byte {
 	}
 	if in.Opens > 0 {
 		flags |= inoOpen
+	}
+	if a.MtimeAt != 0 {
+		flags |= inoMtimeAt
 	}
 	b = append(b, recFormat, byte(a.Type))
 	b = be.AppendUint16(b, flags)
@@ -216,6 +220,9 @@ func AppendInode(b []byte, in *Inode) []byte {
 		if in.Opens > 0 {
 			b = be.AppendUint16(b, in.Opens)
 			b = append(b, in.Opener[:]...)
+		}
+		if a.MtimeAt != 0 {
+			b = be.AppendUint64(b, uint64(a.MtimeAt))
 		}
 	}
 	return b
@@ -255,7 +262,7 @@ func DecodeInode(f wire.FID, v []byte) (*Inode, error) {
 	a := &in.Attr
 	a.FID, a.Type = f, wire.FileType(v[1])
 	flags := be.Uint16(v[2:])
-	if a.Type < wire.TypeReg || a.Type > wire.TypeFifo || flags > inoVerf|inoHadData|inoOpen {
+	if a.Type < wire.TypeReg || a.Type > wire.TypeFifo || flags > inoVerf|inoHadData|inoOpen|inoMtimeAt {
 		return nil, fmt.Errorf("inode %v: %w", f, errRecord)
 	}
 	for i, p := range [...]*uint32{&a.Mode, &a.Nlink, &a.UID, &a.GID, &a.RdevMajor, &a.RdevMinor} {
@@ -302,6 +309,13 @@ func DecodeInode(f wire.FID, v []byte) (*Inode, error) {
 				return nil, fmt.Errorf("inode %v: %w", f, errRecord)
 			}
 			v = v[18:]
+		}
+		if flags&inoMtimeAt != 0 {
+			if len(v) < 8 || be.Uint64(v) == 0 {
+				return nil, fmt.Errorf("inode %v: %w", f, errRecord)
+			}
+			a.MtimeAt = int64(be.Uint64(v))
+			v = v[8:]
 		}
 	}
 	if len(v) != 0 {

@@ -60,6 +60,31 @@ type Attr struct {
 	EpochOpen bool
 	// EpochShared tells that more than one client has an IO epoch open.
 	EpochShared bool
+	// MtimeAt is the ctime that Mtime belongs to, when what changed since at the
+	// MDT has left Mtime alone and an IO epoch is open; 0: Ctime.
+	MtimeAt int64
+}
+
+// MtimeSince is the ctime of the change that set Mtime last, as far as a tells.
+func (a *Attr) MtimeSince() int64 {
+	if a.MtimeAt != 0 {
+		return a.MtimeAt
+	}
+	return a.Ctime
+}
+
+// Merge makes a, of a file in an IO epoch, follow the times of its objects: the
+// newest change decides ctime, the newest that sets mtime decides that. ctime is 0
+// when there are no objects.
+func (a *Attr) Merge(mtime, ctime int64) {
+	at := a.MtimeSince()
+	if ctime > at {
+		a.Mtime, at = mtime, ctime
+	}
+	a.Ctime = max(a.Ctime, ctime)
+	if a.MtimeAt = at; at == a.Ctime {
+		a.MtimeAt = 0
+	}
 }
 
 // PreAttr is what weak cache consistency data needs of an object's state

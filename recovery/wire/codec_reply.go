@@ -283,11 +283,12 @@ const (
 	attrLayout
 	attrEpochOpen
 	attrEpochShared
+	attrMtimeAt
 	attrBits = 1<<iota - 1
 )
 
 func appendAttr(b []byte, a *Attr) []byte {
-	f := bits(!a.Parent.IsZero(), a.RdevMajor != 0 || a.RdevMinor != 0, a.Layout != Layout{}, a.EpochOpen, a.EpochShared)
+	f := bits(!a.Parent.IsZero(), a.RdevMajor != 0 || a.RdevMinor != 0, a.Layout != Layout{}, a.EpochOpen, a.EpochShared, a.MtimeAt != 0)
 	b = append(b, f, uint8(a.Type))
 	b = a.FID.Append(b)
 	b = be.AppendUint32(b, a.Mode)
@@ -310,6 +311,9 @@ func appendAttr(b []byte, a *Attr) []byte {
 	}
 	if f&attrLayout != 0 {
 		b = appendLayout(b, &a.Layout)
+	}
+	if f&attrMtimeAt != 0 {
+		b = appendI64(b, a.MtimeAt)
 	}
 	return b
 }
@@ -351,6 +355,9 @@ func decodeAttr(d *decoder, a *Attr) {
 	}
 	if f&attrLayout != 0 {
 		decodeLayout(d, &a.Layout)
+	}
+	if f&attrMtimeAt != 0 {
+		a.MtimeAt = d.i64()
 	}
 	a.EpochOpen, a.EpochShared = f&attrEpochOpen != 0, f&attrEpochShared != 0
 }

@@ -80,6 +80,9 @@ func (g gen) attr() Attr {
 	if g.yes() {
 		a.Layout = g.layout()
 	}
+	if g.yes() {
+		a.MtimeAt = g.i64()
+	}
 	return a
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -26,12 +27,31 @@ func TestCoverage(t *testing.T) {
 	if len(ids) < 350 || len(slices.Compact(slices.Clone(ids))) != len(ids) {
 		t.Fatalf("%d scenarios, or one of them twice", len(ids))
 	}
+	checkCoverage(t, "coverage.txt", ids)
+}
+
+// TestSizeCoverage checks that som.txt tells what covers every use case, problem and
+// requirement of sizes that the MDT keeps, and that these tests exist.
+func TestSizeCoverage(t *testing.T) {
+	ids := []string{"P 1.2", "P 3.1", "P 4.1", "P 4.2", "P 7.1", "P 8.1", "P 9.1", "P 9.2"}
+	for group, n := range map[string]int{"UC ": 5, "P ": 6, "003.": 31, "size ": 8} {
+		for i := range n {
+			ids = append(ids, group+strconv.Itoa(i+1))
+		}
+	}
+	slices.Sort(ids)
+	checkCoverage(t, "som.txt", ids)
+}
+
+// checkCoverage checks a table of what covers ids, which are sorted.
+func checkCoverage(t *testing.T, table string, ids []string) {
+	t.Helper()
 	tests := map[string]map[string]bool{}
 	seen := map[string]bool{}
-	for _, f := range records(t, "coverage.txt", 4) {
+	for _, f := range records(t, table, 4) {
 		id, list, state, note := f[0], f[1], f[2], f[3]
 		if _, known := slices.BinarySearch(ids, id); !known || seen[id] {
-			t.Errorf("%s: not a scenario, or here twice", id)
+			t.Errorf("%s: not to be here, or here twice", id)
 		}
 		seen[id] = true
 		switch state {
@@ -70,7 +90,7 @@ func TestCoverage(t *testing.T) {
 	}
 	for _, id := range ids {
 		if !seen[id] {
-			t.Errorf("%s is missing from coverage.txt", id)
+			t.Errorf("%s is missing from %s", id, table)
 		}
 	}
 }

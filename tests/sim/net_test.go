@@ -315,6 +315,9 @@ func (c *conn) answer(m *message, req *wire.Request, rep *wire.Reply) {
 	if c.n.w.tracing {
 		c.n.w.trace("%s < %s", c.name, describeReply(req, rep))
 	}
+	if rep.Status == wire.ErrTooLate {
+		c.n.w.count("refused " + opName(m.op))
+	}
 	r := &message{c: c, reply: true, op: m.op, tag: m.tag, xid: req.XID, head: wire.AppendReply(nil, m.op, rep)}
 	if k := wire.ReplyBulk(m.op, rep); k > 0 {
 		r.bulk = slices.Clone(req.Bulk[:k])

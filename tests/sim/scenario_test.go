@@ -126,6 +126,9 @@ func (c *cluster) separate() *node {
 	if c.frontendOf(c.actors[1]) == fe {
 		for _, n := range c.nodes {
 			if n.front && n != fe {
+				for n.frontend() == nil {
+					time.Sleep(50 * time.Millisecond)
+				}
 				c.serve(c.actors[1].v, n.frontend())
 			}
 		}
@@ -517,7 +520,7 @@ func scenarios() (l []scenario) {
 			c.load(60, func() { c.crash(c.nodes[0], end, time.Second) })
 		})
 	}
-	return l
+	return append(l, sizeScenarios()...)
 }
 
 // late is what happens to a frontend while it hangs, with writes on the way.

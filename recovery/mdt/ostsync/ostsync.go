@@ -399,7 +399,7 @@ func (s *Sync) punch(ctx context.Context, l *mdt.LogRec, jobs []*job) error {
 		return fmt.Errorf("truncate %v: %w", l.FID, in.Status)
 	}
 	for _, j := range jobs {
-		j.req.Op, j.req.LogID, j.req.Time = wire.OpPunch, l.ID, in.Attr.Ctime
+		j.req.Op, j.req.LogID, j.req.Time = wire.OpPunch, l.ID, in.Attr.MtimeSince()
 		j.req.Size = l.Layout.ObjectSize(j.req.Stripe, l.Size)
 	}
 	if err := s.run(jobs); err != nil {
