@@ -365,6 +365,13 @@ func (m *Machine) Tick(now time.Duration, name string) (s Step) {
 	return s
 }
 
+// Note counts what the machine does not see, in the peer's Stats.
+func (m *Machine) Note(name string, count func(*Stats)) {
+	if p := m.peers[name]; p != nil {
+		count(&p.stats)
+	}
+}
+
 // Due is when Tick has to be called next for a peer unless something happens before;
 // ok is false when there is no such time.
 func (m *Machine) Due(name string) (at time.Duration, ok bool) {

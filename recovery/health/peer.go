@@ -74,8 +74,9 @@ type peer struct {
 type Stats struct {
 	Sent, Received uint64
 	// Late beats came after later ones. Limited ones were too many, Bad ones could not
-	// be decoded.
-	Late, Limited, Bad uint64
+	// be decoded. Unsent ones had no room on the connection, and Refused ones the
+	// peer did not take.
+	Late, Limited, Bad, Unsent, Refused uint64
 	// Suspicions, and how many of them a beat of the same incarnation ended.
 	Suspicions, Wrong uint64
 	Restarts          uint64
@@ -132,7 +133,7 @@ func (p *peer) hint(now time.Duration) {
 
 // look notices that this node was not running: then it cannot judge.
 func (p *peer) look(now time.Duration) {
-	if due, ok := p.due(); ok && now-due > p.lower()/2 {
+	if due, ok := p.due(); ok && !p.drop && now-due > p.lower()/2 {
 		p.stats.Pauses++
 		p.grace = now + p.lower()
 	}
@@ -146,7 +147,7 @@ func (p *peer) due() (time.Duration, bool) {
 	at := time.Duration(math.MaxInt64)
 	switch {
 	case p.drop:
-		return 0, false // at once, and not late whenever that is
+		return 0, true
 	case p.connected:
 		at = min(p.nextSend, p.mute())
 	case p.holds() && !p.dialing:
