@@ -251,6 +251,9 @@ func (b *bench) command(d *datadriven.TestData) {
 	if b.b.Len() != before {
 		b.t.Errorf("%s: a second tick did something:\n%s", d.Pos, b.b.String()[before:])
 	}
+	for _, p := range b.m.order {
+		b.m.Due(p.name)
+	}
 	peers := make([]string, 0, len(b.sends))
 	for name := range b.sends {
 		peers = append(peers, name)

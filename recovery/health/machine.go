@@ -63,9 +63,11 @@ type Kind uint8
 const (
 	// Reset: forget everything that earlier events said; what holds now follows.
 	Reset Kind = iota
-	// Alive: the peer is heard for the first time, or again after Suspect.
+	// Alive: the peer is heard for the first time, or again after Suspect, or after
+	// a time without interest.
 	Alive
-	// Suspect: the peer was silent for Silence. It may be dead.
+	// Suspect: the peer was silent for Silence. It may be dead. What follows is
+	// Alive, or Suspect again if there was no interest meanwhile.
 	Suspect
 	// Restarted: the peer runs as Incarnation; the process before it is dead.
 	// TargetGone of all targets that it ran follows.
@@ -177,6 +179,7 @@ func (m *Machine) SetLocal(now time.Duration, l Local) error {
 		if on := slices.Contains(l.Peers, p.name); on != p.local {
 			p.local, p.told = on, 0
 		}
+		p.now = max(p.now, now)
 		p.watch(now)
 	}
 	return nil
@@ -373,11 +376,15 @@ func (m *Machine) Note(name string, count func(*Stats)) {
 }
 
 // Due is when Tick has to be called next for a peer unless something happens before;
-// ok is false when there is no such time.
+// ok is false when there is no such time. It is to be asked after every input: the
+// node counts as having stood still when it does not keep to what was said last.
 func (m *Machine) Due(name string) (at time.Duration, ok bool) {
 	p := m.peers[name]
 	if p == nil {
 		return 0, false
 	}
-	return p.due()
+	if at, ok = p.due(); ok {
+		p.promised = max(at, p.now)
+	}
+	return at, ok
 }

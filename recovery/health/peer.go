@@ -53,6 +53,8 @@ type peer struct {
 	mean, dev     time.Duration
 	sampled       bool
 	hintBy, grace time.Duration
+	// now is the latest reading of the clock, promised when Tick was to be called, if not 0.
+	now, promised time.Duration
 
 	// The connection that this node dials.
 	dialing, connected, drop bool
@@ -131,16 +133,18 @@ func (p *peer) hint(now time.Duration) {
 	}
 }
 
-// look notices that this node was not running: then it cannot judge.
+// look notices that this node was not running when it was to: then it cannot judge.
 func (p *peer) look(now time.Duration) {
-	if due, ok := p.due(); ok && !p.drop && now-due > p.lower()/2 {
+	if p.promised != 0 && now-p.promised > p.lower()/2 {
 		p.stats.Pauses++
 		p.grace = now + p.lower()
+		p.answer = max(p.answer, now)
 	}
+	p.now, p.promised = now, 0
 }
 
 // mute is when a connection without answers is given up.
-func (p *peer) mute() time.Duration { return max(p.answer+2*p.timeout(), p.grace) }
+func (p *peer) mute() time.Duration { return p.answer + 2*p.timeout() }
 
 // due is the earliest time at which Tick has something to do.
 func (p *peer) due() (time.Duration, bool) {
