@@ -55,6 +55,7 @@ func (b *bench) events() {
 // tick does for every peer what is due. Beats that are sent are counted.
 func (b *bench) tick() {
 	for _, p := range b.m.order {
+		b.m.Due(p.name)
 		s := b.m.Tick(b.now, p.name)
 		b.events()
 		if s.Drop {
