@@ -146,6 +146,7 @@ var opLayouts = [...]opLayout{
 	OpSyncTarget:  {rep: pFlush},
 	OpStatfs:      {rep: pStatfs | pFlush},
 	OpFence:       {req: rPeer | rCookie, rep: pFlush},
+	OpBeat:        {req: rBody, rep: pData},
 
 	OpGetattr:      {req: rFID, rep: pAttr},
 	OpLookup:       {req: rFID | rName | rCred, rep: pAttr | pDirAttr},

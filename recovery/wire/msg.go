@@ -34,6 +34,9 @@ const (
 	// Tenure is below Cookie are refused with ErrTooLate. An OST gets it from the
 	// MDT when that has evicted the client.
 	OpFence
+	// OpBeat: Data (a beat of package health) -> Data (the beat of the node that
+	// answers). For connections of kind Health only; no target of a store knows it.
+	OpBeat
 )
 
 // Operations of the MDT. Cred is checked by the MDT unless noted. All modifying

@@ -36,7 +36,7 @@ const (
 	// Bulk carries any operation; the server grants fewer requests than for
 	// Control.
 	Bulk Kind = 2
-	// Health carries OpPing only.
+	// Health carries OpPing and OpBeat only, and nothing else carries OpBeat.
 	Health Kind = 3
 )
 

@@ -265,8 +265,8 @@ func (c *sconn) request(pre *prefix) error {
 	if err == nil && (want > c.s.o.MaxBulk || op.SendsBulk() && int(pre.bulk) != want || !op.SendsBulk() && pre.bulk != 0) {
 		err = fmt.Errorf("%w: bulk of %d bytes in a frame with %d", ErrPeer, want, pre.bulk)
 	}
-	if err == nil && c.kind == Health && op != wire.OpPing {
-		err = errors.New("a health connection carries pings only")
+	if err == nil && (c.kind == Health && op != wire.OpPing && op != wire.OpBeat || c.kind != Health && op == wire.OpBeat) {
+		err = fmt.Errorf("operation %d on a connection of kind %v", op, c.kind)
 	}
 	x.poll = op == wire.OpLockPoll
 	if err != nil {

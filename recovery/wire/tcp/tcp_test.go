@@ -167,6 +167,8 @@ func TestBadRequests(t *testing.T) {
 		{c, &wire.Request{Header: wire.Header{Op: wire.OpRead}, Bulk: make([]byte, 1<<16+1)}, wire.ErrProto},
 		{h, request(wire.OpGetattr, 1), wire.ErrProto},
 		{h, request(wire.OpPing, 1), wire.OK},
+		{h, request(wire.OpBeat, 1), wire.OK},
+		{c, request(wire.OpBeat, 1), wire.ErrProto},
 		{c, request(wire.OpPing, 1), wire.OK},
 	} {
 		var rep wire.Reply
