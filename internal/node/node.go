@@ -203,6 +203,7 @@ func (n *Node) startFrontend(ctx context.Context) error {
 		return err
 	}
 	n.deaf = c.news.join(n.fs)
+	c.fs.Store(n.fs)
 	n.waitsFor("the metadata target (" + mdtName + ")")
 	connected := make(chan struct{})
 	n.frontend.Go(func() {
@@ -277,6 +278,9 @@ func (n *Node) addService(ctx context.Context, s *service) error {
 	n.services = append(n.services, s)
 	if s.nfs == nil {
 		return nil
+	}
+	if n.cluster != nil {
+		n.cluster.serves(s.vip)
 	}
 	vips, err := n.reg.VIPs(ctx)
 	for _, v := range vips {
@@ -536,6 +540,9 @@ func (n *Node) Stop(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	if n.cluster != nil {
+		n.cluster.vips.Store(nil)
+	}
 	n.orderly = true
 	return n.teardown(ctx)
 }
@@ -602,6 +609,7 @@ func (n *Node) leave(ctx context.Context) error {
 		return nil
 	}
 	n.deaf()
+	defer n.cluster.fs.Store(nil)
 	lctx, cancel := context.WithTimeout(ctx, leaveTime)
 	defer cancel()
 	err := n.fs.Close(lctx)

@@ -126,6 +126,16 @@ func (f *FS) Notice(target string, instance uint64, addr string) {
 	}
 }
 
+// Holds calls add with every address at which there is, or may be, what targets
+// remember of this client. It does not block.
+func (f *FS) Holds(add func(addr string)) {
+	for _, im := range f.imports {
+		for _, addr := range im.Holds() {
+			add(addr)
+		}
+	}
+}
+
 // MDTImport is the import of the MDT, nil without imports.
 func (f *FS) MDTImport() *imp.Import { return f.mdtImp }
 

@@ -521,6 +521,22 @@ func (im *Import) Stats() Stats {
 	return st
 }
 
+// Holds gives the addresses at which there is, or may be, what the target remembers of
+// this client: that of the connection, or while there is none all of them. There are none
+// before the first connect, and after the client has taken leave.
+func (im *Import) Holds() []string {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	switch i, ok := im.m.Holds(); {
+	case !ok:
+		return nil
+	case i < 0:
+		return slices.Clone(im.addrs)
+	default:
+		return []string{im.addrs[i%len(im.addrs)]}
+	}
+}
+
 // Deactivate is the administrator's order to wait no longer: requests fail with
 // ErrIO until Activate.
 func (im *Import) Deactivate() { im.input(func(int64) { im.m.Deactivate() }) }

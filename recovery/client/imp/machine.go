@@ -186,6 +186,18 @@ func (m *Machine) Stats() Stats {
 	return s
 }
 
+// Holds tells whether the target remembers this client, as far as this knows, and the
+// number of the address at which it does, -1 when there is no connection.
+func (m *Machine) Holds() (addr int, ok bool) {
+	switch {
+	case m.instance == 0 || m.state == Closed:
+		return -1, false
+	case m.state.connected():
+		return m.addr, true
+	}
+	return -1, true
+}
+
 func (m *Machine) act(a Action) { m.acts = append(m.acts, a) }
 
 func (m *Machine) event(e Event) { m.act(Action{Kind: ActEvent, Event: e}) }

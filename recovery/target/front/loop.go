@@ -118,6 +118,7 @@ func (f *Front) scan(a *recov.Action) {
 		f.connected(a.Handle.(*call).c.s, a.Client, a.Gen)
 	case recov.ActDelClient:
 		f.disconnected(a.Client)
+		delete(f.homes, a.Client)
 	}
 }
 
@@ -156,7 +157,7 @@ func (f *Front) over() bool {
 		return false
 	}
 	for c := range f.conns {
-		if c.inside.Load() != 0 {
+		if c.load.inside() != 0 {
 			return false
 		}
 	}
