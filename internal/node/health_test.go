@@ -215,3 +215,66 @@ func TestWrongSuspicionIsHarmless(t *testing.T) {
 	})
 	c.down("a", a)
 }
+
+// With suppress_pings idle frontends are silent, and beats speak for them: nobody is
+// evicted. When the beats end pings begin again. 001.131 to 001.135.
+func TestSilentFrontendsAreNotEvicted(t *testing.T) {
+	c := newCell(t)
+	interval := 300 * time.Millisecond
+	c.change = func(k *config.Config) {
+		k.Recovery.PingInterval, k.Recovery.PingTimeout = config.Duration(interval), config.Duration(5*interval)
+		k.Recovery.SuppressPings = true
+	}
+	a, b, k := c.up("a"), c.up("b"), c.up("c")
+	c.ready(a)
+	c.ready(b)
+	c.all(b)
+	x := create(t, a, "f")
+	write(t, a, x, 0, "data", wire.FileSync)
+	far := []*imp.Import{a.fs.MDTImport(), a.fs.OSTImport(0), a.fs.OSTImport(1), b.fs.OSTImport(1)}
+	silent := func() bool {
+		for _, im := range far {
+			if s := im.Stats(); !s.Pingless || s.Uncommitted > 0 || s.OpenEpochs > 0 {
+				return false
+			}
+		}
+		return true
+	}
+	until(t, "the frontends to become silent", silent)
+	began := time.Now()
+	until(t, "several ping timeouts to pass", func() bool { return time.Since(began) > 20*interval })
+	for _, n := range []*Node{b, k} {
+		for _, h := range n.cluster.hosted {
+			if f := h.front(); f != nil {
+				s := f.Status()
+				if s.Recovery.Evicted > 0 {
+					t.Errorf("%s has evicted %d clients", s.Name, s.Recovery.Evicted)
+				}
+			}
+		}
+	}
+	if got := content(t, b, x.FID); got != "data" {
+		t.Errorf("%q", got)
+	}
+	a.cluster.lives.set("b", false) // as after a suspicion
+	until(t, "pings to b to begin again", func() bool { return !a.fs.MDTImport().Stats().Pingless })
+	a.cluster.lives.set("b", true)
+	until(t, "pings to b to end", silent)
+	// A frontend that is dead is evicted by its node's name, also when it is not
+	// connected any more, and by its ID.
+	if err := a.fs.Abandon(); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.EvictClient(ostName(1), "a"); err != nil {
+		t.Error(err)
+	}
+	id := ""
+	for _, x := range b.cluster.byName[ostName(0)].front().Status().Clients {
+		if x.Node == "a" {
+			id = fmt.Sprintf("%x", x.Client[:])
+		}
+	}
+	if err := b.EvictClient(ostName(0), id); err != nil || id == "" {
+		t.Errorf("client %q: %v", id, err)
+	}
+}

@@ -164,6 +164,7 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 	case status.KindMDT:
 		mo := mdtOptions(c.cfg, c.clock, c.log)
 		mo.Owner, mo.Owned, mo.OnFail, mo.OSTs = own, owned, onFail, c.osts()
+		mo.Pingless, mo.Watched = c.cfg.Recovery.SuppressPings, c.lives.has
 		if !c.cfg.Cluster.FileLocks {
 			mo.Engine.FS = noVFSLocks{vfs.Default}
 		}
@@ -173,6 +174,7 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 	default:
 		oo := ostOptions(c.cfg, h.index, c.clock, c.log)
 		oo.Owner, oo.Owned, oo.OnFail, oo.MDT = own, owned, onFail, c.reach(mdtName)
+		oo.Pingless = c.cfg.Recovery.SuppressPings
 		found := newWaiter(mdtName)
 		oo.Found = found.node
 		defer c.news.join(found)()

@@ -198,7 +198,7 @@ func (n *Node) startFrontend(ctx context.Context) error {
 				lost()
 			}
 		},
-	}, client.Remote{MDT: c.reach(mdtName), OSTs: c.osts(), Import: importConfig(n.cfg)})
+	}, client.Remote{MDT: c.reach(mdtName), OSTs: c.osts(), Import: importConfig(n.cfg), Watched: c.lives.has})
 	if err != nil {
 		return err
 	}

@@ -31,6 +31,8 @@ type Remote struct {
 	Import imp.Config
 	// Clock is the imports' clock; zero: the system's.
 	Clock imp.Clock
+	// Watched is imp.Options.Watched.
+	Watched func(addr string) bool
 }
 
 // mdtReplays is how many replays the MDT is given at a time. The path to it is one
@@ -52,7 +54,7 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 	f.imports = make(map[string]*imp.Import, 1+len(r.OSTs))
 	open := func(t *Target, change func(*imp.Options)) (*imp.Import, error) {
 		io := imp.Options{
-			Config: r.Import, Addrs: t.Addrs, Dial: t.Dial, Client: o.ID, Gen: o.Gen, Clock: r.Clock,
+			Config: r.Import, Addrs: t.Addrs, Dial: t.Dial, Client: o.ID, Gen: o.Gen, Clock: r.Clock, Watched: r.Watched,
 			Logger: f.log.With("target", t.Name),
 			// The FS numbers its requests itself, but only the import knows their order.
 			XID: func() uint64 { return f.xid.Add(1) },

@@ -27,6 +27,8 @@ type OSTOptions struct {
 	// ends the start.
 	Owned    func(context.Context) error
 	Recovery recov.Config
+	// Pingless is front.Options.Pingless.
+	Pingless bool
 	// MDT is asked what the target has to know before it serves anybody.
 	MDT client.Target
 	// Found, if not nil, names addresses at which the MDT is said to run; while the
@@ -90,7 +92,7 @@ func StartOST(ctx context.Context, o OSTOptions) (t *OST, err error) {
 	if err = t.body.Learn(info); err != nil {
 		return t, err
 	}
-	if t.front, err = front.New(front.Options{Name: o.Name, Body: t.body, Config: o.Recovery, Logger: o.Logger, OnFail: t.fail.set}); err != nil {
+	if t.front, err = front.New(front.Options{Name: o.Name, Body: t.body, Config: o.Recovery, Pingless: o.Pingless, Logger: o.Logger, OnFail: t.fail.set}); err != nil {
 		return t, err
 	}
 	t.fail.then(t.front.Fail)

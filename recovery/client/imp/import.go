@@ -53,6 +53,10 @@ type Options struct {
 	// Locks gives the locks to replay after a restart of the target, the granted
 	// ones first. nil: the target remembers all.
 	Locks func() []wire.Request
+	// Watched tells whether somebody else watches the node at an address and ends the
+	// connection when it is gone; then a target that allows it gets no pings while
+	// nothing is uncommitted. It must not block or call the import. nil: nobody.
+	Watched func(addr string) bool
 	// OnConnect is called with the answer to a connect that succeeded, before any
 	// request is sent over that connection. It must not call the import.
 	OnConnect func(rep *wire.Reply)

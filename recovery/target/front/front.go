@@ -35,8 +35,11 @@ type Options struct {
 	Name   string
 	Body   Body
 	Config recov.Config
-	Clock  Clock // default SystemClock
-	Logger *slog.Logger
+	// Pingless: clients on other nodes need not ping while somebody watches their
+	// nodes and tells Alive.
+	Pingless bool
+	Clock    Clock // default SystemClock
+	Logger   *slog.Logger
 	// OnState is called with each new state after New, in order, by a goroutine of
 	// the front, which waits for it. It must not call Stop.
 	OnState func(recov.State)
