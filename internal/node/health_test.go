@@ -277,4 +277,5 @@ func TestSilentFrontendsAreNotEvicted(t *testing.T) {
 	if err := b.EvictClient(ostName(0), id); err != nil || id == "" {
 		t.Errorf("client %q: %v", id, err)
 	}
+	c.down("a", a)
 }
