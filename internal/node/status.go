@@ -219,7 +219,7 @@ func (n *Node) condition(x *status.Target, f *front.Front, failed bool, failure 
 	for _, c := range st.Clients {
 		if c.Client != agent {
 			x.Clients++
-			x.Table = append(x.Table, status.TargetClient{ID: fmt.Sprintf("%x", c.Client[:]), Generation: c.Gen, Node: c.Node})
+			x.Table = append(x.Table, status.TargetClient{ID: fmt.Sprintf("%x", c.Client[:]), Generation: c.Gen, Node: c.Node, Connected: c.Connected})
 		}
 	}
 	x.State = status.StateUp

@@ -117,8 +117,10 @@ type Target struct {
 type TargetClient struct {
 	ID         string `json:"id"` // hex
 	Generation uint64 `json:"generation"`
-	// Node from which it is connected; empty: it is in this process, or away.
-	Node string `json:"node,omitempty"`
+	// Node from which it is or was connected; empty: it is in this process, or has not
+	// come since the target's start.
+	Node      string `json:"node,omitempty"`
+	Connected bool   `json:"connected"`
 }
 
 // Import is this node's way to a target of a cluster.
