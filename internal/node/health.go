@@ -87,7 +87,10 @@ func (c *cluster) startHealth() error {
 	if c.health, err = health.Start(o); err != nil {
 		return err
 	}
-	return c.srv.SetTarget(health.TargetName, c.health.Target())
+	if err = c.srv.SetTarget(health.TargetName, c.health.Target()); err != nil {
+		c.health.Close()
+	}
+	return err
 }
 
 // farewell is how long a node that ends in order goes on telling the others, so that

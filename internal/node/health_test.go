@@ -67,8 +67,8 @@ func told(n *Node, target string) place {
 }
 
 // Nodes that hold state on each other exchange beats, also while there is no registry,
-// and learn by them where targets run. They stop when nobody holds anything any more.
-// IR c; LN 209.
+// and learn by them where targets run. They stop when nobody holds anything any more
+// (requirements 000.5, 000.29, 000.30).
 func TestNodesExchangeBeats(t *testing.T) {
 	c := newCell(t)
 	a, b, k := c.up("a"), c.up("b"), c.up("c")
@@ -139,7 +139,7 @@ func TestNodesExchangeBeats(t *testing.T) {
 
 // Wrong suspicions, and wrong news that nodes were started again, cost reconnects and
 // nothing else: what was acknowledged is there once, nobody is evicted, no verifier
-// changes. LN 204.
+// changes (LN 204, LN 206, LN 209; requirement 000.16).
 func TestWrongSuspicionIsHarmless(t *testing.T) {
 	c := newCell(t)
 	a, b, k := c.up("a"), c.up("b"), c.up("c")
@@ -217,7 +217,7 @@ func TestWrongSuspicionIsHarmless(t *testing.T) {
 }
 
 // With suppress_pings idle frontends are silent, and beats speak for them: nobody is
-// evicted. When the beats end pings begin again. 001.131 to 001.135.
+// evicted. When the beats end pings begin again (requirements 001.131 to 001.136; CS 91).
 func TestSilentFrontendsAreNotEvicted(t *testing.T) {
 	c := newCell(t)
 	interval := 300 * time.Millisecond

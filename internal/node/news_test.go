@@ -73,7 +73,8 @@ func TestNewsReachEverybody(t *testing.T) {
 }
 
 // News of a start that never was make the imports of frontends and targets look, and
-// do no harm, whether nobody runs the target there or somebody does.
+// do no harm, whether nobody runs the target there or somebody does (requirements 000.16,
+// 000.23).
 func TestWrongNewsAreHarmless(t *testing.T) {
 	c := newCell(t)
 	c.change = func(k *config.Config) {

@@ -23,7 +23,7 @@ type path struct {
 }
 
 // dial connects to a target at a node. The path is among those that cut ends until
-// it has ended.
+// the connection is closed.
 func (p *paths) dial(ctx context.Context, node, target string, o tcp.BundleOptions) (wire.Conn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -46,11 +46,19 @@ func (p *paths) dial(ctx context.Context, node, target string, o tcp.BundleOptio
 	if err := context.Cause(ctx); err != nil {
 		b.Abort(err)
 	}
-	go func() { // ends with the path
-		<-b.Done()
-		p.remove(x)
-	}()
-	return b, nil
+	return &pathConn{b, p, x}, nil
+}
+
+// pathConn is a connection that is among the paths until it is closed.
+type pathConn struct {
+	*tcp.Bundle
+	p *paths
+	x *path
+}
+
+func (c *pathConn) Close() error {
+	c.p.remove(c.x)
+	return c.Bundle.Close()
 }
 
 func (p *paths) remove(x *path) {

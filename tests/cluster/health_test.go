@@ -52,8 +52,8 @@ func (c *cell) evicted(n string) (sum int) {
 
 // The beats of a node that is killed or hangs end, and the others know it from that, long
 // before a request has to run into a time-out: with pings minutes apart there is nothing
-// else to know it from. Nobody is evicted, clients see delay. IR a-c, LN 209, LN 210,
-// LN 211, MM 6.
+// else to know it from. Nobody is evicted, clients see delay. LN 209, LN 210, LN 211,
+// LN 303; requirements 000.9, 000.11, 000.16.
 func TestDeathIsTold(t *testing.T) {
 	if testing.Short() {
 		t.Skip("SKIPPED, reason: -short")
