@@ -52,6 +52,8 @@ type Recovery struct {
 	WindowStep   Duration `toml:"window_step"`
 	PingInterval Duration `toml:"ping_interval"`
 	PingTimeout  Duration `toml:"ping_timeout"`
+	// SuppressPings is of the targets that run here.
+	SuppressPings bool `toml:"suppress_pings"`
 
 	CommitOnShare bool     `toml:"commit_on_share"`
 	RetainSoft    Size     `toml:"retain_soft"`

@@ -110,6 +110,7 @@ var keyDocs = map[string]string{
 	"recovery.window_hard":     "Recovery ends after this time in any case. Clients that are not through are\nevicted: what was not durable is lost to them.",
 	"recovery.ping_interval":   "A frontend shows each target at least this often that it is alive.",
 	"recovery.ping_timeout":    "A frontend that was silent this long is evicted. At least two intervals.",
+	"recovery.suppress_pings":  "Frontends on other nodes do not show a target of this node by pings that\nthey are alive, as long as both nodes hear each other's beats and nothing\nof the frontend is uncommitted. It holds for connections that begin after\nthe node's start. Connections to the registry are watched in any case.",
 	"recovery.commit_on_share": "What builds on another frontend's change waits until that is durable. So no\nfrontend depends on another one in recovery.",
 	"recovery.retain_soft":     "Bytes of writes that a frontend keeps for each OST until they are durable\nthere. Above, it asks the OST to make them durable.",
 	"recovery.retain_hard":     "Above, writes wait.",

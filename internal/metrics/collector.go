@@ -102,6 +102,45 @@ func NewCollector(get func() status.Status) *Collector {
 	importOf("uncommitted_requests", "Requests kept for replay.", func(i *status.Import) float64 { return float64(i.Uncommitted) })
 	importOf("kept_bytes", "Bytes kept for replay.", func(i *status.Import) float64 { return float64(i.Kept) })
 
+	peer := func(name, help string, kind prometheus.ValueType, value func(*status.Peer) float64) {
+		add("peer_"+name, help, kind, []string{"node"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Peers {
+				emit(value(&s.Peers[i]), s.Peers[i].Node)
+			}
+		})
+	}
+	is := func(yes bool) float64 {
+		if yes {
+			return 1
+		}
+		return 0
+	}
+	add("peer_state", "1 for what is thought of the node, 0 for the others.", gauge, []string{"node", "state"},
+		func(s *status.Status, emit func(float64, ...string)) {
+			for _, p := range s.Peers {
+				for _, st := range []string{status.PeerIdle, status.PeerWaiting, status.PeerAlive, status.PeerSuspect} {
+					emit(is(p.State == st), p.Node, st)
+				}
+			}
+		})
+	peer("silence_seconds", "Time since the last beat of the node; 0 if none is expected.", gauge, func(p *status.Peer) float64 { return p.Silence.Seconds() })
+	peer("timeout_seconds", "Silence after which the node is suspected.", gauge, func(p *status.Peer) float64 { return p.Timeout.Seconds() })
+	peer("slow", "1 while the node answers beats and does not get on.", gauge, func(p *status.Peer) float64 { return is(p.Slow) })
+	peer("slow_targets", "Targets of the node that have work and do not get on.", gauge, func(p *status.Peer) (n float64) {
+		for _, t := range p.Targets {
+			n += is(t.Slow)
+		}
+		return n
+	})
+	peer("beats_sent_total", "Beats sent to the node.", counter, func(p *status.Peer) float64 { return float64(p.Sent) })
+	peer("beats_received_total", "Beats received from the node.", counter, func(p *status.Peer) float64 { return float64(p.Received) })
+	peer("beats_refused_total", "Beats of the node that were too many or damaged.", counter, func(p *status.Peer) float64 { return float64(p.Refused) })
+	peer("suspicions_total", "How often the node was suspected.", counter, func(p *status.Peer) float64 { return float64(p.Suspicions) })
+	peer("wrong_suspicions_total", "Suspicions that the node ended by answering again.", counter, func(p *status.Peer) float64 { return float64(p.Wrong) })
+	peer("restarts_total", "Restarts of the node that were noticed.", counter, func(p *status.Peer) float64 { return float64(p.Restarts) })
+	peer("health_connects_total", "Attempts to connect to the node for beats.", counter, func(p *status.Peer) float64 { return float64(p.Connects) })
+	peer("longest_gap_seconds", "The longest time between two beats.", gauge, func(p *status.Peer) float64 { return p.LongestGap.Seconds() })
+
 	addr := func(name, help string, kind prometheus.ValueType, value func(*status.Address) float64) {
 		add("rpc_"+name, help, kind, []string{"service", "address", "port", "net"}, func(s *status.Status, emit func(float64, ...string)) {
 			for i := range s.Addresses {

@@ -91,14 +91,10 @@ func (n *Node) front(name string) (*front.Front, error) {
 	if err != nil {
 		return nil, err
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	switch {
-	case h.mdt != nil:
-		return h.mdt.Front(), nil
-	case h.ost != nil:
-		return h.ost.Front(), nil
-	case h.mgs != nil:
+	if f := h.front(); f != nil {
+		return f, nil
+	}
+	if h.kind == status.KindMGS {
 		return nil, errors.New("the registry has no clients to recover")
 	}
 	return nil, fmt.Errorf("%s does not run on this node; \"baton target list\" shows where it does: give the command there", name)

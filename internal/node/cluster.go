@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/ca"
@@ -21,6 +22,7 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/target/owner"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -39,6 +41,13 @@ type cluster struct {
 	reg    *mgs.Remote
 	hosted []*hosted // as in the configuration
 	byName map[string]*hosted
+	news   news
+	health *health.Health
+	lives  lives
+	paths  paths
+	// fs is the frontend's client while there is one, vips what it serves.
+	fs   atomic.Pointer[client.FS]
+	vips atomic.Pointer[[]health.VIP]
 
 	ctx    context.Context // ends the starts
 	cancel context.CancelFunc
@@ -84,6 +93,9 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if err != nil {
 		return nil, fmt.Errorf("listen for the other nodes on cluster.listen: %w", err)
 	}
+	if err := c.startHealth(); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.background(func() {
 		if err := c.srv.Serve(l); err != nil {
@@ -95,9 +107,12 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 }
 
 // allow decides about a connection of a node whose certificate was verified.
-func (c *cluster) allow(node, _ string, _ tcp.Kind) error {
-	if c.cfg.Cluster.Addr(node) == "" {
+func (c *cluster) allow(node, target string, kind tcp.Kind) error {
+	switch {
+	case c.cfg.Cluster.Addr(node) == "":
 		return fmt.Errorf("node %q is not among cluster.nodes of node %s", node, c.name)
+	case (target == health.TargetName) != (kind == tcp.Health):
+		return fmt.Errorf("target %q is not reached by a connection of kind %v", target, kind)
 	}
 	return nil
 }
@@ -124,18 +139,19 @@ func (c *cluster) reach(name string) client.Target {
 			}
 			return wire.Local(t, wire.NextSession()), nil
 		}
-		o := tcp.BundleOptions{Bulk: h.kind == status.KindOST, DialOptions: tcp.DialOptions{
-			Addrs: []tcp.Endpoint{{Addr: c.cfg.Cluster.Addr(node), Node: node}}, Target: name, Node: c.name, Insecure: c.tls == nil,
-		}}
-		if c.tls != nil {
-			o.TLS = c.tls.Client(node)
-		}
-		b, err := tcp.DialBundle(ctx, o)
-		if err != nil {
-			return nil, err
-		}
-		return b, nil
+		return c.paths.dial(ctx, node, name, tcp.BundleOptions{Bulk: h.kind == status.KindOST, DialOptions: c.dialOptions(node, name)})
 	}}
+}
+
+// dialOptions are those for a connection to what a node serves.
+func (c *cluster) dialOptions(node, target string) tcp.DialOptions {
+	o := tcp.DialOptions{
+		Addrs: []tcp.Endpoint{{Addr: c.cfg.Cluster.Addr(node), Node: node}}, Target: target, Node: c.name, Insecure: c.tls == nil,
+	}
+	if c.tls != nil {
+		o.TLS = c.tls.Client(node)
+	}
+	return o
 }
 
 func (c *cluster) osts() (l []client.Target) {
@@ -183,7 +199,7 @@ func (c *cluster) keep(h *hosted) {
 }
 
 // close stops what runs here, in order: the MDT, which works at the OSTs, before
-// them, and the registry last.
+// them, and the registry last. Beats tell of it until nothing runs any more.
 func (c *cluster) close(ctx context.Context) error {
 	c.cancel()
 	var errs []error
@@ -191,6 +207,7 @@ func (c *cluster) close(ctx context.Context) error {
 		h := c.hosted[(i+1)%len(c.hosted)]
 		errs = append(errs, c.stop(ctx, h))
 	}
+	c.stopHealth()
 	c.mu.Lock()
 	c.closing = true
 	c.mu.Unlock()

@@ -74,6 +74,7 @@ type Node struct {
 	waits      atomic.Pointer[string] // what it waits for until then
 	frontend   sync.WaitGroup
 	noFrontend context.CancelFunc
+	deaf       func() // ends the hearing of news
 	failed     chan error
 
 	rates rateKeeper
@@ -197,10 +198,12 @@ func (n *Node) startFrontend(ctx context.Context) error {
 				lost()
 			}
 		},
-	}, client.Remote{MDT: c.reach(mdtName), OSTs: c.osts(), Import: importConfig(n.cfg)})
+	}, client.Remote{MDT: c.reach(mdtName), OSTs: c.osts(), Import: importConfig(n.cfg), Watched: c.lives.has})
 	if err != nil {
 		return err
 	}
+	n.deaf = c.news.join(n.fs)
+	c.fs.Store(n.fs)
 	n.waitsFor("the metadata target (" + mdtName + ")")
 	connected := make(chan struct{})
 	n.frontend.Go(func() {
@@ -275,6 +278,9 @@ func (n *Node) addService(ctx context.Context, s *service) error {
 	n.services = append(n.services, s)
 	if s.nfs == nil {
 		return nil
+	}
+	if n.cluster != nil {
+		n.cluster.serves(s.vip)
 	}
 	vips, err := n.reg.VIPs(ctx)
 	for _, v := range vips {
@@ -534,6 +540,9 @@ func (n *Node) Stop(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	if n.cluster != nil {
+		n.cluster.vips.Store(nil)
+	}
 	n.orderly = true
 	return n.teardown(ctx)
 }
@@ -599,6 +608,8 @@ func (n *Node) leave(ctx context.Context) error {
 	if n.fs == nil {
 		return nil
 	}
+	n.deaf()
+	defer n.cluster.fs.Store(nil)
 	lctx, cancel := context.WithTimeout(ctx, leaveTime)
 	defer cancel()
 	err := n.fs.Close(lctx)

@@ -20,6 +20,7 @@ import (
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/client/imp"
+	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/target/front"
 )
@@ -59,6 +60,7 @@ func (n *Node) Status() status.Status {
 		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Stopping: n.stopping.Load(),
 	}
 	n.targetStatus(&s)
+	n.peerStatus(&s)
 	if w := n.waits.Load(); w != nil && !n.up.Load() {
 		s.Waits = *w
 	}
@@ -146,6 +148,26 @@ func (n *Node) hostedStatus(h *hosted) status.Target {
 	return x
 }
 
+// peerStatus tells what is thought of the other nodes.
+func (n *Node) peerStatus(s *status.Status) {
+	if n.cluster == nil {
+		return
+	}
+	for _, p := range n.cluster.health.Status() {
+		x := status.Peer{
+			Node: p.Name, State: p.State.String(), Incarnation: p.Incarnation, Mine: p.Local, Theirs: p.Remote, Silence: p.Silence, Timeout: p.Timeout,
+			Slow: p.Slow, Sent: p.Sent, Received: p.Received, Refused: p.Limited + p.Bad, Suspicions: p.Suspicions, Wrong: p.Wrong, Restarts: p.Restarts,
+			Connects: p.Dials, LongestGap: p.LongestGap,
+		}
+		if p.State != health.StateIdle {
+			for _, t := range p.Targets {
+				x.Targets = append(x.Targets, status.PeerTarget{Name: t.Name, Instance: t.Instance, State: t.State.String(), Slow: t.Slow, Stale: !t.Current && (t.State == health.Recovering || t.State == health.Serving)})
+			}
+		}
+		s.Peers = append(s.Peers, x)
+	}
+}
+
 func (n *Node) importStatus(s *status.Status) {
 	if n.cluster == nil {
 		return
@@ -197,7 +219,7 @@ func (n *Node) condition(x *status.Target, f *front.Front, failed bool, failure 
 	for _, c := range st.Clients {
 		if c.Client != agent {
 			x.Clients++
-			x.Table = append(x.Table, status.TargetClient{ID: fmt.Sprintf("%x", c.Client[:]), Generation: c.Gen, Node: c.Node})
+			x.Table = append(x.Table, status.TargetClient{ID: fmt.Sprintf("%x", c.Client[:]), Generation: c.Gen, Node: c.Node, Connected: c.Connected})
 		}
 	}
 	x.State = status.StateUp

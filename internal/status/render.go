@@ -43,6 +43,7 @@ func (s *Status) Text(w io.Writer, o TextOptions) error {
 	if len(s.Imports) > 0 {
 		importTable(s.Imports).write(&b)
 	}
+	peerTable(s.Peers).write(&b)
 
 	t = table{title: "Addresses", head: []string{"service", "address", "state", "conns", "calls", "calls/s", "in flight", "in/s", "out/s", "errors"}, left: 3}
 	for _, x := range s.Addresses {

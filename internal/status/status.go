@@ -30,7 +30,9 @@ type Status struct {
 	Memory  Memory   `json:"memory"`
 	Targets []Target `json:"targets"`
 	// Imports are this frontend's ways to the targets of a cluster.
-	Imports   []Import  `json:"imports,omitempty"`
+	Imports []Import `json:"imports,omitempty"`
+	// Peers are the other nodes of a cluster, by name.
+	Peers     []Peer    `json:"peers,omitempty"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
 	// Locks are the lock services; none when locks.enabled is false.
@@ -115,8 +117,10 @@ type Target struct {
 type TargetClient struct {
 	ID         string `json:"id"` // hex
 	Generation uint64 `json:"generation"`
-	// Node from which it is connected; empty: it is in this process, or away.
-	Node string `json:"node,omitempty"`
+	// Node from which it is or was connected; empty: it is in this process, or has not
+	// come since the target's start.
+	Node      string `json:"node,omitempty"`
+	Connected bool   `json:"connected"`
 }
 
 // Import is this node's way to a target of a cluster.

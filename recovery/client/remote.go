@@ -15,7 +15,7 @@ import (
 
 // Target says how a target is reached, at whatever address it is now.
 type Target struct {
-	// Name is for messages.
+	// Name is the target's, by which news name it.
 	Name string
 	// Addrs are the addresses at which it may be.
 	Addrs []string
@@ -31,6 +31,8 @@ type Remote struct {
 	Import imp.Config
 	// Clock is the imports' clock; zero: the system's.
 	Clock imp.Clock
+	// Watched is imp.Options.Watched.
+	Watched func(addr string) bool
 }
 
 // mdtReplays is how many replays the MDT is given at a time. The path to it is one
@@ -49,9 +51,10 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 	}
 	f := newFS(o)
 	f.flushSeen = make([]atomic.Uint64, len(r.OSTs))
+	f.imports = make(map[string]*imp.Import, 1+len(r.OSTs))
 	open := func(t *Target, change func(*imp.Options)) (*imp.Import, error) {
 		io := imp.Options{
-			Config: r.Import, Addrs: t.Addrs, Dial: t.Dial, Client: o.ID, Gen: o.Gen, Clock: r.Clock,
+			Config: r.Import, Addrs: t.Addrs, Dial: t.Dial, Client: o.ID, Gen: o.Gen, Clock: r.Clock, Watched: r.Watched,
 			Logger: f.log.With("target", t.Name),
 			// The FS numbers its requests itself, but only the import knows their order.
 			XID: func() uint64 { return f.xid.Add(1) },
@@ -61,6 +64,7 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 		if err != nil {
 			return nil, fmt.Errorf("client: %s: %w", t.Name, err)
 		}
+		f.imports[t.Name] = im
 		return im, nil
 	}
 	var err error
@@ -113,6 +117,25 @@ func (f *FS) Abandon() error {
 	err := f.closeImports()
 	f.wg.Wait()
 	return err
+}
+
+// Notice passes the news that a target runs at addr, as the instance (0: not told), to
+// the import of that target, if there is one. It is a hint: the import looks there at
+// once. Notice does not block.
+func (f *FS) Notice(target string, instance uint64, addr string) {
+	if im := f.imports[target]; im != nil {
+		im.Notice(instance, addr, nil)
+	}
+}
+
+// Holds calls add with every address at which there is, or may be, what targets
+// remember of this client. It does not block.
+func (f *FS) Holds(add func(addr string)) {
+	for _, im := range f.imports {
+		for _, addr := range im.Holds() {
+			add(addr)
+		}
+	}
 }
 
 // MDTImport is the import of the MDT, nil without imports.

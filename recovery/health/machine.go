@@ -30,11 +30,14 @@ type Config struct {
 	MaxKnown int
 }
 
+// DefaultInterval is the time between two beats unless Config says otherwise.
+const DefaultInterval = 200 * time.Millisecond
+
 // maxInterval bounds what a peer may say of its interval.
 const maxInterval = 10 * time.Second
 
 func (c *Config) prepare() error {
-	for p, d := range map[*time.Duration]time.Duration{&c.Interval: 200 * time.Millisecond, &c.Upper: 5 * time.Second, &c.SlowAfter: 3 * time.Second, &c.RedialMax: time.Second} {
+	for p, d := range map[*time.Duration]time.Duration{&c.Interval: DefaultInterval, &c.Upper: 5 * time.Second, &c.SlowAfter: 3 * time.Second, &c.RedialMax: time.Second} {
 		if *p <= 0 {
 			*p = d
 		}
@@ -63,8 +66,8 @@ type Kind uint8
 const (
 	// Reset: forget everything that earlier events said; what holds now follows.
 	Reset Kind = iota
-	// Alive: the peer is heard for the first time, or again after Suspect, or after
-	// a time without interest.
+	// Alive: the peer is heard for the first time, or again after Suspect, after
+	// Silence in all, or after a time without interest.
 	Alive
 	// Suspect: the peer was silent for Silence. It may be dead. What follows is
 	// Alive, or Suspect again if there was no interest meanwhile.
@@ -239,7 +242,10 @@ func (m *Machine) Heard(now time.Duration, name string, b *Beat, via Via) bool {
 		return false
 	}
 	p.stats.Received++
-	again := p.state == StateSuspect
+	again, silence := p.state == StateSuspect, time.Duration(0)
+	if again {
+		silence = now - p.heard
+	}
 	if b.Incarnation != p.incarnation {
 		m.restart(p, b.Incarnation)
 	} else {
@@ -249,7 +255,7 @@ func (m *Machine) Heard(now time.Duration, name string, b *Beat, via Via) bool {
 	p.watch(now)
 	if p.state == StateWaiting || p.state == StateSuspect {
 		p.state = StateAlive
-		m.event(p, Event{Kind: Alive})
+		m.event(p, Event{Kind: Alive, Silence: silence})
 	}
 	m.learn(now, p, b, again)
 	return true

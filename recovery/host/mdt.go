@@ -38,10 +38,14 @@ type MDTOptions struct {
 	// ends the start.
 	Owned    func(context.Context) error
 	Recovery recov.Config
+	// Pingless is front.Options.Pingless.
+	Pingless bool
 	// OSTs are the object targets and how they are reached, by index, and Import
 	// configures the imports for that.
 	OSTs   []client.Target
 	Import imp.Config
+	// Watched is client.Remote.Watched.
+	Watched func(addr string) bool
 	// Clock gives strictly rising nanoseconds since 1970.
 	Clock  func() int64
 	Logger *slog.Logger
@@ -164,7 +168,7 @@ func StartMDT(ctx context.Context, o MDTOptions) (m *MDT, err error) {
 		return m, err
 	}
 	m.fail.then(m.body.Fail)
-	if m.front, err = front.New(front.Options{Name: o.Name, Body: m.body, Config: o.Recovery, Logger: o.Logger, OnFail: m.fail.set}); err != nil {
+	if m.front, err = front.New(front.Options{Name: o.Name, Body: m.body, Config: o.Recovery, Pingless: o.Pingless, Logger: o.Logger, OnFail: m.fail.set}); err != nil {
 		return m, err
 	}
 	m.fail.then(m.front.Fail)
@@ -202,7 +206,7 @@ func (m *MDT) agent() error {
 		MDT: client.Target{Name: m.o.Name, Addrs: []string{"here"}, Dial: func(context.Context, string) (wire.Conn, error) {
 			return wire.Local(m.front, wire.NextSession()), nil
 		}},
-		OSTs: m.o.OSTs, Import: m.o.Import,
+		OSTs: m.o.OSTs, Import: m.o.Import, Watched: m.o.Watched,
 	})
 	if err != nil {
 		return err
@@ -316,6 +320,14 @@ func (m *MDT) AllThere() <-chan struct{} { return m.all }
 
 // FS is the target's own client.
 func (m *MDT) FS() *client.FS { return m.fs }
+
+// Notice passes the news that an object target runs at addr, as the instance (0: not
+// told), to this target's import of it. It does not block.
+func (m *MDT) Notice(target string, instance uint64, addr string) {
+	if target != m.o.Name { // its own client is in this process, wherever that is
+		m.fs.Notice(target, instance, addr)
+	}
+}
 
 // Err is why the target has failed, or nil.
 func (m *MDT) Err() error { return m.fail.get() }

@@ -27,8 +27,13 @@ type OSTOptions struct {
 	// ends the start.
 	Owned    func(context.Context) error
 	Recovery recov.Config
+	// Pingless is front.Options.Pingless.
+	Pingless bool
 	// MDT is asked what the target has to know before it serves anybody.
-	MDT    client.Target
+	MDT client.Target
+	// Found, if not nil, names addresses at which the MDT is said to run; while the
+	// start waits for it, it is asked there at once.
+	Found  <-chan string
 	Logger *slog.Logger
 	// OnFail is called once when the target fails. It must not block.
 	OnFail func(error)
@@ -87,7 +92,7 @@ func StartOST(ctx context.Context, o OSTOptions) (t *OST, err error) {
 	if err = t.body.Learn(info); err != nil {
 		return t, err
 	}
-	if t.front, err = front.New(front.Options{Name: o.Name, Body: t.body, Config: o.Recovery, Logger: o.Logger, OnFail: t.fail.set}); err != nil {
+	if t.front, err = front.New(front.Options{Name: o.Name, Body: t.body, Config: o.Recovery, Pingless: o.Pingless, Logger: o.Logger, OnFail: t.fail.set}); err != nil {
 		return t, err
 	}
 	t.fail.then(t.front.Fail)
@@ -103,9 +108,12 @@ const (
 // ask gets from the MDT what an OST has to know, for as long as it takes: to serve
 // without knowing which clients are fenced could bring old data back.
 func (t *OST) ask(ctx context.Context) (*wire.OSTInfo, error) {
-	pause := askAgain
+	pause, found := askAgain, ""
 	for n := 0; ; n++ {
-		addr := t.o.MDT.Addrs[n%len(t.o.MDT.Addrs)]
+		addr := found
+		if addr == "" {
+			addr = t.o.MDT.Addrs[n%len(t.o.MDT.Addrs)]
+		}
 		info, err := t.askAt(ctx, addr)
 		if err == nil {
 			return info, nil
@@ -119,11 +127,14 @@ func (t *OST) ask(ctx context.Context) (*wire.OSTInfo, error) {
 		if t.o.OnWait != nil {
 			t.o.OnWait(fmt.Sprintf("waits for %s: %v", t.o.MDT.Name, err))
 		}
+		found = ""
 		select {
 		case <-ctx.Done():
+		case found = <-t.o.Found:
+			pause = askAgain
 		case <-time.After(pause):
+			pause = min(pause*3/2, askSlow)
 		}
-		pause = min(pause*3/2, askSlow)
 	}
 }
 

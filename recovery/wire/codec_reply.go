@@ -37,12 +37,12 @@ func AppendReply(b []byte, op Op, r *Reply) []byte {
 		b = be.AppendUint32(b, 0)
 		eof = false
 	}
-	b[start+1] = bits(r.Reconstructed, r.Created, eof && !cut, r.Recovering, r.Known)
+	b[start+1] = bits(r.Reconstructed, r.Created, eof && !cut, r.Recovering, r.Known, r.Pingless)
 	be.PutUint32(b[start+8:], uint32(len(b)-start-ReplyHeaderSize))
 	return b
 }
 
-const replyFlags = 0x1f
+const replyFlags = 0x3f
 
 // ReplyBulk is the number of bytes of Request.Bulk that belong to the answer.
 func ReplyBulk(op Op, r *Reply) int {
@@ -181,7 +181,7 @@ func DecodeReply(b []byte, op Op, r *Reply) (bulk int, err error) {
 		return 0, fmt.Errorf("%w: reply with unknown flags %#x", ErrCodec, b[1])
 	}
 	f := b[1]
-	r.Reconstructed, r.Created, r.EOF, r.Recovering, r.Known = f&1 != 0, f&2 != 0, f&4 != 0, f&8 != 0, f&16 != 0
+	r.Reconstructed, r.Created, r.EOF, r.Recovering, r.Known, r.Pingless = f&1 != 0, f&2 != 0, f&4 != 0, f&8 != 0, f&16 != 0, f&32 != 0
 	r.Status = Status(be.Uint32(b[4:]))
 	r.XID = be.Uint64(b[16:])
 	r.Transno = be.Uint64(b[24:])

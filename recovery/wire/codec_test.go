@@ -215,7 +215,7 @@ func (g gen) holder() LockHolder {
 func (g gen) reply(op Op) *Reply {
 	r := &Reply{
 		XID: g.Uint64(), Status: Status(g.Uint32N(3) * 10007), Transno: g.Uint64(), LastCommitted: g.Uint64(),
-		Reconstructed: g.yes(), Created: g.yes(), EOF: g.yes(), Recovering: g.yes(), Known: g.yes(), Time: g.i64(),
+		Reconstructed: g.yes(), Created: g.yes(), EOF: g.yes(), Recovering: g.yes(), Known: g.yes(), Pingless: g.yes(), Time: g.i64(),
 	}
 	for i := range r.PreVersions {
 		r.PreVersions[i] = g.Uint64()

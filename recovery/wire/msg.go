@@ -443,6 +443,9 @@ type Reply struct {
 	// Known: the client was in the table, with this generation, before this
 	// OpConnect.
 	Known bool
+	// Pingless: the target does without pings of this client on this connection as
+	// long as somebody else watches the client's node (OpConnect).
+	Pingless bool
 
 	// Lock is set by lock operations.
 	Lock *LockReply

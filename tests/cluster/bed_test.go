@@ -46,6 +46,8 @@ type cell struct {
 	tls  string // mode
 	// locks of files keep processes off the stores besides the owner records.
 	locks bool
+	// ping and silence are the ping interval and time-out.
+	ping, silence string
 
 	ports map[string]int
 	nfs   map[string]int // ports of the frontends
@@ -60,7 +62,7 @@ func newCell(t *testing.T) *cell {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cell{t: t, dir: bed.Dir(t), bin: bin, host: bed.HostNode(), tls: "off", locks: true,
+	c := &cell{t: t, dir: bed.Dir(t), bin: bin, host: bed.HostNode(), tls: "off", locks: true, ping: "1s", silence: "10s",
 		ports: map[string]int{}, nfs: map[string]int{}, procs: map[string]*bed.Proc{}}
 	for i, p := range freePorts(t, 6) {
 		if n := string("abcd"[i%4]); i < 4 {
@@ -163,8 +165,8 @@ min_free = "1 MiB"
 [recovery]
 window_min = "5s"
 window_max = "10s"
-ping_interval = "1s"
-ping_timeout = "10s"
+ping_interval = %[9]q
+ping_timeout = %[10]q
 heartbeat = "2s"
 [mgs]
 dir = %[5]q
@@ -178,7 +180,7 @@ nodes = ["c", "d"]
 [[ost]]
 dir = %[8]q
 nodes = ["c", "d"]
-`, addrs, max(c.nfs[n], 1), c.path("exports"), c.socket(n), c.path("mgs"), c.path("mdt"), c.path("ost0"), c.path("ost1"))
+`, addrs, max(c.nfs[n], 1), c.path("exports"), c.socket(n), c.path("mgs"), c.path("mdt"), c.path("ost0"), c.path("ost1"), c.ping, c.silence)
 	c.write(c.path(n, "baton.toml"), b.String())
 	c.write(c.path("exports"), "/disk *(rw,insecure,no_root_squash,dir=/)\n/two *(rw,insecure,no_root_squash,dir=/two,durability=two-node)\n")
 }
@@ -287,7 +289,7 @@ func (c *cell) gone(n, target string) (id string) {
 		}
 		for _, x := range l {
 			for _, k := range x.Table {
-				if x.Name == target && k.Node == "" {
+				if x.Name == target && !k.Connected {
 					id = k.ID
 				}
 			}

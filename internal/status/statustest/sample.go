@@ -23,6 +23,15 @@ func Sample() *status.Status {
 			{Name: "ost0", Kind: status.KindOST, State: status.StateUp, Dir: "/srv/baton/ost0", Transno: 60, LastCommitted: 58, Clients: 1,
 				Dirty: 3 << 20, Bytes: 9 << 30, Free: 90 << 30, Files: 1024, Ops: 500, OpsPerSec: 3.25},
 		},
+		Peers: []status.Peer{
+			{Node: "n2", State: status.PeerAlive, Incarnation: 77, Mine: true, Theirs: true, Silence: 120 * time.Millisecond, Timeout: 800 * time.Millisecond,
+				Targets: []status.PeerTarget{{Name: "MDT0000", Instance: 12, State: "serving"}, {Name: "OST0000", Instance: 3, State: "recovering"},
+					{Name: "OST0001", Instance: 9, State: "serving", Slow: true}, {Name: "OST0002", Instance: 4, State: "serving", Stale: true}},
+				Sent: 9000, Received: 8990, Refused: 1, Suspicions: 3, Wrong: 2, Restarts: 1, Connects: 5, LongestGap: 3200 * time.Millisecond},
+			{Node: "n3", State: status.PeerSuspect, Theirs: true, Slow: true, Silence: 93 * time.Second, Timeout: 1600 * time.Millisecond, Sent: 4, Suspicions: 1, Connects: 60},
+			{Node: "n4", State: status.PeerIdle, Mine: true},
+			{Node: "n5", State: status.PeerIdle},
+		},
 		Addresses: []status.Address{
 			{Addr: "192.0.2.10", Port: 2049, Net: "tcp", Name: "nfs", State: "up", Conns: 3, ConnsTotal: 9, Refused: 1, Calls: 1000000,
 				Errors: 2, Malformed: 3, InFlight: 17, BytesIn: 1 << 33, BytesOut: 1 << 34, CallsPerSec: 15321.5,

@@ -188,7 +188,7 @@ func (b *bench) line(l string) {
 		b.m = New(Config{
 			Addrs: int(num("addrs", 1)), Slots: int(num("slots", 8)),
 			Soft: int64(num("soft", 1000)), Hard: int64(num("hard", 2000)),
-			PingInterval: ms("ping", 1000), SuppressPings: has("suppress-pings"), DeadAfter: ms("dead", 3000),
+			PingInterval: ms("ping", 1000), DeadAfter: ms("dead", 3000),
 			RequestTimeout: ms("timeout", 0), ConnectTimeout: ms("connect", 500),
 			BackoffMin: 100 * time.Millisecond, BackoffMax: 800 * time.Millisecond, RetryDelay: 200 * time.Millisecond,
 			ReplayWindow: int(num("window", 1)), Locks: has("locks"),
@@ -202,7 +202,7 @@ func (b *bench) line(l string) {
 				b.attempt = a.Connect.Attempt
 			}
 		}
-		b.m.Connected(b.now, b.attempt, ConnectResult{Instance: 1})
+		b.m.Connected(b.now, b.attempt, ConnectResult{Instance: 1, Pingless: has("pingless")})
 		b.m.Actions()
 	case "start":
 		b.m.Start(b.now)
@@ -210,7 +210,7 @@ func (b *bench) line(l string) {
 		b.committed = num("committed", b.committed)
 		used := b.m.Connected(b.now, b.attempt, ConnectResult{
 			Status: status(), Instance: num("instance", 1), Known: has("known"), Recovering: has("recovering"),
-			Transno: num("transno", 0), LastCommitted: b.committed, Local: has("local"),
+			Transno: num("transno", 0), LastCommitted: b.committed, Local: has("local"), Pingless: has("pingless"),
 		})
 		if !used {
 			b.b.WriteString("  (connection not used)\n")
@@ -260,6 +260,8 @@ func (b *bench) line(l string) {
 			addr = int(num("addr", 0))
 		}
 		b.m.Notice(b.now, num("instance", 0), addr, int(num("addrs", 0)))
+	case "watched":
+		b.m.Watched(words[1] == "on")
 	case "down":
 		b.m.Down(b.now)
 	case "locks":

@@ -53,6 +53,10 @@ type Options struct {
 	// Locks gives the locks to replay after a restart of the target, the granted
 	// ones first. nil: the target remembers all.
 	Locks func() []wire.Request
+	// Watched tells whether somebody else watches the node at an address and ends the
+	// connection when it is gone; then a target that allows it gets no pings while
+	// nothing is uncommitted. It must not block or call the import. nil: nobody.
+	Watched func(addr string) bool
 	// OnConnect is called with the answer to a connect that succeeded, before any
 	// request is sent over that connection. It must not call the import.
 	OnConnect func(rep *wire.Reply)
@@ -519,6 +523,22 @@ func (im *Import) Status() (s State, addr string, st Stats) {
 func (im *Import) Stats() Stats {
 	_, _, st := im.Status()
 	return st
+}
+
+// Holds gives the addresses at which there is, or may be, what the target remembers of
+// this client: that of the connection, or while there is none all of them. There are none
+// before the first connect, and after the client has taken leave.
+func (im *Import) Holds() []string {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	switch i, ok := im.m.Holds(); {
+	case !ok:
+		return nil
+	case i < 0:
+		return slices.Clone(im.addrs)
+	default:
+		return []string{im.addrs[i%len(im.addrs)]}
+	}
 }
 
 // Deactivate is the administrator's order to wait no longer: requests fail with

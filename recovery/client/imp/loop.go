@@ -29,6 +29,7 @@ func (im *Import) loop() {
 			im.mu.Lock()
 			if im.tick {
 				im.tick = false
+				im.m.Watched(im.o.Watched != nil && im.o.Watched(im.addrs[im.m.addr%len(im.addrs)]))
 				im.m.Tick(im.o.Clock.Now())
 				im.post()
 			}
@@ -229,7 +230,7 @@ func (im *Import) dial(a *Action) {
 		} else {
 			res := ConnectResult{
 				Status: rep.Status, Instance: rep.Instance, Recovering: rep.Recovering, Known: rep.Known,
-				Transno: rep.Transno, LastCommitted: rep.LastCommitted,
+				Transno: rep.Transno, LastCommitted: rep.LastCommitted, Pingless: rep.Pingless,
 			}
 			_, res.Local = conn.(*wire.LocalConn)
 			if used = im.m.Connected(now, args.Attempt, res); used {

@@ -17,8 +17,6 @@ type Config struct {
 	Soft, Hard int64
 	// PingInterval: a ping is sent when nothing else passed for so long. Default 5 s.
 	PingInterval time.Duration
-	// SuppressPings: no pings unless something is unanswered or uncommitted.
-	SuppressPings bool
 	// DeadAfter: a connection on which something is unanswered and nothing was
 	// heard for so long is given up. Default 3 times PingInterval.
 	DeadAfter time.Duration
@@ -106,6 +104,8 @@ type Machine struct {
 	// highest transno of what would have been.
 	local  bool
 	unkept uint64
+	// The target does without pings, as long as its node is watched.
+	pingless, watched bool
 
 	out, short          int // requests at the transport; without the Long ones
 	pings, replaysOut   int
@@ -170,6 +170,8 @@ type Stats struct {
 	Reason string
 	// Addr is the address of the connection, or of the next attempt.
 	Addr int
+	// Pingless: the target is not pinged while nothing is uncommitted.
+	Pingless bool
 }
 
 // Stats returns the figures.
@@ -179,11 +181,28 @@ func (m *Machine) Stats() Stats {
 		OpenEpochs: len(m.epochs), HeldBytes: m.held + m.reserved,
 		Instance: m.instance, Transno: m.highest, LastCommitted: m.committed,
 		AtTransport: m.out, FreeSlots: len(m.slots), Inactive: m.inactive, Reported: m.reported, Addr: m.addr,
+		Pingless: m.pingless && m.watched && m.state == Full,
 	}
 	if m.state != Full {
 		s.Away, s.Reason = time.Duration(max(m.now-m.awaySince, 1)), m.reason
 	}
 	return s
+}
+
+// Watched is the input that somebody else watches the node at the address of the
+// connection, and tells when it is gone, or that nobody does any more.
+func (m *Machine) Watched(on bool) { m.watched = on }
+
+// Holds tells whether the target remembers this client, as far as this knows, and the
+// number of the address at which it does, -1 when there is no connection.
+func (m *Machine) Holds() (addr int, ok bool) {
+	switch {
+	case m.instance == 0 || m.state == Closed:
+		return -1, false
+	case m.state.connected():
+		return m.addr, true
+	}
+	return -1, true
 }
 
 func (m *Machine) act(a Action) { m.acts = append(m.acts, a) }

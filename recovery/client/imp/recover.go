@@ -62,7 +62,8 @@ func (m *Machine) watch() {
 	if m.now-m.lastPing < p || m.now-min(m.lastSent, m.lastHeard) < p || m.pings >= maxPings {
 		return
 	}
-	if m.left || m.cfg.SuppressPings && m.short == 0 && m.replay.n == 0 {
+	// What is not committed yet is asked for: only an answer tells that it is.
+	if m.left || m.pingless && m.watched && m.short == 0 && m.replay.n == 0 {
 		return
 	}
 	m.pings++
@@ -242,6 +243,8 @@ type ConnectResult struct {
 	Transno, LastCommitted uint64
 	// Local: the target is in this process and fails with it.
 	Local bool
+	// Pingless: the target does without pings while its node is watched.
+	Pingless bool
 }
 
 // Connected is the input that the attempt was answered. It reports whether the
@@ -285,7 +288,7 @@ func (m *Machine) Connected(now int64, attempt uint64, c ConnectResult) bool {
 		return false
 	}
 	restarted := m.instance != 0 && c.Instance != m.instance
-	m.local = c.Local
+	m.local, m.pingless = c.Local, c.Pingless
 	m.instance = c.Instance
 	m.highest = max(m.highest, c.Transno)
 	m.committed = max(m.committed, c.LastCommitted)

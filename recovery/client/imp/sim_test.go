@@ -67,17 +67,18 @@ type simReq struct {
 }
 
 type simClient struct {
-	m       *Machine
-	id      int
-	conn    *simConn
-	reqs    []*simReq
-	xid     uint64
-	attempt uint64
-	addr    int
-	args    ConnectArgs
-	trying  bool
-	timer   int64
-	open    []wire.FID
+	pingless bool
+	m        *Machine
+	id       int
+	conn     *simConn
+	reqs     []*simReq
+	xid      uint64
+	attempt  uint64
+	addr     int
+	args     ConnectArgs
+	trying   bool
+	timer    int64
+	open     []wire.FID
 }
 
 type sim struct {
@@ -119,15 +120,16 @@ func newSim(t *testing.T, seed uint64) *sim {
 	s.window = 1 + s.rng.IntN(2)*3
 	s.hard = 600
 	for i := range 1 + s.rng.IntN(3) {
-		c := &simClient{id: i, xid: uint64(i) << 32}
+		c := &simClient{id: i, xid: uint64(i) << 32, pingless: s.rng.IntN(2) == 0}
 		c.m = New(Config{
 			Addrs: simAddrs, Slots: 1 + s.rng.IntN(6), Soft: 300, Hard: s.hard, PingInterval: time.Second, DeadAfter: 3 * time.Second,
 			ConnectTimeout: 300 * time.Millisecond, BackoffMin: 10 * time.Millisecond, BackoffMax: 500 * time.Millisecond,
-			RetryDelay: 50 * time.Millisecond, ReplayWindow: s.window, SuppressPings: s.rng.IntN(2) == 0,
+			RetryDelay: 50 * time.Millisecond, ReplayWindow: s.window,
 			RequestTimeout: time.Duration(s.rng.IntN(2)) * 8 * time.Second, Locks: s.rng.IntN(4) == 0,
 			Jitter: func(d time.Duration) time.Duration { return time.Duration(s.rng.Int64N(int64(d)/2 + 1)) },
 		})
 		s.clients = append(s.clients, c)
+		c.m.Watched(true)
 		c.m.Start(0)
 		s.act(c)
 	}
@@ -515,7 +517,7 @@ func (s *sim) restart() {
 	s.logf("restart: instance %d at %d, recovering %v", s.instance, s.addr, s.recovering)
 	for _, c := range s.clients {
 		// Without pings a client depends on the news.
-		if s.rng.IntN(3) == 0 || c.m.cfg.SuppressPings {
+		if s.rng.IntN(3) == 0 || c.pingless {
 			c.m.Notice(s.now, s.instance, s.addr, 0)
 			s.act(c)
 		}
@@ -534,7 +536,7 @@ func (s *sim) connect(c *simClient, fault bool) {
 		s.act(c)
 		return
 	}
-	res := ConnectResult{Instance: s.instance, Recovering: s.recovering, Known: s.table[c.id]}
+	res := ConnectResult{Instance: s.instance, Recovering: s.recovering, Known: s.table[c.id], Pingless: c.pingless}
 	if !res.Known && (s.recovering || c.args.Instance != 0 && s.rng.IntN(2) == 0) {
 		res = ConnectResult{Status: wire.ErrUnknownClient}
 	} else if !res.Known && c.args.Instance == 0 {

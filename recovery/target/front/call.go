@@ -16,7 +16,7 @@ type call struct {
 	req  *wire.Request
 	rep  *wire.Reply
 	done func()
-	in   bool // counted in c.inside
+	in   bool // counted in c.load
 	at   time.Time
 
 	ticket uint64 // 0: for Body.Handle
@@ -53,7 +53,7 @@ func (x *call) recycle() {
 // enter has Stop wait for the call.
 func (x *call) enter() {
 	x.in = true
-	x.c.inside.Add(1)
+	x.c.load.enter()
 }
 
 // end answers the request.
@@ -63,7 +63,7 @@ func (x *call) end() {
 	x.recycle()
 	done()
 	if in {
-		c.leave()
+		c.leave(true)
 	}
 }
 
@@ -92,7 +92,7 @@ func (f *Front) pass(x *call) {
 	x.recycle()
 	f.body.Handle(req, rep, done)
 	if in {
-		c.leave()
+		c.leave(false)
 	}
 }
 

@@ -36,9 +36,31 @@ const noSession = math.MaxUint64
 type conn struct {
 	f      *Front
 	s      *session
-	inside atomic.Int64 // requests that are to be waited for
+	load   load // requests that are to be waited for
 	closed atomic.Bool
 }
+
+// load counts requests: in the lower half those that are inside, in the upper half,
+// which wraps, those that were given to the body and have left.
+type load struct{ v atomic.Uint64 }
+
+const (
+	oneInside = 1
+	oneLeft   = 1 << 32
+)
+
+func (l *load) enter() { l.v.Add(oneInside) }
+
+// leave tells how many remain inside. done: the one that leaves took time.
+func (l *load) leave(done bool) (inside uint32) {
+	if done {
+		return uint32(l.v.Add(oneLeft - oneInside))
+	}
+	return uint32(l.v.Add(^uint64(oneInside - 1)))
+}
+
+func (l *load) inside() uint32 { return uint32(l.v.Load()) }
+func (l *load) left() uint32   { return uint32(l.v.Load() >> 32) }
 
 // Accept implements wire.Acceptor. The target that it returns implements
 // io.Closer. Connections that are to be one path need a session number; clients
@@ -74,12 +96,19 @@ func (c *conn) Close() error {
 	if s.conns == 0 {
 		f.lost(s)
 	}
-	if c.inside.Load() == 0 {
-		delete(f.conns, c)
-	}
+	f.forget(c)
 	f.mu.Unlock()
 	f.poke()
 	return nil
+}
+
+// forget ends the account of a connection that is closed, if nothing of it is inside.
+// The lock is held.
+func (f *Front) forget(c *conn) {
+	if _, ok := f.conns[c]; ok && c.closed.Load() && c.load.inside() == 0 {
+		delete(f.conns, c)
+		f.left += uint64(c.load.left())
+	}
 }
 
 // lost ends a session. The lock is held.
@@ -108,6 +137,9 @@ func (f *Front) connected(s *session, id wire.ClientID, gen uint64) {
 	s.link.Store(&link{id: id, gen: gen})
 	if !s.local {
 		f.remote++
+		f.homes[id] = s.node
+	} else {
+		delete(f.homes, id)
 	}
 }
 
@@ -134,16 +166,15 @@ func (f *Front) sweep(now time.Time) {
 	}
 }
 
-// leave notes that a request that was waited for has been answered.
-func (c *conn) leave() {
-	if c.inside.Add(-1) != 0 || !c.closed.Load() && !c.f.stopping.Load() {
+// leave notes that a request that was waited for has been answered, after the body had
+// it, if done.
+func (c *conn) leave(done bool) {
+	if c.load.leave(done) != 0 || !c.closed.Load() && !c.f.stopping.Load() {
 		return
 	}
 	f := c.f
 	f.mu.Lock()
-	if c.closed.Load() && c.inside.Load() == 0 {
-		delete(f.conns, c)
-	}
+	f.forget(c)
 	f.mu.Unlock()
 	f.poke()
 }
@@ -181,9 +212,9 @@ func (c *conn) TryHandle(req *wire.Request, rep *wire.Reply) bool {
 	if !f.serving.Load() || !c.passes(req) || !f.inTime(req) {
 		return false
 	}
-	c.inside.Add(1)
+	c.load.enter()
 	ok := f.serving.Load() && f.body.TryHandle(req, rep)
-	c.leave()
+	c.leave(false)
 	return ok
 }
 

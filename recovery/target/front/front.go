@@ -35,8 +35,11 @@ type Options struct {
 	Name   string
 	Body   Body
 	Config recov.Config
-	Clock  Clock // default SystemClock
-	Logger *slog.Logger
+	// Pingless: clients on other nodes need not ping while somebody watches their
+	// nodes and tells Alive.
+	Pingless bool
+	Clock    Clock // default SystemClock
+	Logger   *slog.Logger
 	// OnState is called with each new state after New, in order, by a goroutine of
 	// the front, which waits for it. It must not call Stop.
 	OnState func(recov.State)
@@ -67,9 +70,11 @@ type Front struct {
 	fences   int            // of the queue, and in work: what executions must not overtake
 	sessions map[sessionKey]*session
 	links    map[wire.ClientID]*session
-	remote   int                // of links
-	conns    map[*conn]struct{} // open, or with requests inside
-	held     []*call            // until the target serves
+	remote   int                      // of links
+	homes    map[wire.ClientID]string // nodes from which registered clients were connected last
+	conns    map[*conn]struct{}       // open, or with requests inside
+	left     uint64                   // requests that have left connections which are no more
+	held     []*call                  // until the target serves
 	raises   map[raiseKey][]*call
 	due      bool // the timer has fired
 	timerAt  time.Time
@@ -134,7 +139,7 @@ func New(o Options) (*Front, error) {
 		o: o, body: o.Body, log: o.Logger.With("target", o.Name), wake: make(chan struct{}, 1), ended: make(chan struct{}),
 		m:        recov.New(o.Config, t.Instance, t.Target, t.Transno, t.Clients, t.Slots),
 		sessions: map[sessionKey]*session{}, links: map[wire.ClientID]*session{}, conns: map[*conn]struct{}{},
-		raises: map[raiseKey][]*call{},
+		homes: map[wire.ClientID]string{}, raises: map[raiseKey][]*call{},
 	}
 	if b, ok := o.Body.(interface{ MayBlock(wire.Op) bool }); ok {
 		f.mayBlock = b.MayBlock
@@ -250,12 +255,53 @@ func (f *Front) Abort() bool {
 	return ok
 }
 
-// Heard notes a sign of life of a client that came on another way, such as a
-// beat of its node's health.
-func (f *Front) Heard(id wire.ClientID, at time.Time) {
+// Alive notes signs of life of nodes: clients that are connected from a node of which
+// alive holds count as heard. A connection that is open is part of it, so that a client
+// which can no longer reach the target, but whose node lives, does not stay registered for
+// ever: it has to come back in time. alive must not block.
+func (f *Front) Alive(alive func(node string) bool) {
 	f.mu.Lock()
-	f.m.Heard(id, at)
-	f.mu.Unlock()
+	defer f.mu.Unlock()
+	now := f.o.Clock.Now()
+	for id, s := range f.links {
+		if !s.local && alive(s.node) {
+			f.m.Heard(id, now)
+		}
+	}
+}
+
+// Vitals are what others are told of the life of a target.
+type Vitals struct {
+	Instance uint64
+	Serving  bool
+	// Work is the number of requests that were taken and not answered. In recovery
+	// only those that are being executed count: the others wait for clients.
+	Work int
+	// Progress rises, and wraps, whenever one of those has been answered.
+	Progress uint64
+	// Nodes are those of clients that are registered, as far as they were connected
+	// to this instance, in any order.
+	Nodes []string
+}
+
+// Vitals tells how the target is. It waits for nothing but short locks.
+func (f *Front) Vitals() Vitals {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	v := Vitals{Instance: f.m.Instance(), Serving: f.serving.Load(), Progress: f.left}
+	for c := range f.conns {
+		v.Work += int(c.load.inside())
+		v.Progress += uint64(c.load.left())
+	}
+	if !v.Serving {
+		v.Work = f.m.Executing()
+	}
+	for _, node := range f.homes {
+		if !slices.Contains(v.Nodes, node) {
+			v.Nodes = append(v.Nodes, node)
+		}
+	}
+	return v
 }
 
 // event shows something to the machine and has the loop do what it wants.
@@ -265,6 +311,9 @@ func (f *Front) event(fn func(now time.Time) []recov.Action) {
 	f.mu.Unlock()
 	f.poke()
 }
+
+// Instance numbers the target's starts.
+func (f *Front) Instance() uint64 { return f.m.Instance() }
 
 // State tells what the target does with requests.
 func (f *Front) State() recov.State {
@@ -289,7 +338,9 @@ type Status struct {
 // Client is an entry of the client table.
 type Client struct {
 	recov.ClientStatus
-	// Node and Session are of the path by which the client is connected.
+	// Node is the one from which the client was connected last, empty for this process
+	// and for a client that was not seen by this instance. Session is the path by which
+	// it is connected, 0 for none.
 	Node    string
 	Session uint64
 	Tenure  uint64
@@ -303,8 +354,9 @@ func (f *Front) Status() Status {
 	s := Status{Name: f.o.Name, Recovery: f.m.Status(), Serving: f.serving.Load(), Held: len(f.held), Err: f.err}
 	for _, c := range f.m.Clients() {
 		k := Client{ClientStatus: c}
+		k.Node = f.homes[c.Client]
 		if p := f.links[c.Client]; p != nil {
-			k.Node, k.Session = p.node, p.num
+			k.Session = p.num
 		}
 		s.Clients = append(s.Clients, k)
 	}

@@ -265,14 +265,82 @@ func TestSilence(t *testing.T) {
 		time.Sleep(time.Hour)
 		r.want(a.op(wire.OpGetattr), wire.OK)
 		r.want(l.op(wire.OpGetattr), wire.OK)
-		b.instance = 0
-		b.join()
-		for range 50 { // by other ways
-			time.Sleep(time.Second)
-			r.want(a.op(wire.OpGetattr), wire.OK)
-			r.f.Heard(b.id, time.Now())
+	})
+}
+
+// A node that is alive speaks for the clients that are connected from it, for no others,
+// and for none that are not connected: they have to come back in time.
+func TestNodeSpeaksForItsClients(t *testing.T) {
+	inRig(t, func(r *rig) {
+		a, b := r.client("a").join(), r.client("b").join()
+		alive := func(node string) bool { return node == "node-b" }
+		pass := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(time.Second) {
+				r.want(a.op(wire.OpGetattr), wire.OK)
+				r.f.Alive(alive)
+			}
 		}
+		pass(100 * time.Second)
 		r.want(b.op(wire.OpGetattr), wire.OK)
+		b.close()
+		pass(20 * time.Second)
+		if v := r.f.Vitals(); !slices.Contains(v.Nodes, "node-b") {
+			t.Error("a client that is not connected is forgotten at once")
+		}
+		r.want(b.connect(), wire.OK)
+		pass(100 * time.Second)
+		r.want(b.op(wire.OpGetattr), wire.OK)
+		b.close()
+		pass(40 * time.Second)
+		if v := r.f.Vitals(); !slices.Equal(v.Nodes, []string{"node-a"}) {
+			t.Errorf("nodes %q have clients", v.Nodes)
+		}
+		r.want(b.connect(), wire.ErrUnknownClient)
+		r.want(a.op(wire.OpGetattr), wire.OK)
+	})
+}
+
+// The vitals tell a target that works from one that stands still and from one that has
+// nothing to do; what waits for other clients in recovery is no work of its.
+func TestVitals(t *testing.T) {
+	inRig(t, func(r *rig) {
+		a, b := r.client("a").join(), r.client("b").join()
+		v := r.f.Vitals()
+		if v.Instance != 1 || !v.Serving || v.Work != 0 || len(v.Nodes) != 2 {
+			t.Errorf("at rest: %+v", v)
+		}
+		old := v.Progress
+		q := a.change("x")
+		q.Flags |= wire.FlagWaitCommit
+		w := r.send(a.c, q)
+		r.waits(w)
+		q2, rep := b.hdr(wire.OpGetattr), wire.Reply{}
+		if !b.c.TryHandle(&q2, &rep) {
+			t.Error("nothing is answered at once")
+		}
+		if v = r.f.Vitals(); v.Work != 1 || v.Progress != old {
+			t.Errorf("while the disk does nothing: %+v, progress was %d", v, old)
+		}
+		r.b.commitAll()
+		r.want(w, wire.OK)
+		if v = r.f.Vitals(); v.Work != 0 || v.Progress == old {
+			t.Errorf("done: %+v, progress was %d", v, old)
+		}
+		old = v.Progress
+		a.close()
+		if v = r.f.Vitals(); v.Progress != old {
+			t.Errorf("progress %d went to %d with a connection", old, v.Progress)
+		}
+		r.crash()
+		if v = r.f.Vitals(); v.Instance != 2 || v.Serving || v.Work != 0 || len(v.Nodes) != 0 {
+			t.Errorf("started again: %+v", v)
+		}
+		r.want(b.connect(), wire.OK)
+		last := b.last()
+		r.waits(last)
+		if v = r.f.Vitals(); v.Work != 0 || !slices.Equal(v.Nodes, []string{"node-b"}) {
+			t.Errorf("waiting for a client: %+v", v)
+		}
 	})
 }
 

@@ -118,6 +118,7 @@ func (f *Front) scan(a *recov.Action) {
 		f.connected(a.Handle.(*call).c.s, a.Client, a.Gen)
 	case recov.ActDelClient:
 		f.disconnected(a.Client)
+		delete(f.homes, a.Client)
 	}
 }
 
@@ -156,7 +157,7 @@ func (f *Front) over() bool {
 		return false
 	}
 	for c := range f.conns {
-		if c.inside.Load() != 0 {
+		if c.load.inside() != 0 {
 			return false
 		}
 	}
@@ -285,6 +286,7 @@ func (f *Front) welcome(x *call, a *recov.Action) {
 	rep := x.rep
 	rep.Instance, rep.Recovering, rep.Known = a.Instance, a.Recovering, a.Known
 	rep.Transno, rep.LastCommitted = a.Transno, a.LastCommitted
+	rep.Pingless = f.o.Pingless && !x.c.s.local
 	rep.Tenure = f.body.Tenure(a.Client)
 	f.log.Info("client is connected", "client", name(a.Client), "generation", a.Gen, "node", x.c.s.node,
 		"known", a.Known, "recovering", a.Recovering)

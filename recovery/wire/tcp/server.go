@@ -412,6 +412,23 @@ func (s *Server) admit(c *sconn, h *hello) (uint16, string) {
 	return codeOK, ""
 }
 
+// Cut ends all connections of a node but those of kind Health, at once and without
+// waiting, and tells how many there were. What they have queued is thrown away.
+func (s *Server) Cut(node string, why error) int {
+	var conns []*sconn
+	s.mu.Lock()
+	for c := range s.conns {
+		if c.node == node && c.kind != Health {
+			conns = append(conns, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range conns {
+		c.close(why)
+	}
+	return len(conns)
+}
+
 // Stats returns the server's figures.
 func (s *Server) Stats() ServerStats {
 	st := ServerStats{

@@ -1,0 +1,96 @@
+package node
+
+import (
+	"context"
+	"sync"
+
+	"github.com/baton-nfs/baton/recovery/wire"
+	"github.com/baton-nfs/baton/recovery/wire/tcp"
+)
+
+// paths are the ways from this process to targets on other nodes, and the attempts to
+// get one, so that they can be cut when a node or a target is said to be gone: what is
+// on its way then returns at once to who has sent it, who asks again, there or elsewhere.
+type paths struct {
+	mu   sync.Mutex // never held while anything is called
+	open map[*path]struct{}
+}
+
+type path struct {
+	node, target string
+	// end ends the attempt, and once it has succeeded the path, without waiting.
+	end func(error)
+}
+
+// dial connects to a target at a node. The path is among those that cut ends until
+// the connection is closed.
+func (p *paths) dial(ctx context.Context, node, target string, o tcp.BundleOptions) (wire.Conn, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	x := &path{node: node, target: target, end: cancel}
+	p.mu.Lock()
+	if p.open == nil {
+		p.open = map[*path]struct{}{}
+	}
+	p.open[x] = struct{}{}
+	p.mu.Unlock()
+	b, err := tcp.DialBundle(ctx, o)
+	if err != nil {
+		p.remove(x)
+		return nil, err
+	}
+	p.mu.Lock()
+	x.end = b.Abort
+	p.mu.Unlock()
+	// It may have been cut while it was made.
+	if err := context.Cause(ctx); err != nil {
+		b.Abort(err)
+	}
+	return &pathConn{b, p, x}, nil
+}
+
+// pathConn is a connection that is among the paths until it is closed.
+type pathConn struct {
+	*tcp.Bundle
+	p *paths
+	x *path
+}
+
+func (c *pathConn) Close() error {
+	c.p.remove(c.x)
+	return c.Bundle.Close()
+}
+
+func (p *paths) remove(x *path) {
+	p.mu.Lock()
+	delete(p.open, x)
+	p.mu.Unlock()
+}
+
+// cut ends the paths to a target at a node, or to all there when target is empty,
+// and tells how many there were. Requests without an answer are given back.
+func (p *paths) cut(node, target string, why error) int {
+	var ends []func(error)
+	p.mu.Lock()
+	for x := range p.open {
+		if x.node == node && (target == "" || x.target == target) {
+			ends = append(ends, x.end)
+		}
+	}
+	p.mu.Unlock()
+	for _, end := range ends {
+		end(why)
+	}
+	return len(ends)
+}
+
+// to calls add with every node to which there is a path to the target.
+func (p *paths) to(target string, add func(node string)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for x := range p.open {
+		if x.target == target {
+			add(x.node)
+		}
+	}
+}
