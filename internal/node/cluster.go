@@ -39,6 +39,7 @@ type cluster struct {
 	reg    *mgs.Remote
 	hosted []*hosted // as in the configuration
 	byName map[string]*hosted
+	news   news
 
 	ctx    context.Context // ends the starts
 	cancel context.CancelFunc

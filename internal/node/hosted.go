@@ -44,6 +44,7 @@ type hosted struct {
 	mdt    *host.MDT
 	ost    *host.OST
 	unlock func()
+	deaf   func() // ends the target's hearing of news
 }
 
 // set notes what becomes of the target.
@@ -66,6 +67,21 @@ func (h *hosted) running() wire.Target {
 		return h.ost.Front()
 	}
 	return nil
+}
+
+// instance numbers the starts of a target that runs here; 0: it does not.
+func (h *hosted) instance() uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.mgs != nil:
+		return h.mgs.Instance()
+	case h.mdt != nil:
+		return h.mdt.Front().Instance()
+	case h.ost != nil:
+		return h.ost.Front().Instance()
+	}
+	return 0
 }
 
 // errNotStopped: a target is to be started that runs here already, or nearly.
@@ -157,6 +173,9 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 	default:
 		oo := ostOptions(c.cfg, h.index, c.clock, c.log)
 		oo.Owner, oo.Owned, oo.OnFail, oo.MDT = own, owned, onFail, c.reach(mdtName)
+		found := newWaiter(mdtName)
+		oo.Found = found.node
+		defer c.news.join(found)()
 		oo.OnWait = func(why string) { h.set(status.StateStarting, why) }
 		if !c.cfg.Cluster.FileLocks {
 			fs, err := objfs.NewLinux(h.Dir)
@@ -173,12 +192,17 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 		}
 		return err
 	}
+	deaf := func() {}
+	if t != nil {
+		deaf = c.news.join(t)
+	}
 	h.mu.Lock()
-	h.mgs, h.mdt, h.ost, h.unlock = m, t, o, unlock
+	h.mgs, h.mdt, h.ost, h.unlock, h.deaf = m, t, o, unlock, deaf
 	h.mu.Unlock()
 	if err := c.srv.SetTarget(h.Name, h.running()); err != nil {
 		return errors.Join(err, c.halt(context.WithoutCancel(ctx), h))
 	}
+	c.news.runs(h.Name, h.instance(), c.name)
 	return nil
 }
 
@@ -255,9 +279,11 @@ const haltTime = 30 * time.Second
 // it any more.
 func (c *cluster) halt(ctx context.Context, h *hosted) error {
 	h.mu.Lock()
-	m, t, o, unlock := h.mgs, h.mdt, h.ost, h.unlock
-	h.mgs, h.mdt, h.ost, h.unlock = nil, nil, nil, nil
+	m, t, o, unlock, deaf := h.mgs, h.mdt, h.ost, h.unlock, h.deaf
+	h.mgs, h.mdt, h.ost, h.unlock, h.deaf = nil, nil, nil, nil, nil
 	h.mu.Unlock()
+	c.news.gone(h.Name, c.name)
+	deaf()
 	var err error
 	switch {
 	case m != nil:

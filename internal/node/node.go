@@ -74,6 +74,7 @@ type Node struct {
 	waits      atomic.Pointer[string] // what it waits for until then
 	frontend   sync.WaitGroup
 	noFrontend context.CancelFunc
+	deaf       func() // ends the hearing of news
 	failed     chan error
 
 	rates rateKeeper
@@ -201,6 +202,7 @@ func (n *Node) startFrontend(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.deaf = c.news.join(n.fs)
 	n.waitsFor("the metadata target (" + mdtName + ")")
 	connected := make(chan struct{})
 	n.frontend.Go(func() {
@@ -599,6 +601,7 @@ func (n *Node) leave(ctx context.Context) error {
 	if n.fs == nil {
 		return nil
 	}
+	n.deaf()
 	lctx, cancel := context.WithTimeout(ctx, leaveTime)
 	defer cancel()
 	err := n.fs.Close(lctx)

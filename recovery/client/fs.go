@@ -80,8 +80,10 @@ type FS struct {
 	mdt    wire.Conn
 	osts   []*ostConn
 	mdtImp *imp.Import // nil without imports
-	tenure atomic.Uint64
-	latest atomic.Int64 // see saw
+	// imports are all by the names of their targets; nil without.
+	imports map[string]*imp.Import
+	tenure  atomic.Uint64
+	latest  atomic.Int64 // see saw
 
 	epochs    epochTable
 	flushMu   sync.Mutex

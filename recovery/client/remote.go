@@ -15,7 +15,7 @@ import (
 
 // Target says how a target is reached, at whatever address it is now.
 type Target struct {
-	// Name is for messages.
+	// Name is the target's, by which news name it.
 	Name string
 	// Addrs are the addresses at which it may be.
 	Addrs []string
@@ -49,6 +49,7 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 	}
 	f := newFS(o)
 	f.flushSeen = make([]atomic.Uint64, len(r.OSTs))
+	f.imports = make(map[string]*imp.Import, 1+len(r.OSTs))
 	open := func(t *Target, change func(*imp.Options)) (*imp.Import, error) {
 		io := imp.Options{
 			Config: r.Import, Addrs: t.Addrs, Dial: t.Dial, Client: o.ID, Gen: o.Gen, Clock: r.Clock,
@@ -61,6 +62,7 @@ func NewRemote(o Options, r Remote) (*FS, error) {
 		if err != nil {
 			return nil, fmt.Errorf("client: %s: %w", t.Name, err)
 		}
+		f.imports[t.Name] = im
 		return im, nil
 	}
 	var err error
@@ -113,6 +115,15 @@ func (f *FS) Abandon() error {
 	err := f.closeImports()
 	f.wg.Wait()
 	return err
+}
+
+// Notice passes the news that a target runs at addr, as the instance (0: not told), to
+// the import of that target, if there is one. It is a hint: the import looks there at
+// once. Notice does not block.
+func (f *FS) Notice(target string, instance uint64, addr string) {
+	if im := f.imports[target]; im != nil {
+		im.Notice(instance, addr, nil)
+	}
 }
 
 // MDTImport is the import of the MDT, nil without imports.

@@ -317,6 +317,14 @@ func (m *MDT) AllThere() <-chan struct{} { return m.all }
 // FS is the target's own client.
 func (m *MDT) FS() *client.FS { return m.fs }
 
+// Notice passes the news that an object target runs at addr, as the instance (0: not
+// told), to this target's import of it. It does not block.
+func (m *MDT) Notice(target string, instance uint64, addr string) {
+	if target != m.o.Name { // its own client is in this process, wherever that is
+		m.fs.Notice(target, instance, addr)
+	}
+}
+
 // Err is why the target has failed, or nil.
 func (m *MDT) Err() error { return m.fail.get() }
 

@@ -91,6 +91,15 @@ func (m *MGS) Service() *mgs.Service { return m.service }
 // Registry is the registry itself.
 func (m *MGS) Registry() mgs.Registry { return m.file }
 
+// Instance numbers the registry's starts, wherever they were; 0 when its directory is
+// owned by nobody.
+func (m *MGS) Instance() uint64 {
+	if m.own == nil {
+		return 0
+	}
+	return m.own.Record().Generation
+}
+
 // Err is why the registry has failed, or nil.
 func (m *MGS) Err() error { return m.fail.get() }
 

@@ -28,7 +28,10 @@ type OSTOptions struct {
 	Owned    func(context.Context) error
 	Recovery recov.Config
 	// MDT is asked what the target has to know before it serves anybody.
-	MDT    client.Target
+	MDT client.Target
+	// Found, if not nil, names addresses at which the MDT is said to run; while the
+	// start waits for it, it is asked there at once.
+	Found  <-chan string
 	Logger *slog.Logger
 	// OnFail is called once when the target fails. It must not block.
 	OnFail func(error)
@@ -103,9 +106,12 @@ const (
 // ask gets from the MDT what an OST has to know, for as long as it takes: to serve
 // without knowing which clients are fenced could bring old data back.
 func (t *OST) ask(ctx context.Context) (*wire.OSTInfo, error) {
-	pause := askAgain
+	pause, found := askAgain, ""
 	for n := 0; ; n++ {
-		addr := t.o.MDT.Addrs[n%len(t.o.MDT.Addrs)]
+		addr := found
+		if addr == "" {
+			addr = t.o.MDT.Addrs[n%len(t.o.MDT.Addrs)]
+		}
 		info, err := t.askAt(ctx, addr)
 		if err == nil {
 			return info, nil
@@ -119,11 +125,14 @@ func (t *OST) ask(ctx context.Context) (*wire.OSTInfo, error) {
 		if t.o.OnWait != nil {
 			t.o.OnWait(fmt.Sprintf("waits for %s: %v", t.o.MDT.Name, err))
 		}
+		found = ""
 		select {
 		case <-ctx.Done():
+		case found = <-t.o.Found:
+			pause = askAgain
 		case <-time.After(pause):
+			pause = min(pause*3/2, askSlow)
 		}
-		pause = min(pause*3/2, askSlow)
 	}
 }
 

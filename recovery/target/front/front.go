@@ -266,6 +266,9 @@ func (f *Front) event(fn func(now time.Time) []recov.Action) {
 	f.poke()
 }
 
+// Instance numbers the target's starts.
+func (f *Front) Instance() uint64 { return f.m.Instance() }
+
 // State tells what the target does with requests.
 func (f *Front) State() recov.State {
 	f.mu.Lock()

@@ -585,6 +585,9 @@ func (m *Machine) NextTick(now time.Time) (time.Time, bool) {
 // Config returns the limits, with the defaults filled in.
 func (m *Machine) Config() Config { return m.cfg }
 
+// Instance numbers the target's starts. It does not change.
+func (m *Machine) Instance() uint64 { return m.instance }
+
 // State returns what the target does with requests.
 func (m *Machine) State() State { return m.state }
 
