@@ -74,10 +74,10 @@ func StartMGS(ctx context.Context, o MGSOptions) (m *MGS, err error) {
 	return m, nil
 }
 
-// incarnation numbers the starts: every one claims the directory anew.
+// incarnation is another one for every start: each claims the directory anew.
 func (m *MGS) incarnation() uint64 {
-	if m.own != nil {
-		return m.own.Record().Generation
+	if n := m.Instance(); n != 0 {
+		return n
 	}
 	return uint64(time.Now().UnixNano())
 }
