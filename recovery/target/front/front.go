@@ -250,6 +250,13 @@ func (f *Front) Abort() bool {
 	return ok
 }
 
+// Shorten tells that all clients are told that the target is back, so that recovery
+// need not wait for their time-outs: those that do not come are waited for this many
+// tenths (1..10) of the usual window.
+func (f *Front) Shorten(tenths int) {
+	f.event(func(now time.Time) []recov.Action { return f.m.Shorten(tenths, now) })
+}
+
 // Heard notes a sign of life of a client that came on another way, such as a
 // beat of its node's health.
 func (f *Front) Heard(id wire.ClientID, at time.Time) {
