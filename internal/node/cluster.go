@@ -22,6 +22,7 @@ import (
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/target/owner"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
@@ -40,6 +41,7 @@ type cluster struct {
 	hosted []*hosted // as in the configuration
 	byName map[string]*hosted
 	news   news
+	ir     *ir.Client
 
 	ctx    context.Context // ends the starts
 	cancel context.CancelFunc
@@ -81,6 +83,9 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.reg, err = mgs.NewRemote(mgs.RemoteOptions{Node: c.name, Addrs: at.Addrs, Dial: at.Dial, BackoffMax: maxPause, Logger: log}); err != nil {
 		return nil, err
 	}
+	if c.ir, err = ir.NewClient(c.watchOptions()); err != nil {
+		return nil, err
+	}
 	l, err := net.Listen("tcp", cfg.Cluster.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen for the other nodes on cluster.listen: %w", err)
@@ -91,6 +96,10 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 			log.Error("other nodes cannot connect any more", "listen", cfg.Cluster.Listen, "err", err)
 		}
 	})
+	if err := c.srv.SetTarget(inspectName, inspected{c}); err != nil {
+		return nil, err
+	}
+	c.background(func() { c.ir.Run(c.ctx) })
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
 }

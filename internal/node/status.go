@@ -59,6 +59,7 @@ func (n *Node) Status() status.Status {
 		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Stopping: n.stopping.Load(),
 	}
 	n.targetStatus(&s)
+	n.irStatus(&s)
 	if w := n.waits.Load(); w != nil && !n.up.Load() {
 		s.Waits = *w
 	}

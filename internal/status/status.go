@@ -30,7 +30,9 @@ type Status struct {
 	Memory  Memory   `json:"memory"`
 	Targets []Target `json:"targets"`
 	// Imports are this frontend's ways to the targets of a cluster.
-	Imports   []Import  `json:"imports,omitempty"`
+	Imports []Import `json:"imports,omitempty"`
+	// IR is the node's part in imperative recovery, in a cluster.
+	IR        *IR       `json:"imperative_recovery,omitempty"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
 	// Locks are the lock services; none when locks.enabled is false.

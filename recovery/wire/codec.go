@@ -197,6 +197,7 @@ var opLayouts = [...]opLayout{
 	OpAnnounce: {req: rBody, rep: pData},
 	OpWatch:    {req: rBody, rep: pData},
 	OpWatchers: {rep: pData},
+	OpInspect:  {req: rName, rep: pData},
 }
 
 func init() {

@@ -191,6 +191,10 @@ const (
 	OpWatch
 	// OpWatchers: -> Data (who is told, and how the table is).
 	OpWatchers
+
+	// OpInspect: Name (a target) -> Data (its recovery, for administrators). It is
+	// answered by the node that runs the target, not by the target.
+	OpInspect
 )
 
 // Polls tells whether the operation waits for what others do, for any time. It
