@@ -38,10 +38,10 @@ type cluster struct {
 	tls    *ca.Node // nil: connections are not protected
 	srv    *tcp.Server
 	reg    *mgs.Remote
+	ir     *ir.Client
 	hosted []*hosted // as in the configuration
 	byName map[string]*hosted
 	news   news
-	ir     *ir.Client
 
 	ctx    context.Context // ends the starts
 	cancel context.CancelFunc

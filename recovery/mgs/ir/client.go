@@ -26,8 +26,8 @@ type Options struct {
 	// Entries with NoIR are not told.
 	OnNews func(Target)
 	// Attempt bounds the making of a connection and an answer that does not have to
-	// wait for news; default 10 s. Quiet is how long no answer to a watch is waited
-	// for: longer than the registry's Keepalive; default 25 s.
+	// wait for news; default 3 s. Quiet is how long an answer to a watch is waited for:
+	// longer than the registry's Keepalive; default 12 s.
 	Attempt, Quiet time.Duration
 	// BackoffMin is the pause when all addresses were tried in vain; it doubles up to
 	// BackoffMax. Defaults 50 ms, 1 s.
@@ -70,8 +70,8 @@ func NewClient(o Options) (*Client, error) {
 			*p = d
 		}
 	}
-	def(&o.Attempt, 10*time.Second)
-	def(&o.Quiet, 25*time.Second)
+	def(&o.Attempt, 3*time.Second)
+	def(&o.Quiet, 12*time.Second)
 	def(&o.BackoffMin, 50*time.Millisecond)
 	def(&o.BackoffMax, time.Second)
 	if o.Logger == nil {

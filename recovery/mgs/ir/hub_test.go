@@ -119,7 +119,7 @@ func TestLongPoll(t *testing.T) {
 		if s, _, _ := h.Status(); s.NotifyCount != 1 || s.Pending != 0 || len(s.Nodes) != 201 {
 			t.Errorf("%+v", s)
 		}
-		time.Sleep(9 * time.Second)
+		time.Sleep(4 * time.Second)
 		if !waiting[0].waits() {
 			t.Error("answered before its time")
 		}

@@ -14,7 +14,7 @@ type Config struct {
 	// 30 s.
 	Startup time.Duration
 	// Keepalive is when a watch is answered without news, and how long a node may
-	// then take to watch again, default 10 s.
+	// then take to watch again, default 5 s: so both notice that the other one is gone.
 	Keepalive time.Duration
 }
 
@@ -23,7 +23,7 @@ func (c *Config) defaults() {
 		c.Startup = 30 * time.Second
 	}
 	if c.Keepalive <= 0 {
-		c.Keepalive = 10 * time.Second
+		c.Keepalive = 5 * time.Second
 	}
 }
 

@@ -234,6 +234,13 @@ func (f *Front) dropHeld(c *conn, st wire.Status) {
 	})
 }
 
+// Shorten tells that all clients are told that the target is back, so that recovery
+// need not wait for their time-outs: those that do not come are waited for this many
+// tenths (1..10) of the usual window.
+func (f *Front) Shorten(tenths int) {
+	f.event(func(now time.Time) []recov.Action { return f.m.Shorten(tenths, now) })
+}
+
 // Evict removes a client by order of the administrator. It reports whether the
 // client was registered. Requests of its connections are refused from now on.
 func (f *Front) Evict(id wire.ClientID) bool {
@@ -248,13 +255,6 @@ func (f *Front) Abort() bool {
 	var ok bool
 	f.event(func(now time.Time) (acts []recov.Action) { ok, acts = f.m.Abort(now); return acts })
 	return ok
-}
-
-// Shorten tells that all clients are told that the target is back, so that recovery
-// need not wait for their time-outs: those that do not come are waited for this many
-// tenths (1..10) of the usual window.
-func (f *Front) Shorten(tenths int) {
-	f.event(func(now time.Time) []recov.Action { return f.m.Shorten(tenths, now) })
 }
 
 // Heard notes a sign of life of a client that came on another way, such as a
