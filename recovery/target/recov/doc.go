@@ -12,7 +12,7 @@
 //
 // A target reads its TargetRecord, ClientRecords and SlotRecords, raises the
 // instance number and calls New and Start. With clients in the table and no
-// clean stop before, it is in recovery: StateWaiting until somebody, known or
+// clean stop before, it is in recovery: StateWaiting until somebody else, known or
 // not, tries to connect, for ever if nobody does; then StateRecovering with a
 // window that always ends. Otherwise it serves at once (StateFull).
 //

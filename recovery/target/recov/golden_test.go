@@ -407,7 +407,7 @@ func (w *world) clientLine(f []string, opt map[string]string, num func(string, u
 		}
 		c := Connect{
 			Client: p.id, Gen: num("gen", p.gen), Conn: num("conn", p.conn), Instance: num("instance", p.instance), Transno: p.told,
-			LastCommitted: num("committed", p.known), Local: num("local", 0) == 1, Handle: &msg{who: name},
+			LastCommitted: num("committed", p.known), Local: num("local", 0) == 1, Own: num("own", 0) == 1, Handle: &msg{who: name},
 		}
 		if e, ok := opt["estimate"]; ok {
 			c.Estimate = dur(e)

@@ -248,7 +248,9 @@ func (m *Machine) Connect(r Connect, now time.Time) []Action {
 		m.reply(r.Handle, wire.ErrTargetDown)
 		return m.acts
 	}
-	m.arm(now)
+	if !r.Own {
+		m.arm(now)
+	}
 	c := m.clients[r.Client]
 	if r.Transno > m.last+MaxAhead {
 		m.reply(r.Handle, wire.ErrProto)

@@ -65,7 +65,10 @@ type Connect struct {
 	Estimate time.Duration
 	// Local: the client dies with the target; its next start does not wait for it.
 	// The client may have lived elsewhere when the target died the last time.
-	Local  bool
+	Local bool
+	// Own: it is the target's own client. That it connects says nothing of when others
+	// will, so it does not begin the window.
+	Own    bool
 	Handle any
 }
 
