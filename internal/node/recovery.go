@@ -48,6 +48,15 @@ func (n *Node) RecoveryStatus(ctx context.Context) status.Recovery {
 	for _, t := range w.Targets {
 		known[t.Name] = t
 	}
+	names := map[string]string{}
+	if r.Registry != nil {
+		// Without them clients that are not connected have an ID only.
+		if l, err := n.reg.Clients(ctx); err == nil {
+			for node, id := range l {
+				names[fmt.Sprintf("%x", id[:])] = node
+			}
+		}
+	}
 	var wg sync.WaitGroup
 	r.Targets = make([]status.RecoveryTarget, 0, len(c.hosted)-1)
 	for _, h := range c.hosted {
@@ -59,6 +68,13 @@ func (n *Node) RecoveryStatus(ctx context.Context) status.Recovery {
 		wg.Go(func() { n.recoveryOf(ctx, &r.Targets[i], known) })
 	}
 	wg.Wait()
+	for i := range r.Targets {
+		for j := range r.Targets[i].Clients {
+			if k := &r.Targets[i].Clients[j]; k.Node == "" {
+				k.Node = names[k.ID]
+			}
+		}
+	}
 	return r
 }
 

@@ -123,8 +123,10 @@ const (
 type RecoveryClient struct {
 	ID         string `json:"id"` // hex
 	Generation uint64 `json:"generation"`
-	Node       string `json:"node,omitempty"` // from which it is connected
-	State      string `json:"state"`
+	// Node is where it is connected from or, as the registry knows, where it belongs;
+	// empty: not known, or it is another target's.
+	Node  string `json:"node,omitempty"`
+	State string `json:"state"`
 }
 
 // IR is a node's part in imperative recovery, for metrics.
