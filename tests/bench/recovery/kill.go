@@ -355,7 +355,13 @@ func killTable(ctx context.Context, w io.Writer, ops, clients string, p plan, ro
 		how, time.Now().UTC().Format("2006-01-02 15:04 UTC"), runtime.NumCPU(), rounds)
 	fmt.Fprintln(w, "| killed | operations | frontends | one is dead | told | target is back ms | all have connected ms | all are served ms | recovery ms |")
 	fmt.Fprintln(w, "|---|---:|---:|---|---|---:|---:|---:|---:|")
-	for _, kill := range strings.Split(p.kill, ",") {
+	ways := strings.Split(p.kill, ",")
+	for _, kill := range ways {
+		if kill != killProcess && kill != killPower {
+			return fmt.Errorf("%q is not a way to die: %s or %s", kill, killProcess, killPower)
+		}
+	}
+	for _, kill := range ways {
 		for _, n := range ns {
 			for _, k := range ks {
 				for _, dead := range []bool{false, true} {
