@@ -79,6 +79,9 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
+	if err := c.srv.SetTarget(inspectName, inspected{c}); err != nil {
+		return nil, err
+	}
 	at := c.reach(config.MGSName)
 	if c.reg, err = mgs.NewRemote(mgs.RemoteOptions{Node: c.name, Addrs: at.Addrs, Dial: at.Dial, BackoffMax: maxPause, Logger: log}); err != nil {
 		return nil, err
@@ -96,9 +99,6 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 			log.Error("other nodes cannot connect any more", "listen", cfg.Cluster.Listen, "err", err)
 		}
 	})
-	if err := c.srv.SetTarget(inspectName, inspected{c}); err != nil {
-		return nil, err
-	}
 	c.background(func() { c.ir.Run(c.ctx) })
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
