@@ -131,6 +131,8 @@ func (f *fakeNode) Deactivate(name string, activate bool) error {
 	return f.order
 }
 
+func (f *fakeNode) RecoveryStatus(context.Context) status.Recovery { return *statustest.Recovery() }
+
 func (f *fakeNode) Metrics() prometheus.Collector {
 	return metrics.NewCollector(f.Status)
 }

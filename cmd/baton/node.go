@@ -31,6 +31,7 @@ type service interface {
 	// Failed tells, once and after Start, that the addresses cannot be served.
 	Failed() <-chan error
 	targetAdmin
+	recoveryAdmin
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

@@ -236,6 +236,7 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 	handleFiles(ctl, s.node.FS)
 	lockctl.Register(ctl, s.node.Locks)
 	handleTargets(ctl, s.node)
+	handleRecovery(ctl, s.node)
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
 	}

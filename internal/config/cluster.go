@@ -60,7 +60,18 @@ type Recovery struct {
 	RetainHard    Size     `toml:"retain_hard"`
 	Heartbeat     Duration `toml:"heartbeat"`
 	JukeboxAfter  Duration `toml:"jukebox_after"`
+
+	// Imperative recovery: the registry tells clients where targets have started.
+	Imperative string   `toml:"imperative"`
+	IRFactor   int      `toml:"ir_factor"`
+	IRStartup  Duration `toml:"ir_startup"`
 }
+
+// Values of Recovery.Imperative.
+const (
+	ImperativeOn  = "on"
+	ImperativeOff = "off"
+)
 
 // complete adds the port to addresses that have none, and listens where the
 // others look for this node.
@@ -285,6 +296,11 @@ func (v *validator) recovery() {
 	span("recovery.ping_timeout", r.PingTimeout, 2*r.PingInterval, hour)
 	span("recovery.heartbeat", r.Heartbeat, tenth, Duration(time.Minute))
 	span("recovery.jukebox_after", r.JukeboxAfter, tenth, hour)
+	v.oneOf("recovery.imperative", r.Imperative, ImperativeOn, ImperativeOff)
+	if r.IRFactor < 1 || r.IRFactor > 10 {
+		v.bad("recovery.ir_factor", r.IRFactor, "out of range", "use 1 to 10; 10 leaves the window as it is")
+	}
+	span("recovery.ir_startup", r.IRStartup, Duration(5*time.Second), hour)
 	if r.RetainSoft < MiB || r.RetainSoft > TiB {
 		v.bad("recovery.retain_soft", r.RetainSoft, "out of range", "use 1 MiB to 1 TiB")
 	}

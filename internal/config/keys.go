@@ -116,6 +116,9 @@ var keyDocs = map[string]string{
 	"recovery.retain_hard":     "Above, writes wait.",
 	"recovery.heartbeat":       "How often a target proves that its store is still its own. A target whose\ndisk stalls for two intervals is given up; another node takes a store over\nwhen nothing was seen for three. The same on all nodes.",
 	"recovery.jukebox_after":   "An NFS call that waits this long for an OST that is away is answered\nNFS3ERR_JUKEBOX: the client asks again after some seconds.",
+	"recovery.imperative":      "\"on\": the registry tells this node where targets have started, so that it\nconnects to them at once, and tells others of the targets that start here.\n\"off\": this node takes no part, and since it must find out by itself, no\ntarget waits any shorter; on the node of the MGS: nobody is told anything.",
+	"recovery.ir_factor":       "When the registry tells all clients that a target is back, the target waits\nthis many tenths (1 to 10) of its window for those that do not come. A small\nfactor evicts clients that are only slow to come (a busy network, a node\nthat starts itself), and they lose what was not durable: be careful below 3.\n10 leaves the window as it is.",
+	"recovery.ir_startup":      "How long after its own start the registry does not vouch for anybody, since\nthe nodes have to find it first. Targets that start meanwhile wait as usual.",
 
 	"control.socket": "Path, at most 107 bytes; made with mode 0600. Empty: DATA_DIR/control.sock.",
 

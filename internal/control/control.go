@@ -42,6 +42,8 @@ const (
 	CmdTargetEvict      = "target-evict"
 	CmdTargetDeactivate = "target-deactivate"
 	CmdTargetActivate   = "target-activate"
+
+	CmdRecovery = "recovery" // result: status.Recovery
 )
 
 // TargetArgs name a target and what is to be done to it.

@@ -109,26 +109,20 @@ func NewCollector(get func() status.Status) *Collector {
 			}
 		})
 	}
-	is := func(yes bool) float64 {
-		if yes {
-			return 1
-		}
-		return 0
-	}
 	add("peer_state", "1 for what is thought of the node, 0 for the others.", gauge, []string{"node", "state"},
 		func(s *status.Status, emit func(float64, ...string)) {
 			for _, p := range s.Peers {
 				for _, st := range []string{status.PeerIdle, status.PeerWaiting, status.PeerAlive, status.PeerSuspect} {
-					emit(is(p.State == st), p.Node, st)
+					emit(one(p.State == st), p.Node, st)
 				}
 			}
 		})
 	peer("silence_seconds", "Time since the last beat of the node; 0 if none is expected.", gauge, func(p *status.Peer) float64 { return p.Silence.Seconds() })
 	peer("timeout_seconds", "Silence after which the node is suspected.", gauge, func(p *status.Peer) float64 { return p.Timeout.Seconds() })
-	peer("slow", "1 while the node answers beats and does not get on.", gauge, func(p *status.Peer) float64 { return is(p.Slow) })
+	peer("slow", "1 while the node answers beats and does not get on.", gauge, func(p *status.Peer) float64 { return one(p.Slow) })
 	peer("slow_targets", "Targets of the node that have work and do not get on.", gauge, func(p *status.Peer) (n float64) {
 		for _, t := range p.Targets {
-			n += is(t.Slow)
+			n += one(t.Slow)
 		}
 		return n
 	})
@@ -140,6 +134,37 @@ func NewCollector(get func() status.Status) *Collector {
 	peer("restarts_total", "Restarts of the node that were noticed.", counter, func(p *status.Peer) float64 { return float64(p.Restarts) })
 	peer("health_connects_total", "Attempts to connect to the node for beats.", counter, func(p *status.Peer) float64 { return float64(p.Connects) })
 	peer("longest_gap_seconds", "The longest time between two beats.", gauge, func(p *status.Peer) float64 { return p.LongestGap.Seconds() })
+	ir := func(name, help string, kind prometheus.ValueType, value func(*status.IR) float64) {
+		add("ir_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
+			if s.IR != nil {
+				emit(value(s.IR))
+			}
+		})
+	}
+	ir("watching", "1 while the registry's news of targets reach this node.", gauge, func(i *status.IR) float64 { return one(i.Connected) })
+	ir("imperative_recovery", "1 if this node acts on the registry's news.", gauge, func(i *status.IR) float64 { return one(i.Imperative) })
+	ir("nidtbl_version", "Version of the registry's table of targets that this node has.", gauge, func(i *status.IR) float64 { return float64(i.Version) })
+	registry := func(name, help string, kind prometheus.ValueType, value func(*status.RecoveryRegistry) float64) {
+		add("ir_registry_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
+			if s.IR != nil && s.IR.Registry != nil {
+				emit(value(s.IR.Registry))
+			}
+		})
+	}
+	registry("incarnation", "Number of the registry's start; of the node that runs it.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.Incarnation) })
+	registry("nidtbl_version", "Version of the registry's table of targets.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.Version) })
+	registry("nonir_clients", "Nodes that are not told where targets have started.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.NonIR) })
+	registry("notify_count_total", "Changes of the table that all who were to be told have acknowledged.", counter, func(r *status.RecoveryRegistry) float64 { return float64(r.NotifyCount) })
+	registry("notify_duration_seconds_total", "How long that took, together.", counter, func(r *status.RecoveryRegistry) float64 { return r.NotifyTotal.Seconds() })
+	registry("notify_duration_max_seconds", "The longest that it took.", gauge, func(r *status.RecoveryRegistry) float64 { return r.NotifyMax.Seconds() })
+	add("ir_registry_state", "1 for the state of imperative recovery, 0 for the others.", gauge, []string{"state"},
+		func(s *status.Status, emit func(float64, ...string)) {
+			if s.IR != nil && s.IR.Registry != nil {
+				for _, st := range []string{"full", "partial", "startup", "disabled"} {
+					emit(one(s.IR.Registry.State == st), st)
+				}
+			}
+		})
 
 	addr := func(name, help string, kind prometheus.ValueType, value func(*status.Address) float64) {
 		add("rpc_"+name, help, kind, []string{"service", "address", "port", "net"}, func(s *status.Status, emit func(float64, ...string)) {
@@ -227,6 +252,13 @@ func NewCollector(get func() status.Status) *Collector {
 	proc("replayed_total", "Calls answered from a reply record.", func(p *status.Proc) float64 { return float64(p.Replayed) })
 	proc("seconds_total", "Time spent in the procedure.", func(p *status.Proc) float64 { return p.Time.Seconds() })
 	return c
+}
+
+func one(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
 }
 
 // Describe implements prometheus.Collector.

@@ -24,6 +24,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/target/owner"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
@@ -39,6 +40,7 @@ type cluster struct {
 	tls    *ca.Node // nil: connections are not protected
 	srv    *tcp.Server
 	reg    *mgs.Remote
+	ir     *ir.Client
 	hosted []*hosted // as in the configuration
 	byName map[string]*hosted
 	news   news
@@ -85,8 +87,14 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
+	if err := c.srv.SetTarget(inspectName, inspected{c}); err != nil {
+		return nil, err
+	}
 	at := c.reach(config.MGSName)
 	if c.reg, err = mgs.NewRemote(mgs.RemoteOptions{Node: c.name, Addrs: at.Addrs, Dial: at.Dial, BackoffMax: maxPause, Logger: log}); err != nil {
+		return nil, err
+	}
+	if c.ir, err = ir.NewClient(c.watchOptions()); err != nil {
 		return nil, err
 	}
 	l, err := net.Listen("tcp", cfg.Cluster.Listen)
@@ -102,6 +110,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 			log.Error("other nodes cannot connect any more", "listen", cfg.Cluster.Listen, "err", err)
 		}
 	})
+	c.background(func() { c.ir.Run(c.ctx) })
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
 }

@@ -157,7 +157,7 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 	var o *host.OST
 	switch h.kind {
 	case status.KindMGS:
-		m, err = host.StartMGS(ctx, host.MGSOptions{Dir: h.Dir, Owner: own, Owned: owned, Logger: c.log, OnFail: onFail})
+		m, err = host.StartMGS(ctx, host.MGSOptions{Dir: h.Dir, Owner: own, Owned: owned, Table: c.tableConfig(), Logger: c.log, OnFail: onFail})
 		if err == nil {
 			err = adopt(ctx, m.Registry())
 		}
@@ -205,6 +205,7 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 		return errors.Join(err, c.halt(context.WithoutCancel(ctx), h))
 	}
 	c.news.runs(h.Name, h.instance(), c.name)
+	c.announce(h)
 	return nil
 }
 
@@ -285,6 +286,7 @@ func (c *cluster) halt(ctx context.Context, h *hosted) error {
 	h.mgs, h.mdt, h.ost, h.unlock, h.deaf = nil, nil, nil, nil, nil
 	h.mu.Unlock()
 	c.news.gone(h.Name, c.name)
+	c.ir.Withdraw(h.Name)
 	deaf()
 	var err error
 	switch {

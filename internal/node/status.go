@@ -61,6 +61,7 @@ func (n *Node) Status() status.Status {
 	}
 	n.targetStatus(&s)
 	n.peerStatus(&s)
+	n.irStatus(&s)
 	if w := n.waits.Load(); w != nil && !n.up.Load() {
 		s.Waits = *w
 	}

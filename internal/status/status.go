@@ -32,7 +32,9 @@ type Status struct {
 	// Imports are this frontend's ways to the targets of a cluster.
 	Imports []Import `json:"imports,omitempty"`
 	// Peers are the other nodes of a cluster, by name.
-	Peers     []Peer    `json:"peers,omitempty"`
+	Peers []Peer `json:"peers,omitempty"`
+	// IR is the node's part in imperative recovery, in a cluster.
+	IR        *IR       `json:"imperative_recovery,omitempty"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
 	// Locks are the lock services; none when locks.enabled is false.

@@ -168,7 +168,7 @@ func StartMDT(ctx context.Context, o MDTOptions) (m *MDT, err error) {
 		return m, err
 	}
 	m.fail.then(m.body.Fail)
-	if m.front, err = front.New(front.Options{Name: o.Name, Body: m.body, Config: o.Recovery, Pingless: o.Pingless, Logger: o.Logger, OnFail: m.fail.set}); err != nil {
+	if m.front, err = front.New(front.Options{Name: o.Name, Body: m.body, Config: o.Recovery, Pingless: o.Pingless, Own: AgentID(o.Name), Logger: o.Logger, OnFail: m.fail.set}); err != nil {
 		return m, err
 	}
 	m.fail.then(m.front.Fail)

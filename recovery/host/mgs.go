@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/target/owner"
 )
 
@@ -17,7 +19,9 @@ type MGSOptions struct {
 	Owner *owner.Options
 	// Owned is called when the directory is owned and before anything is made in it;
 	// its error ends the start.
-	Owned  func(context.Context) error
+	Owned func(context.Context) error
+	// Table configures the table of targets.
+	Table  ir.Config
 	Logger *slog.Logger
 	// OnFail is called once when the registry fails. It must not block.
 	OnFail func(error)
@@ -65,8 +69,17 @@ func StartMGS(ctx context.Context, o MGSOptions) (m *MGS, err error) {
 		return m, err
 	}
 	m.service = mgs.NewService(m.file.Stored, o.Logger)
+	m.service.UseTable(ir.NewHub(ir.HubOptions{Config: o.Table, Incarnation: m.incarnation(), Logger: o.Logger}))
 	m.fail.then(func(error) { m.service.Close() })
 	return m, nil
+}
+
+// incarnation is another one for every start: each claims the directory anew.
+func (m *MGS) incarnation() uint64 {
+	if n := m.Instance(); n != 0 {
+		return n
+	}
+	return uint64(time.Now().UnixNano())
 }
 
 // Name is the target's.

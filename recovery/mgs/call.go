@@ -28,6 +28,7 @@ const (
 	methodSetMade      = "set-made"
 	methodIdentity     = "identity"
 	methodAgree        = "agree"
+	methodClients      = "clients"
 )
 
 // call is OpRegistry's Data. Session and Seq are there in calls that change
@@ -122,6 +123,10 @@ type (
 	agreeResult struct {
 		Value string `json:"value"`
 	}
+	// With the longest names there is room for maxNodes clients in an answer.
+	clientsResult struct {
+		Clients map[string]string `json:"clients"` // IDs in hex
+	}
 )
 
 // pageVIPs is the number of VIPs in an answer. With the longest names they
@@ -187,6 +192,13 @@ var methods = map[string]*method{
 	}),
 	methodIdentity: bind(false, func(s *state, _ io.Reader, _ string, _ none) (any, error) {
 		return identityResult{s.Client}, nil
+	}),
+	methodClients: bind(false, func(s *state, _ io.Reader, _ string, _ none) (any, error) {
+		r := clientsResult{Clients: make(map[string]string, len(s.Clients))}
+		for n, c := range s.Clients {
+			r.Clients[n] = c.ID
+		}
+		return r, nil
 	}),
 	methodAgree: bind(true, func(s *state, _ io.Reader, _ string, a agreeArgs) (any, error) {
 		v, err := s.agree(a.Name, a.Value)

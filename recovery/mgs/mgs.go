@@ -81,6 +81,10 @@ type Registry interface {
 	// Identity names the document, for ever: another registry has another one.
 	Identity(ctx context.Context) (string, error)
 
+	// Clients lists the file system clients that there have been, by the names of their
+	// nodes.
+	Clients(ctx context.Context) (map[string]wire.ClientID, error)
+
 	// Agree returns the value that goes by a name for all nodes: the one given, if
 	// nobody has given one before.
 	Agree(ctx context.Context, name, value string) (string, error)

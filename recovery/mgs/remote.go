@@ -426,6 +426,25 @@ func (r *Remote) Identity(ctx context.Context) (string, error) {
 	return res.ID, nil
 }
 
+// Clients implements Registry.
+func (r *Remote) Clients(ctx context.Context) (map[string]wire.ClientID, error) {
+	var res clientsResult
+	if err := r.call(ctx, methodClients, none{}, &res); err != nil {
+		return nil, err
+	}
+	if len(res.Clients) > maxNodes {
+		return nil, badAnswer(methodClients)
+	}
+	l := make(map[string]wire.ClientID, len(res.Clients))
+	for n, id := range res.Clients {
+		if checkNode(n) != nil || !isHex(id, len(wire.ClientID{})) {
+			return nil, badAnswer(methodClients)
+		}
+		l[n] = (&fsClient{ID: id}).clientID()
+	}
+	return l, nil
+}
+
 // Agree implements Registry.
 func (r *Remote) Agree(ctx context.Context, name, value string) (string, error) {
 	var res agreeResult

@@ -210,6 +210,8 @@ func script(t *testing.T, r Registry, node string) []string {
 	}
 	name, err := r.Identity(ctx)
 	say(err, name)
+	all, err := r.Clients(ctx)
+	say(err, all)
 	l, err = r.VIPs(ctx)
 	say(err, l)
 	return out

@@ -6,17 +6,19 @@ import (
 	"log/slog"
 	"sync"
 
+	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
 // TargetName is the registry's name as a target.
 const TargetName = "MGS"
 
-// Service is the registry as a target of other nodes. It answers OpRegistry and
-// OpPing; OpConnect and OpDisconnect are accepted and mean nothing, since no
-// state belongs to a connection.
+// Service is the registry as a target of other nodes. It answers OpRegistry, OpPing
+// and what a table of targets does; OpConnect and OpDisconnect are accepted and mean
+// nothing, since no state of the registry belongs to a connection.
 type Service struct {
 	reg *Stored
+	hub *ir.Hub // nil: there is no table of targets
 	log *slog.Logger
 	ctx context.Context
 	end context.CancelFunc
@@ -36,17 +38,33 @@ func NewService(reg *Stored, log *slog.Logger) *Service {
 
 var _ wire.Acceptor = (*Service)(nil)
 
+// UseTable has the service answer for the table of targets as well. It is called
+// before the first request; the service closes the hub.
+func (s *Service) UseTable(h *ir.Hub) { s.hub = h }
+
+// Table is the table of targets, or nil.
+func (s *Service) Table() *ir.Hub { return s.hub }
+
 // Close makes the service refuse all requests, so that callers look for the
 // registry elsewhere, and waits for those under way.
 func (s *Service) Close() {
 	s.end()
+	if s.hub != nil {
+		s.hub.Close()
+	}
 	s.work.Lock()
 	defer s.work.Unlock()
 }
 
 // Accept implements wire.Acceptor: what comes from an authenticated node may only
 // name that node as its caller.
-func (s *Service) Accept(p wire.Peer) wire.Target { return &connection{s, p.Node} }
+func (s *Service) Accept(p wire.Peer) wire.Target {
+	c := &connection{s: s, node: p.Node}
+	if s.hub != nil {
+		c.table = s.hub.Accept(p.Node)
+	}
+	return c
+}
 
 // TryHandle implements wire.Target.
 func (s *Service) TryHandle(*wire.Request, *wire.Reply) bool { return false }
@@ -58,14 +76,29 @@ func (s *Service) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 
 // connection is the service for what comes from one node.
 type connection struct {
-	s    *Service
-	node string
+	s     *Service
+	node  string
+	table *ir.Conn // nil: there is no table of targets
+}
+
+// Close implements io.Closer.
+func (c *connection) Close() error {
+	if c.table != nil {
+		c.table.Close()
+	}
+	return nil
 }
 
 func (c *connection) TryHandle(*wire.Request, *wire.Reply) bool { return false }
 
 func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
-	c.s.handle(c.node, req, rep, done)
+	if c.table == nil || !ir.Serves(req.Op) {
+		c.s.handle(c.node, req, rep, done)
+		return
+	}
+	rep.Reset()
+	rep.XID = req.XID
+	c.table.Handle(req, rep, done)
 }
 
 // handle executes a request before it returns, so it may wait for the disk.

@@ -167,7 +167,7 @@ func TestServiceRefusesBadRequests(t *testing.T) {
 		{methodOSTs, `{"args":{}}`},
 		{methodOSTs, `{"node":"","args":{}}`},
 		{methodOSTs, `{"node":"a b","args":{}}`},
-		{methodOSTs, `{"node":"` + strings.Repeat("n", maxNodeName+1) + `","args":{}}`},
+		{methodOSTs, `{"node":"` + strings.Repeat("n", 64+1) + `","args":{}}`},
 		{methodOSTs, `{"node":"n1","args":{}}x`},
 		{methodOSTs, `{"node":"n1","args":{},"more":1}`},
 		{methodOSTs, `{"node":1,"args":{}}`},

@@ -9,8 +9,8 @@ import (
 	"io"
 	"net/netip"
 	"slices"
-	"strings"
 
+	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -19,7 +19,6 @@ const (
 	maxDocument = 16 << 20 // bytes
 	maxVIPs     = 1024
 	maxNodes    = 256
-	maxNodeName = 64
 	maxZone     = 64 // bytes of an IPv6 zone
 	maxSessions = 8  // of one node
 	maxOSTs     = 1 << 16
@@ -210,25 +209,15 @@ func invalid(format string, args ...any) *Error {
 	return &Error{Code: CodeInvalid, Text: fmt.Sprintf(format, args...)}
 }
 
-// isName tells whether s can name a node, a target or a value.
-func isName(s string) bool {
-	ok := s != "" && len(s) <= maxNodeName
-	for i := 0; ok && i < len(s); i++ {
-		c := s[i]
-		ok = c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._-", c) >= 0
-	}
-	return ok
-}
-
 func checkNode(name string) error {
-	if !isName(name) {
+	if !ir.ValidName(name) {
 		return invalid("%.80q is not a node name", name)
 	}
 	return nil
 }
 
 func checkTarget(name string) error {
-	if !isName(name) {
+	if !ir.ValidName(name) {
 		return invalid("%.80q is not a name", name)
 	}
 	return nil

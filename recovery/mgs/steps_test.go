@@ -241,7 +241,7 @@ func TestPageFits(t *testing.T) {
 	zone := strings.Repeat("z", maxZone)
 	for i := range pageVIPs + 1 {
 		a := netip.AddrFrom16([16]byte{0xfe, 0x80, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, byte(i >> 8), byte(i)}).WithZone(zone)
-		s.VIPs = append(s.VIPs, VIP{Index: s.NextIndex, Addr: a, Epoch: maxCount, Verifier: "0123456789abcdef", NSMState: maxNSMState, Clean: true, Node: strings.Repeat("n", maxNodeName)})
+		s.VIPs = append(s.VIPs, VIP{Index: s.NextIndex, Addr: a, Epoch: maxCount, Verifier: "0123456789abcdef", NSMState: maxNSMState, Clean: true, Node: strings.Repeat("n", 64)})
 		s.NextIndex++
 	}
 	p, err := s.page(0)

@@ -193,6 +193,19 @@ func (r *Stored) SetMade(ctx context.Context, target string) error {
 	return r.update(ctx, func(s *state) error { return s.setMade(target) })
 }
 
+// Clients implements Registry.
+func (r *Stored) Clients(ctx context.Context) (map[string]wire.ClientID, error) {
+	s, _, _, err := r.load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l := make(map[string]wire.ClientID, len(s.Clients))
+	for n, c := range s.Clients {
+		l[n] = c.clientID()
+	}
+	return l, nil
+}
+
 // Identity implements Registry. It makes the document if there is none.
 func (r *Stored) Identity(ctx context.Context) (id string, err error) {
 	err = r.update(ctx, func(s *state) error {

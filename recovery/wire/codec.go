@@ -194,6 +194,10 @@ var opLayouts = [...]opLayout{
 	OpDestroy:    {req: rObj, rep: pObj | pFlush},
 
 	OpRegistry: {req: rName | rBody, rep: pData},
+	OpAnnounce: {req: rBody, rep: pData},
+	OpWatch:    {req: rBody, rep: pData},
+	OpWatchers: {rep: pData},
+	OpInspect:  {req: rName, rep: pData},
 }
 
 func init() {

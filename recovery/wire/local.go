@@ -12,8 +12,8 @@ import (
 // (Done) and refuses requests after. Messages pass by reference and nothing is
 // encoded, so that a request's memory is in use until the target has answered.
 //
-// Only OpConnect and OpLockPoll, which wait for other clients and not for the
-// disk, are executed on copies: Close and the context of Call give them back at
+// Only OpConnect, OpLockPoll and OpWatch, which wait for other clients and not for
+// the disk, are executed on copies: Close and the context of Call give them back at
 // once.
 //
 // The result has Start and Done as well, like a tcp.Bundle.
@@ -94,7 +94,7 @@ func (c *LocalConn) Start(req *Request, rep *Reply, done func(err error)) {
 }
 
 // Call implements Conn. It waits for the answer even when ctx ends, since the
-// target uses the caller's memory, but for OpConnect and OpLockPoll.
+// target uses the caller's memory, but for operations that are executed on copies.
 func (c *LocalConn) Call(ctx context.Context, req *Request, rep *Reply) error {
 	w := c.waiters.get()
 	x := newLocalReq()
@@ -141,8 +141,8 @@ func (c *LocalConn) Close() error {
 func (c *LocalConn) Done() <-chan struct{} { return c.gone }
 
 // onCopies tells operations that wait for what other clients do. None of them has
-// slices.
-func onCopies(op Op) bool { return op == OpConnect || op == OpLockPoll }
+// slices but OpWatch, whose Data are used only until the target's Handle returns.
+func onCopies(op Op) bool { return op == OpConnect || op.Polls() }
 
 func (c *LocalConn) give(x *localReq, req *Request) {
 	if onCopies(req.Op) {

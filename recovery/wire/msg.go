@@ -183,7 +183,23 @@ const (
 	// OpRegistry: Name (method), Data (arguments) -> Data (result). Package mgs
 	// defines the methods; it is the control plane, where speed does not count.
 	OpRegistry Op = 128 + iota
+	// OpAnnounce: Data (a target has started or was stopped) -> Data. Package mgs/ir
+	// defines the data of this and the next two.
+	OpAnnounce
+	// OpWatch: Data (what the caller has of the table of targets) -> Data (what is
+	// newer), as soon as there is something, or after some time without.
+	OpWatch
+	// OpWatchers: -> Data (who is told, and how the table is).
+	OpWatchers
+
+	// OpInspect: Name (a target) -> Data (its recovery, for administrators). It is
+	// answered by the node that runs the target, not by the target.
+	OpInspect
 )
+
+// Polls tells whether the operation waits for what others do, for any time. It
+// counts against no window of requests, and nobody who leaves waits for it.
+func (o Op) Polls() bool { return o == OpLockPoll || o == OpWatch }
 
 // IsMDT tells whether the operation belongs to the MDT.
 func (o Op) IsMDT() bool { return o >= 32 && o < 96 }

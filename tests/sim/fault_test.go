@@ -100,7 +100,11 @@ func (in *injector) excuseAll(why string) {
 
 // takeOver gives the targets of a node to others.
 func (in *injector) takeOver(n *node) {
-	for _, t := range in.targets() {
+	l := in.targets()
+	if in.cfg.registry != nil {
+		l = append(l, mgsName)
+	}
+	for _, t := range l {
 		in.world.mu.Lock()
 		if in.home[t] == n {
 			var up []*node

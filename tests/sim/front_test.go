@@ -57,6 +57,7 @@ func (p *process) serveFrontend() {
 		return
 	}
 	fe.fs = fs
+	p.hear(fs.Notice)
 	for p.ctx.Err() == nil {
 		if err := fs.Connect(p.ctx); err == nil {
 			break

@@ -12,6 +12,8 @@ import (
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/mdt"
+	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/ost"
 	"github.com/baton-nfs/baton/recovery/store/local"
 	"github.com/baton-nfs/baton/recovery/target/front"
@@ -47,16 +49,26 @@ type process struct {
 	end  context.CancelFunc
 	wg   sync.WaitGroup
 
+	news *ir.Client // nil without a registry
+
 	mu       sync.Mutex
 	services map[string]*service
 	fe       *frontend
+	hears    []func(target string, instance uint64, addr string) // of news
 }
 
 // service is a target that runs in a process.
 type service struct {
-	front *front.Front
+	front *front.Front // of an MDT or OST
 	mdt   *host.MDT
 	ost   *host.OST
+	mgs   *mgs.Service
+}
+
+// endpoint is what connections are made to.
+type endpoint interface {
+	wire.Acceptor
+	wire.Target
 }
 
 func (s *service) stop(ctx context.Context) error {
@@ -67,13 +79,17 @@ func (s *service) stop(ctx context.Context) error {
 }
 
 // service gives the target in service, nil if it does not run here.
-func (p *process) service(name string) *front.Front {
+func (p *process) service(name string) endpoint {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if s := p.services[name]; s != nil {
+	switch s := p.services[name]; {
+	case s == nil:
+		return nil
+	case s.mgs != nil:
+		return s.mgs
+	default:
 		return s.front
 	}
-	return nil
 }
 
 func (p *process) get(name string) *service {
@@ -102,6 +118,7 @@ func (n *node) start() *process {
 	n.proc = p
 	w.mu.Unlock()
 	w.trace("%s: process %d starts", n.name, p.num)
+	p.watch()
 	p.wg.Go(func() { p.host(mdtName) })
 	for i := range w.osts {
 		p.wg.Go(func() { p.host(ostName(i)) })
@@ -130,6 +147,7 @@ func (p *process) host(target string) {
 		p.services[target] = s
 		p.mu.Unlock()
 		w.trace("%s: %s serves, %v", p.node.name, target, s.front.State())
+		p.announce(target, s.front)
 		w.poke()
 		clean := false
 		select {
@@ -140,6 +158,7 @@ func (p *process) host(target string) {
 			clean = !p.dead.Load()
 		}
 		cancel()
+		p.withdraw(target)
 		p.mu.Lock()
 		delete(p.services, target)
 		p.mu.Unlock()
@@ -222,6 +241,7 @@ func (p *process) open(ctx context.Context, target string, fail func(error)) (*s
 		if err != nil {
 			return nil, err
 		}
+		p.hear(m.Notice)
 		return &service{front: m.Front(), mdt: m}, nil
 	}
 	d := w.ost(target)

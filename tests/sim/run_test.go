@@ -29,8 +29,17 @@ type cluster struct {
 // wrong; how tells how to do it again.
 func simulate(t *testing.T, seed uint64, cfg config, how string, f func(*cluster)) (seen map[string]int) {
 	t.Helper()
+	return simulateIn(t, seed, cfg, how, nil, f)
+}
+
+// simulateIn is simulate; change, unless nil, is called before anything runs.
+func simulateIn(t *testing.T, seed uint64, cfg config, how string, change func(*world), f func(*cluster)) (seen map[string]int) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, seed, cfg)
+		if change != nil {
+			change(w)
+		}
 		c := &cluster{world: w}
 		for _, n := range w.nodes {
 			n.start()

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"testing"
+	"time"
 )
 
 // tracing has all events of a run printed.
@@ -64,6 +65,10 @@ func random(t *testing.T, seed uint64) map[string]int {
 	cfg.vips = 1 + rng.IntN(3)
 	if rng.IntN(2) == 0 {
 		cfg.stripes = uint8(1 + rng.IntN(cfg.osts))
+	}
+	if rng.IntN(3) == 0 {
+		// Pauses that are taken for harmless are to be shorter than a part of the window.
+		cfg.registry = &registryConfig{startup: time.Duration(1+rng.IntN(5)) * time.Second, factor: 8 + rng.IntN(3)}
 	}
 	return simulate(t, seed, cfg, againRandom(seed), func(c *cluster) { schedule(c, everything, 60) })
 }

@@ -45,6 +45,7 @@ type config struct {
 	flush          time.Duration // longest usual flush
 	slowest        time.Duration // longest usual delay of a message
 	keepalive      time.Duration // when an end notices that the other one's machine is gone
+	registry       *registryConfig
 }
 
 func defaultConfig() config {
@@ -88,6 +89,7 @@ type world struct {
 	excuse map[excuse]string // why a frontend may lose data that only it had
 	fids   map[wire.FID]string
 	shared []*sharedFile
+	optOut map[string]bool // nodes and targets that take no part in imperative recovery
 
 	history history
 }
@@ -112,7 +114,7 @@ type vip struct {
 func newWorld(t *testing.T, seed uint64, cfg config) *world {
 	w := &world{
 		t: t, seed: seed, cfg: cfg, tracing: tracing, began: time.Now(), home: map[string]*node{}, gens: map[string]uint64{},
-		seen: map[string]int{}, excuse: map[excuse]string{}, fids: map[wire.FID]string{},
+		seen: map[string]int{}, excuse: map[excuse]string{}, fids: map[wire.FID]string{}, optOut: map[string]bool{},
 	}
 	w.cond = sync.NewCond(&w.mu)
 	w.net = newNetwork(w)
@@ -123,6 +125,9 @@ func newWorld(t *testing.T, seed uint64, cfg config) *world {
 	n := cfg.fronts
 	if cfg.apart {
 		n += cfg.osts + 1
+		if cfg.registry != nil {
+			n++
+		}
 	}
 	n = max(n, 2)
 	for i := range n {
@@ -136,6 +141,9 @@ func newWorld(t *testing.T, seed uint64, cfg config) *world {
 	for i := range w.osts {
 		at++
 		w.home[ostName(i)] = w.nodes[at%n]
+	}
+	if cfg.registry != nil {
+		w.home[mgsName] = w.nodes[n-1]
 	}
 	for i := range cfg.vips {
 		w.vips = append(w.vips, &vip{index: uint32(i + 1), verf: uint64(1000*(i+1)) + 1, clean: true, moved: make(chan struct{})})

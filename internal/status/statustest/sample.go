@@ -38,6 +38,7 @@ func Sample() *status.Status {
 				BytesInPerSec: 210 << 20, BytesOutPerSec: 1 << 20},
 			{Addr: "2001:db8::1", Port: 20048, Net: "udp", Name: "mountd", State: "up", Calls: 4},
 		},
+		IR:   &status.IR{Connected: true, Imperative: true, Incarnation: 5, Version: 16, State: "partial", Registry: Recovery().Registry},
 		VIPs: []status.VIP{{Addr: "192.0.2.10", Index: 1, Epoch: 12, Verifier: "00000000000000c7", VerifierChanges: 1}},
 		Locks: []status.LockService{
 			{Addr: "2001:db8::1", Index: 2, NSMState: 3, Granted: 4, Hosts: 3, Grace: true, Remaining: 61 * time.Second, HostsReclaimed: 1,

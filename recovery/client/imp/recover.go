@@ -573,8 +573,9 @@ func (m *Machine) Notice(now int64, instance uint64, addr, addrs int) {
 		m.act(Action{Kind: ActAbort})
 		m.setState(Disconnected)
 	}
+	m.tried, m.round = 0, 0 // it may be too early: the next attempts are to follow soon
 	if m.state != Connecting {
-		m.retryAt, m.tried, m.round = m.now, 0, 0
+		m.retryAt = m.now
 	}
 	m.step()
 	m.arm()

@@ -273,7 +273,7 @@ func (f *Front) decide(x *call) {
 		s.client = req.Client
 		acts = f.m.Connect(recov.Connect{
 			Client: req.Client, Gen: req.ClientGen, Conn: s.num, Instance: req.Cookie, Transno: req.Transno,
-			LastCommitted: req.LastCommitted, Estimate: time.Duration(req.Time), Local: s.local, Handle: x,
+			LastCommitted: req.LastCommitted, Estimate: time.Duration(req.Time), Local: s.local, Own: s.local && req.Client == f.o.Own, Handle: x,
 		}, now)
 		if n := len(acts) - 1; s.local && !serving && n >= 0 && acts[n].Handle == any(x) && acts[n].Status == wire.ErrUnknownClient && f.hold(x) {
 			acts = acts[:n] // it is let in after recovery

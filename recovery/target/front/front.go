@@ -40,6 +40,8 @@ type Options struct {
 	Pingless bool
 	Clock    Clock // default SystemClock
 	Logger   *slog.Logger
+	// Own is the client by which the target itself works elsewhere and here.
+	Own wire.ClientID
 	// OnState is called with each new state after New, in order, by a goroutine of
 	// the front, which waits for it. It must not call Stop.
 	OnState func(recov.State)
@@ -237,6 +239,13 @@ func (f *Front) dropHeld(c *conn, st wire.Status) {
 		}
 		return mine
 	})
+}
+
+// Shorten tells that all clients are told that the target is back, so that recovery
+// need not wait for their time-outs: those that do not come are waited for this many
+// tenths (1..10) of the usual window.
+func (f *Front) Shorten(tenths int) {
+	f.event(func(now time.Time) []recov.Action { return f.m.Shorten(tenths, now) })
 }
 
 // Evict removes a client by order of the administrator. It reports whether the

@@ -12,7 +12,7 @@
 //
 // A target reads its TargetRecord, ClientRecords and SlotRecords, raises the
 // instance number and calls New and Start. With clients in the table and no
-// clean stop before, it is in recovery: StateWaiting until somebody, known or
+// clean stop before, it is in recovery: StateWaiting until somebody else, known or
 // not, tries to connect, for ever if nobody does; then StateRecovering with a
 // window that always ends. Otherwise it serves at once (StateFull).
 //
@@ -41,7 +41,8 @@
 // It begins with the first attempt to connect and is sized from what clients
 // say about their waiting times (Config.SoftMin, SoftMax). Progress (a known
 // client's first connect, an executed replay) extends it by Config.Step, never
-// beyond Config.Hard. When it runs out, clients that are not there are evicted;
+// beyond Config.Hard. When all clients are told that the target is back (Shorten), those
+// that have not come are waited for a part of that only. When it runs out, clients that are not there are evicted;
 // when all are there, those that are silent. At the hard limit all who have not
 // ended their replay are evicted. What is executing is waited for: callers
 // report every execution.

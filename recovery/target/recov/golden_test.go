@@ -363,6 +363,12 @@ func (w *world) line(line string) {
 		ok, acts := w.m.Abort(w.now)
 		w.p("abort: %t", ok)
 		w.acts(acts)
+	case "shorten": // all clients are told, N tenths are enough
+		n, err := strconv.Atoi(f[1])
+		if err != nil {
+			w.t.Fatalf("%s: %v", line, err)
+		}
+		w.acts(w.m.Shorten(n, w.now))
 	case "stop":
 		w.acts(w.m.Stop(w.now))
 	case "bypass": // an operation that the machine does not know of
@@ -373,6 +379,9 @@ func (w *world) line(line string) {
 	case "status":
 		s := w.m.Status()
 		w.p("%s clients=%d connected=%d finished=%d evicted=%d registered=%d", s.State, s.Clients, s.Connected, s.Finished, s.Evicted, s.Registered)
+		if s.Tenths != 0 && s.State == StateRecovering {
+			w.p("told, %d/10 until %s", s.Tenths, s.Deadline.Sub(epoch))
+		}
 		w.p("replayed=%d locks=%d failed=%d queued=%d gaps=%d vbr=%t aborted=%t next=%d", s.Replayed, s.LockReplays, s.Failed, s.Queued, s.Gaps, s.VersionRecovery, s.Aborted, s.NextTransno)
 	case "reconnects":
 		w.p("%v", w.m.Status().Reconnects)
@@ -398,7 +407,7 @@ func (w *world) clientLine(f []string, opt map[string]string, num func(string, u
 		}
 		c := Connect{
 			Client: p.id, Gen: num("gen", p.gen), Conn: num("conn", p.conn), Instance: num("instance", p.instance), Transno: p.told,
-			LastCommitted: num("committed", p.known), Local: num("local", 0) == 1, Handle: &msg{who: name},
+			LastCommitted: num("committed", p.known), Local: num("local", 0) == 1, Own: num("own", 0) == 1, Handle: &msg{who: name},
 		}
 		if e, ok := opt["estimate"]; ok {
 			c.Estimate = dur(e)

@@ -99,6 +99,10 @@ type Machine struct {
 	current *running
 
 	soft, hard time.Time
+	size       time.Duration // of the window, without progress
+	moved      time.Time     // last progress; zero: none
+	tenths     int           // of the usual time for clients to come; 0: they are not told
+	early      time.Time     // the end of that; zero: as soft
 	st         Status
 
 	// Life signs of all clients: the last, and since when silence counts.
@@ -244,7 +248,9 @@ func (m *Machine) Connect(r Connect, now time.Time) []Action {
 		m.reply(r.Handle, wire.ErrTargetDown)
 		return m.acts
 	}
-	m.arm(now)
+	if !r.Own {
+		m.arm(now)
+	}
 	c := m.clients[r.Client]
 	if r.Transno > m.last+MaxAhead {
 		m.reply(r.Handle, wire.ErrProto)
@@ -561,7 +567,7 @@ func (c *client) canBeSilent() bool { return c.stored && c.busy == 0 && !c.rec.L
 func (m *Machine) NextTick(now time.Time) (time.Time, bool) {
 	switch m.state {
 	case StateRecovering:
-		return m.soft, true
+		return m.deadline(), true
 	case StateFull:
 		if m.cfg.PingTimeout < 0 || m.heardAny.IsZero() {
 			return time.Time{}, false
@@ -602,7 +608,7 @@ func (m *Machine) NextTransno() uint64 { return max(m.last, m.told) + 1 }
 func (m *Machine) Status() Status {
 	s := m.st
 	s.State, s.Instance = m.state, m.instance
-	s.Deadline, s.Hard = m.soft, m.hard
+	s.Deadline, s.Hard, s.Tenths = m.deadline(), m.hard, m.tenths
 	s.Registered = len(m.order)
 	s.Queued, s.Executing = len(m.queue)+len(m.lockQ), len(m.runs)
 	s.LastCommitted = m.committed

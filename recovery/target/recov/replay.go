@@ -37,15 +37,74 @@ func (m *Machine) arm(now time.Time) {
 	m.state = StateRecovering
 	m.st.Start = now
 	m.soft, m.hard = now.Add(m.cfg.SoftMin), now.Add(m.cfg.Hard)
+	m.size = m.cfg.SoftMin
 	m.act(Action{Kind: ActWindowStart, Deadline: m.soft})
 	m.logf("recovery window of %s begins, %s at most", m.cfg.SoftMin, m.cfg.Hard)
+	m.hurry()
 }
 
 // sizeWindow makes the window long enough for two of a client's waiting times.
 func (m *Machine) sizeWindow(estimate time.Duration) {
-	if m.state == StateRecovering {
-		m.extend(m.st.Start.Add(min(2*max(0, min(estimate, m.cfg.SoftMax)), m.cfg.SoftMax)), 0)
+	if m.state != StateRecovering {
+		return
 	}
+	if d := min(2*max(0, min(estimate, m.cfg.SoftMax)), m.cfg.SoftMax); d > m.size {
+		m.size = d
+		m.extend(m.st.Start.Add(d), 0)
+		m.hurry()
+	}
+}
+
+// What is left at least of the window and of a step when clients are told that the
+// target is back. They are told in milliseconds, but may have to get up themselves.
+const (
+	leastWindow = 2 * time.Second
+	leastStep   = time.Second
+)
+
+// part is what remains of a time when clients are told.
+func (m *Machine) part(d, least time.Duration) time.Duration {
+	return max(d*time.Duration(m.tenths)/10, min(d, least))
+}
+
+// Shorten tells that all clients are told that the target is back, so that it need not
+// wait for their time-outs: clients that have not come yet are given only this many
+// tenths (1..10) of the window, and of what progress adds to it. For those that have
+// come, nothing changes. The last word counts; it ends with the recovery.
+func (m *Machine) Shorten(tenths int, now time.Time) []Action {
+	m.begin()
+	if !m.inRecovery() || tenths < 1 || tenths > 10 || tenths == m.tenths {
+		return m.acts
+	}
+	m.tenths = tenths
+	m.logf("clients are told that the target is back, so it waits for those that do not come %d/10 of the usual time", tenths)
+	m.hurry()
+	m.expire(now)
+	return m.acts
+}
+
+// hurry sets the time for clients that have not come, if it is to be shorter.
+func (m *Machine) hurry() {
+	if m.tenths == 0 || m.state != StateRecovering {
+		return
+	}
+	m.early = m.st.Start.Add(m.part(m.size, leastWindow))
+	if t := m.moved.Add(m.part(m.cfg.Step, leastStep)); !m.moved.IsZero() && t.After(m.early) {
+		m.early = t
+	}
+}
+
+// deadline is when the window runs out for somebody.
+func (m *Machine) deadline() time.Time {
+	if !m.early.IsZero() && m.early.Before(m.soft) && m.absent() {
+		return m.early
+	}
+	return m.soft
+}
+
+// absent tells whether recovery waits for clients that have not come yet.
+func (m *Machine) absent() bool {
+	return slices.ContainsFunc(m.order, func(c *client) bool { return c.waited && !c.seen })
 }
 
 // extend moves the deadline to t if that is later by at least least.
@@ -62,7 +121,9 @@ func (m *Machine) extend(t time.Time, least time.Duration) {
 // progress extends the window; small steps are not worth a message.
 func (m *Machine) progress(now time.Time) {
 	if m.state == StateRecovering {
+		m.moved = now
 		m.extend(now.Add(m.cfg.Step), m.cfg.Step/4)
+		m.hurry()
 	}
 }
 
@@ -363,7 +424,7 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 
 // expire acts when the window has run out.
 func (m *Machine) expire(now time.Time) {
-	if now.Before(m.soft) {
+	if m.state != StateRecovering || now.Before(m.deadline()) {
 		return
 	}
 	over := !now.Before(m.hard)
@@ -376,9 +437,14 @@ func (m *Machine) expire(now time.Time) {
 			}
 		}
 	}
-	if over {
+	switch {
+	case over:
 		evict("not through with its replay at the hard limit", func(*client) bool { return true })
-	} else {
+	case now.Before(m.soft):
+		evict("told that the target is back, and not there at the end of the shorter window", func(c *client) bool { return !c.seen })
+		m.advance(now)
+		return
+	default:
 		evict("not there at the end of the recovery window", func(c *client) bool { return !c.connected })
 		if n == 0 {
 			evict("silent at the end of the recovery window", func(c *client) bool {

@@ -346,6 +346,9 @@ func (s *sim) target() {
 		s.log("target is told to stop")
 		s.seen["stops"]++
 		s.acts(s.m.Stop(s.now))
+	case s.m.State() == StateRecovering && s.chance(0.001):
+		s.seen["told"]++
+		s.acts(s.m.Shorten(1+s.rng.IntN(10), s.now))
 	case s.chance(0.0005):
 		_, acts := s.m.Abort(s.now)
 		s.acts(acts)

@@ -65,7 +65,10 @@ type Connect struct {
 	Estimate time.Duration
 	// Local: the client dies with the target; its next start does not wait for it.
 	// The client may have lived elsewhere when the target died the last time.
-	Local  bool
+	Local bool
+	// Own: it is the target's own client. That it connects says nothing of when others
+	// will, so it does not begin the window.
+	Own    bool
 	Handle any
 }
 
@@ -119,7 +122,8 @@ const (
 	// wrote before it, before anything else happens. With Target.Clean everything
 	// executed must be durable, too.
 	ActPutTarget
-	// ActWindowStart, ActWindowExtend: the recovery window ends at Deadline.
+	// ActWindowStart, ActWindowExtend: the recovery window ends at Deadline, or earlier
+	// for clients that are told that the target is back (Machine.Shorten).
 	ActWindowStart
 	ActWindowExtend
 	// ActRecoveryEnd: new requests are served, with numbers after Transno.
@@ -244,6 +248,9 @@ type Status struct {
 	// Start is when the window began, Deadline when it ends as things are, Hard
 	// its latest end, End when recovery was over; zero when not (yet).
 	Start, Deadline, Hard, End time.Time
+	// Tenths of the usual time are waited for clients that do not come, because all are
+	// told that the target is back (Shorten); 0: they are not told.
+	Tenths int
 	// Clients were in the table at the start. Connected are connected now (of
 	// all clients after recovery); Finished have ended their replay; Evicted
 	// counts evictions since the start of the target, for whatever reason.

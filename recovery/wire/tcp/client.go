@@ -213,7 +213,7 @@ func (c *Conn) submit(p *pending, async bool) {
 		p.tell(nil)
 		return
 	}
-	p.credit = p.req.Op != wire.OpLockPoll
+	p.credit = !p.req.Op.Polls()
 	c.mu.Lock()
 	err := c.err
 	if err == nil && c.away {

@@ -268,7 +268,7 @@ func (c *sconn) request(pre *prefix) error {
 	if err == nil && (c.kind == Health && op != wire.OpPing && op != wire.OpBeat || c.kind != Health && op == wire.OpBeat) {
 		err = fmt.Errorf("operation %d on a connection of kind %v", op, c.kind)
 	}
-	x.poll = op == wire.OpLockPoll
+	x.poll = op.Polls()
 	if err != nil {
 		// The frame is intact: only this request is refused.
 		c.s.bad.Add(1)

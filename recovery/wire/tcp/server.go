@@ -42,7 +42,7 @@ type ServerOptions struct {
 	// MaxConns bounds connections, MaxHandshakes those of them that have not
 	// yet said who they are. Defaults 1024 and 128.
 	MaxConns, MaxHandshakes int
-	// MaxPolls bounds the OpLockPoll requests of a connection that wait. They
+	// MaxPolls bounds the requests of a connection that wait for others (Op.Polls). They
 	// take no credits. Default 1024.
 	MaxPolls int
 	// Workers bounds, for each target, the goroutines that run requests which
@@ -446,7 +446,7 @@ func (s *Server) Stats() ServerStats {
 
 // Close stops accepting and reading, tells the clients, lets the requests that
 // were read finish and their replies leave until ctx ends, and then closes the
-// connections. Waiting OpLockPoll requests are not waited for, nor those of
+// connections. Polls that wait are not waited for, nor those of
 // connections that broke before; their targets must still answer them some
 // time. The error is ctx's if requests were cut off. The targets are not closed.
 func (s *Server) Close(ctx context.Context) error {

@@ -27,11 +27,20 @@ func main() {
 	window := flag.Duration("window", 15*time.Second, "recovery.window_min of the target")
 	rounds := flag.Int("rounds", 3, "rounds; medians are printed")
 	ahead := flag.Int("ahead", 0, "replays that a frontend may have unanswered; 0 for the default of the product")
+	kill := flag.String("kill", "", "kill the target's node and measure from that until it serves on another one: process (connections are reset), power (it is silent), or both, separated by a comma; with one frontend dead and none, told by the registry and not")
+	away := flag.Duration("away", 2*time.Second, "with -kill: the time until the target is started on the other node")
+	factor := flag.Int("factor", 5, "with -kill: recovery.ir_factor")
 	profile := flag.String("cpuprofile", "", "write a profile of the recoveries to this file")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
-	if err := table(ctx, os.Stdout, *ops, *clients, plan{dead: *dead, window: *window, ahead: *ahead}, *rounds, *profile); err != nil {
+	run := func() error {
+		if *kill != "" {
+			return killTable(ctx, os.Stdout, *ops, *clients, plan{window: *window, ahead: *ahead, kill: *kill, away: *away, factor: *factor}, *rounds, strings.Join(os.Args[1:], " "))
+		}
+		return table(ctx, os.Stdout, *ops, *clients, plan{dead: *dead, window: *window, ahead: *ahead}, *rounds, *profile)
+	}
+	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "recovery:", err)
 		os.Exit(1)
 	}

@@ -37,6 +37,43 @@ func TestReplayIsExact(t *testing.T) {
 	}
 }
 
+// The MDT's node is killed and the target goes on at another one, which frontends are told
+// or find out: everything is replayed exactly, and only who is told has the shorter window:
+// SM 100, 001.119.
+func TestFailoverIsExact(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	for _, p := range []plan{
+		{kill: killProcess},
+		{kill: killProcess, told: true, dead: true},
+		{kill: killPower, told: true},
+		{kill: killPower, told: true, dead: true},
+	} {
+		t.Run(fmt.Sprintf("%s, told %v, dead %v", p.kill, p.told, p.dead), func(t *testing.T) {
+			p.ops, p.clients, p.window, p.step, p.away, p.factor = 300, 4, 4*time.Second, 4*time.Second, 100*time.Millisecond, 5
+			r, err := p.runKill(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r.started > r.connected || r.connected > r.served || p.dead && r.recovery < p.window/2 {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+	var b strings.Builder
+	if err := killTable(ctx, &b, "40", "2", plan{kill: killProcess, window: time.Second, step: time.Second, away: 10 * time.Millisecond, factor: 5}, 1, "x"); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"| process | 40 | 2 | no | no | ", "| process | 40 | 2 | no | yes | ", "| process | 40 | 2 | yes | no | ", "| process | 40 | 2 | yes | yes | "} {
+		if strings.Count(b.String(), want) != 1 {
+			t.Errorf("no line %q in\n%s", want, b.String())
+		}
+	}
+	if killTable(ctx, &b, "1", "1", plan{kill: "x"}, 1, "") == nil {
+		t.Error("a way to die that is none was taken")
+	}
+}
+
 func TestTable(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()

@@ -46,6 +46,8 @@ type rig struct {
 
 	mdt, dead *host.MDT
 	ost       *host.OST
+	home      *tcp.Server // where the MDT is started
+	fail      *failover   // nil: it is started where it was
 }
 
 func newRig(ctx context.Context, p plan) (r *rig, err error) {
@@ -58,7 +60,7 @@ func newRig(ctx context.Context, p plan) (r *rig, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r.addr = l.Addr().String()
+	r.addr, r.home = l.Addr().String(), r.srv
 	go func() { r.served <- r.srv.Serve(l) }()
 	defer func() {
 		if err != nil {
@@ -66,6 +68,11 @@ func newRig(ctx context.Context, p plan) (r *rig, err error) {
 			r = nil
 		}
 	}()
+	if p.kill != "" {
+		if err = r.newFailover(); err != nil {
+			return r, err
+		}
+	}
 	if err = r.start(ctx); err != nil {
 		return r, err
 	}
@@ -98,7 +105,7 @@ func (r *rig) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	return r.srv.SetTarget(mdtName, r.mdt.Front())
+	return r.home.SetTarget(mdtName, r.mdt.Front())
 }
 
 // hold keeps from now on what the MDT writes from its disk, and from frontends
@@ -135,12 +142,19 @@ func (r *rig) close(ctx context.Context) error {
 	if r.mdt != nil {
 		errs = append(errs, r.mdt.Stop(ctx))
 	}
+	if r.fail != nil {
+		errs = append(errs, r.fail.close(ctx))
+	}
 	return errors.Join(append(errs, r.srv.Close(ctx), <-r.served)...)
 }
 
 // reach is the way to a target for a client on the given node.
 func (r *rig) reach(node, name string) client.Target {
-	return client.Target{Name: name, Addrs: []string{r.addr}, Dial: func(ctx context.Context, addr string) (wire.Conn, error) {
+	addrs := []string{r.addr}
+	if r.fail != nil && name == mdtName {
+		addrs = []string{r.fail.relay.l.Addr().String(), r.fail.addr}
+	}
+	return client.Target{Name: name, Addrs: addrs, Dial: func(ctx context.Context, addr string) (wire.Conn, error) {
 		b, err := tcp.DialBundle(ctx, tcp.BundleOptions{Bulk: name != mdtName, DialOptions: tcp.DialOptions{
 			Addrs: []tcp.Endpoint{{Addr: addr}}, Target: name, Node: node, Insecure: true,
 		}})

@@ -12,6 +12,7 @@ import (
 
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/client/imp"
+	"github.com/baton-nfs/baton/recovery/target/recov"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -22,6 +23,13 @@ type plan struct {
 	window       time.Duration
 	step         time.Duration // that progress gives; 0 for the default
 	ahead        int
+	// kill is how the target's node ends before it goes on at another one, away later;
+	// empty: it is started again where it was. told: the registry tells frontends of that,
+	// and the window is shortened to factor tenths.
+	kill   string
+	away   time.Duration
+	told   bool
+	factor int
 	// measured, if not nil, is called when the recovery begins, and what it returns
 	// when it is over.
 	measured func() func()
@@ -152,49 +160,18 @@ func (p plan) run(ctx context.Context) (res result, err error) {
 		return res, err
 	}
 	defer func() { err = errors.Join(err, r.close(context.WithoutCancel(ctx))) }()
-	fs := make([]*frontend, p.clients)
-	defer func() {
-		for _, f := range fs {
-			if f != nil {
-				_ = f.Abandon() // its epochs are open
-			}
-		}
-	}()
-	var evicted atomic.Int32
-	for i := range fs {
-		c, err := r.frontend(ctx, i, func() { evicted.Add(1) })
-		if err != nil {
-			return res, err
-		}
-		f := &frontend{FS: c, addr: byte(i + 1), n: p.ops / p.clients}
-		if i < p.ops%p.clients {
-			f.n++
-		}
-		fs[i] = f
-		req := wire.Request{Header: wire.Header{Op: wire.OpMkdir, Flags: wire.FlagWaitCommit}, FID: wire.RootFID, Name: fmt.Append(nil, i),
-			SetAttr: wire.SetAttr{Mask: wire.SetMode, Mode: 0o755}}
-		var rep wire.Reply
-		if err := f.call(ctx, &req, &rep); err != nil {
-			return res, err
-		}
-		f.dir = rep.Attr.FID
-	}
-	r.hold()
-	if err := each(fs, func(f *frontend) error { return f.work(ctx, max(1, depth/p.clients)) }); err != nil {
+	b, err := r.begin(ctx)
+	defer b.abandon()
+	if err != nil {
 		return res, err
 	}
-	for i, f := range fs {
-		if n := f.MDTImport().Stats().Uncommitted; n != f.n {
-			return res, fmt.Errorf("%w: frontend %d keeps %d operations for replay, want %d", errWrong, i, n, f.n)
-		}
-	}
+	fs := b.fs
 	if err := r.crash(); err != nil {
 		return res, err
 	}
-	alive, want := fs, p.ops
+	alive := fs
 	if p.dead {
 		alive = fs[:p.clients-1]
-		want -= fs[p.clients-1].n
 		if err := fs[p.clients-1].Abandon(); err != nil {
 			return res, err
 		}
@@ -221,20 +198,80 @@ func (p plan) run(ctx context.Context) (res result, err error) {
 	res.cpu = cpuTime() - before
 	st := r.mdt.Front().Status().Recovery
 	res.replay, res.replayed, res.ahead = st.End.Sub(time.Unix(0, r.first.Load())), st.Replayed, int(r.most.Load())
-	if st.Replayed != uint64(want) || st.Failed != 0 || evicted.Load() != 0 {
-		return res, fmt.Errorf("%w: %d operations were replayed, want %d; %d failed, %d frontends were evicted", errWrong, st.Replayed, want, st.Failed, evicted.Load())
+	return res, b.checkAll(ctx, alive, st)
+}
+
+// bench are the frontends of a run.
+type bench struct {
+	r       *rig
+	fs      []*frontend
+	evicted atomic.Int32
+}
+
+// begin connects the frontends and has them make operations that are not durable. What
+// it returns is to be abandoned, also with an error.
+func (r *rig) begin(ctx context.Context) (*bench, error) {
+	p := r.p
+	b := &bench{r: r, fs: make([]*frontend, p.clients)}
+	for i := range b.fs {
+		c, err := r.frontend(ctx, i, func() { b.evicted.Add(1) })
+		if err != nil {
+			return b, err
+		}
+		f := &frontend{FS: c, addr: byte(i + 1), n: p.ops / p.clients}
+		if i < p.ops%p.clients {
+			f.n++
+		}
+		b.fs[i] = f
+		req := wire.Request{Header: wire.Header{Op: wire.OpMkdir, Flags: wire.FlagWaitCommit}, FID: wire.RootFID, Name: fmt.Append(nil, i),
+			SetAttr: wire.SetAttr{Mask: wire.SetMode, Mode: 0o755}}
+		var rep wire.Reply
+		if err := f.call(ctx, &req, &rep); err != nil {
+			return b, err
+		}
+		f.dir = rep.Attr.FID
+	}
+	r.hold()
+	if err := each(b.fs, func(f *frontend) error { return f.work(ctx, max(1, depth/p.clients)) }); err != nil {
+		return b, err
+	}
+	for i, f := range b.fs {
+		if n := f.MDTImport().Stats().Uncommitted; n != f.n {
+			return b, fmt.Errorf("%w: frontend %d keeps %d operations for replay, want %d", errWrong, i, n, f.n)
+		}
+	}
+	return b, nil
+}
+
+// abandon gives the frontends up; their epochs are open.
+func (b *bench) abandon() {
+	for _, f := range b.fs {
+		if f != nil {
+			_ = f.Abandon()
+		}
+	}
+}
+
+// checkAll checks that everything of the frontends that live was replayed, and is there.
+func (b *bench) checkAll(ctx context.Context, alive []*frontend, st recov.Status) error {
+	want := 0
+	for _, f := range alive {
+		want += f.n
+	}
+	if st.Replayed != uint64(want) || st.Failed != 0 || b.evicted.Load() != 0 {
+		return fmt.Errorf("%w: %d operations were replayed, want %d; %d failed, %d frontends were evicted", errWrong, st.Replayed, want, st.Failed, b.evicted.Load())
 	}
 	for i, f := range alive {
 		if s := f.MDTImport().State(); s != imp.Full {
-			return res, fmt.Errorf("%w: the import of frontend %d is %v", errWrong, i, s)
+			return fmt.Errorf("%w: the import of frontend %d is %v", errWrong, i, s)
 		}
 	}
-	for i, f := range fs {
-		if err := f.check(ctx, fs[0], i < len(alive)); err != nil {
-			return res, fmt.Errorf("directory of frontend %d: %w", i, err)
+	for i, f := range b.fs {
+		if err := f.check(ctx, b.fs[0], i < len(alive)); err != nil {
+			return fmt.Errorf("directory of frontend %d: %w", i, err)
 		}
 	}
-	return res, nil
+	return nil
 }
 
 // each calls do for all at a time.
