@@ -8,6 +8,7 @@ import (
 
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/client/imp"
+	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/target/owner"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -114,8 +115,8 @@ func (n *Node) AbortRecovery(name string) error {
 	return nil
 }
 
-// EvictClient removes a client, given by its node's name or the beginning of its ID,
-// from a target that runs here.
+// EvictClient removes a client, given by the name of the node whose frontend it is or by
+// the beginning of its ID, from a target that runs here.
 func (n *Node) EvictClient(name, who string) error {
 	f, err := n.front(name)
 	if err != nil {
@@ -123,7 +124,8 @@ func (n *Node) EvictClient(name, who string) error {
 	}
 	var found []wire.ClientID
 	for _, c := range f.Status().Clients {
-		if who != "" && (c.Node == who || strings.HasPrefix(fmt.Sprintf("%x", c.Client[:]), who)) {
+		frontend := c.Client != host.AgentID(mdtName)
+		if who != "" && (frontend && c.Node == who || strings.HasPrefix(fmt.Sprintf("%x", c.Client[:]), who)) {
 			found = append(found, c.Client)
 		}
 	}

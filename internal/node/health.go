@@ -120,7 +120,10 @@ func (c *cluster) local() (l health.Local) {
 		if !ok {
 			continue
 		}
-		l.Targets = append(l.Targets, t)
+		// More do not fit. They are found without beats, as by nodes that hear none.
+		if len(l.Targets) < health.MaxTargets {
+			l.Targets = append(l.Targets, t)
+		}
 		for _, node := range v.Nodes {
 			add(node)
 		}

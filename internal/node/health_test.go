@@ -13,7 +13,9 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/recovery/client/imp"
 	"github.com/baton-nfs/baton/recovery/health"
+	"github.com/baton-nfs/baton/recovery/host"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
 
@@ -276,6 +278,17 @@ func TestSilentFrontendsAreNotEvicted(t *testing.T) {
 	}
 	if err := b.EvictClient(ostName(0), id); err != nil || id == "" {
 		t.Errorf("client %q: %v", id, err)
+	}
+	// b is also the node of the MDT, which is a client of the OSTs itself, and stays it.
+	if err := k.EvictClient(ostName(1), "b"); err != nil {
+		t.Error(err)
+	}
+	s := k.cluster.byName[ostName(1)].front().Status()
+	if s.Recovery.Evicted != 2 || !slices.ContainsFunc(s.Clients, func(x front.Client) bool { return x.Client == host.AgentID(mdtName) }) {
+		t.Errorf("evicted %d, clients %+v", s.Recovery.Evicted, s.Clients)
+	}
+	if got := content(t, b, x.FID); got != "data" {
+		t.Errorf("%q", got)
 	}
 	c.down("a", a)
 }

@@ -314,8 +314,8 @@ func TestVitals(t *testing.T) {
 		q.Flags |= wire.FlagWaitCommit
 		w := r.send(a.c, q)
 		r.waits(w)
-		q2, rep := b.hdr(wire.OpGetattr), wire.Reply{}
-		if !b.c.TryHandle(&q2, &rep) {
+		get, rep := b.hdr(wire.OpGetattr), wire.Reply{}
+		if !b.c.TryHandle(&get, &rep) {
 			t.Error("nothing is answered at once")
 		}
 		if v = r.f.Vitals(); v.Work != 1 || v.Progress != old {
