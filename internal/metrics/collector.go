@@ -83,25 +83,6 @@ func NewCollector(get func() status.Status) *Collector {
 	target("fences", "Evicted clients of which OSTs are yet to be told.", gauge, func(t *status.Target) float64 { return float64(t.Fences) })
 	target("waiting_log_records", "Log records that wait for OSTs which are away.", gauge, func(t *status.Target) float64 { return float64(t.WaitingLogs) })
 
-	importOf := func(name, help string, value func(*status.Import) float64) {
-		add("import_"+name, help, gauge, []string{"target"}, func(s *status.Status, emit func(float64, ...string)) {
-			for i := range s.Imports {
-				emit(value(&s.Imports[i]), s.Imports[i].Target)
-			}
-		})
-	}
-	importOf("full", "1 while requests to the target pass.", func(i *status.Import) float64 {
-		if i.State == status.ImportFull {
-			return 1
-		}
-		return 0
-	})
-	importOf("away_seconds", "How long requests to the target have not passed.", func(i *status.Import) float64 { return i.Away.Seconds() })
-	importOf("waiting_requests", "Requests that wait for the target or their turn.", func(i *status.Import) float64 { return float64(i.Waiting) })
-	importOf("unanswered_requests", "Requests on their way.", func(i *status.Import) float64 { return float64(i.Unanswered) })
-	importOf("uncommitted_requests", "Requests kept for replay.", func(i *status.Import) float64 { return float64(i.Uncommitted) })
-	importOf("kept_bytes", "Bytes kept for replay.", func(i *status.Import) float64 { return float64(i.Kept) })
-
 	ir := func(name, help string, kind prometheus.ValueType, value func(*status.IR) float64) {
 		add("ir_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
 			if s.IR != nil {
@@ -133,6 +114,25 @@ func NewCollector(get func() status.Status) *Collector {
 				}
 			}
 		})
+
+	importOf := func(name, help string, value func(*status.Import) float64) {
+		add("import_"+name, help, gauge, []string{"target"}, func(s *status.Status, emit func(float64, ...string)) {
+			for i := range s.Imports {
+				emit(value(&s.Imports[i]), s.Imports[i].Target)
+			}
+		})
+	}
+	importOf("full", "1 while requests to the target pass.", func(i *status.Import) float64 {
+		if i.State == status.ImportFull {
+			return 1
+		}
+		return 0
+	})
+	importOf("away_seconds", "How long requests to the target have not passed.", func(i *status.Import) float64 { return i.Away.Seconds() })
+	importOf("waiting_requests", "Requests that wait for the target or their turn.", func(i *status.Import) float64 { return float64(i.Waiting) })
+	importOf("unanswered_requests", "Requests on their way.", func(i *status.Import) float64 { return float64(i.Unanswered) })
+	importOf("uncommitted_requests", "Requests kept for replay.", func(i *status.Import) float64 { return float64(i.Uncommitted) })
+	importOf("kept_bytes", "Bytes kept for replay.", func(i *status.Import) float64 { return float64(i.Kept) })
 
 	addr := func(name, help string, kind prometheus.ValueType, value func(*status.Address) float64) {
 		add("rpc_"+name, help, kind, []string{"service", "address", "port", "net"}, func(s *status.Status, emit func(float64, ...string)) {

@@ -59,7 +59,6 @@ func (n *Node) Status() status.Status {
 		Uptime: now.Sub(n.started), DataDir: n.cfg.DataDir, Stopping: n.stopping.Load(),
 	}
 	n.targetStatus(&s)
-	n.irStatus(&s)
 	if w := n.waits.Load(); w != nil && !n.up.Load() {
 		s.Waits = *w
 	}
@@ -76,6 +75,7 @@ func (n *Node) Status() status.Status {
 			s.Exports = append(s.Exports, x)
 		}
 	}
+	n.irStatus(&s)
 	var ms runtime.MemStats
 	runtime.ReadMemStats(&ms)
 	s.Memory.Heap, s.Memory.Goroutines, s.Memory.RSS = ms.HeapAlloc, runtime.NumGoroutine(), rss()

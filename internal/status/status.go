@@ -30,9 +30,7 @@ type Status struct {
 	Memory  Memory   `json:"memory"`
 	Targets []Target `json:"targets"`
 	// Imports are this frontend's ways to the targets of a cluster.
-	Imports []Import `json:"imports,omitempty"`
-	// IR is the node's part in imperative recovery, in a cluster.
-	IR        *IR       `json:"imperative_recovery,omitempty"`
+	Imports   []Import  `json:"imports,omitempty"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
 	// Locks are the lock services; none when locks.enabled is false.
@@ -41,6 +39,8 @@ type Status struct {
 	Clients []Client      `json:"clients"`
 	// Procs are the procedures that were called at least once.
 	Procs []Proc `json:"procs"`
+	// IR is the node's part in imperative recovery, in a cluster.
+	IR *IR `json:"imperative_recovery,omitempty"`
 }
 
 // Memory is the process's memory in bytes.
