@@ -83,6 +83,38 @@ func NewCollector(get func() status.Status) *Collector {
 	target("fences", "Evicted clients of which OSTs are yet to be told.", gauge, func(t *status.Target) float64 { return float64(t.Fences) })
 	target("waiting_log_records", "Log records that wait for OSTs which are away.", gauge, func(t *status.Target) float64 { return float64(t.WaitingLogs) })
 
+	ir := func(name, help string, kind prometheus.ValueType, value func(*status.IR) float64) {
+		add("ir_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
+			if s.IR != nil {
+				emit(value(s.IR))
+			}
+		})
+	}
+	ir("watching", "1 while the registry's news of targets reach this node.", gauge, func(i *status.IR) float64 { return one(i.Connected) })
+	ir("imperative_recovery", "1 if this node acts on the registry's news.", gauge, func(i *status.IR) float64 { return one(i.Imperative) })
+	ir("nidtbl_version", "Version of the registry's table of targets that this node has.", gauge, func(i *status.IR) float64 { return float64(i.Version) })
+	registry := func(name, help string, kind prometheus.ValueType, value func(*status.RecoveryRegistry) float64) {
+		add("ir_registry_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
+			if s.IR != nil && s.IR.Registry != nil {
+				emit(value(s.IR.Registry))
+			}
+		})
+	}
+	registry("incarnation", "Number of the registry's start; of the node that runs it.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.Incarnation) })
+	registry("nidtbl_version", "Version of the registry's table of targets.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.Version) })
+	registry("nonir_clients", "Nodes that are not told where targets have started.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.NonIR) })
+	registry("notify_count_total", "Changes of the table that all who were to be told have acknowledged.", counter, func(r *status.RecoveryRegistry) float64 { return float64(r.NotifyCount) })
+	registry("notify_duration_seconds_total", "How long that took, together.", counter, func(r *status.RecoveryRegistry) float64 { return r.NotifyTotal.Seconds() })
+	registry("notify_duration_max_seconds", "The longest that it took.", gauge, func(r *status.RecoveryRegistry) float64 { return r.NotifyMax.Seconds() })
+	add("ir_registry_state", "1 for the state of imperative recovery, 0 for the others.", gauge, []string{"state"},
+		func(s *status.Status, emit func(float64, ...string)) {
+			if s.IR != nil && s.IR.Registry != nil {
+				for _, st := range []string{"full", "partial", "startup", "disabled"} {
+					emit(one(s.IR.Registry.State == st), st)
+				}
+			}
+		})
+
 	importOf := func(name, help string, value func(*status.Import) float64) {
 		add("import_"+name, help, gauge, []string{"target"}, func(s *status.Status, emit func(float64, ...string)) {
 			for i := range s.Imports {
@@ -134,37 +166,6 @@ func NewCollector(get func() status.Status) *Collector {
 	peer("restarts_total", "Restarts of the node that were noticed.", counter, func(p *status.Peer) float64 { return float64(p.Restarts) })
 	peer("health_connects_total", "Attempts to connect to the node for beats.", counter, func(p *status.Peer) float64 { return float64(p.Connects) })
 	peer("longest_gap_seconds", "The longest time between two beats.", gauge, func(p *status.Peer) float64 { return p.LongestGap.Seconds() })
-	ir := func(name, help string, kind prometheus.ValueType, value func(*status.IR) float64) {
-		add("ir_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
-			if s.IR != nil {
-				emit(value(s.IR))
-			}
-		})
-	}
-	ir("watching", "1 while the registry's news of targets reach this node.", gauge, func(i *status.IR) float64 { return one(i.Connected) })
-	ir("imperative_recovery", "1 if this node acts on the registry's news.", gauge, func(i *status.IR) float64 { return one(i.Imperative) })
-	ir("nidtbl_version", "Version of the registry's table of targets that this node has.", gauge, func(i *status.IR) float64 { return float64(i.Version) })
-	registry := func(name, help string, kind prometheus.ValueType, value func(*status.RecoveryRegistry) float64) {
-		add("ir_registry_"+name, help, kind, nil, func(s *status.Status, emit func(float64, ...string)) {
-			if s.IR != nil && s.IR.Registry != nil {
-				emit(value(s.IR.Registry))
-			}
-		})
-	}
-	registry("incarnation", "Number of the registry's start; of the node that runs it.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.Incarnation) })
-	registry("nidtbl_version", "Version of the registry's table of targets.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.Version) })
-	registry("nonir_clients", "Nodes that are not told where targets have started.", gauge, func(r *status.RecoveryRegistry) float64 { return float64(r.NonIR) })
-	registry("notify_count_total", "Changes of the table that all who were to be told have acknowledged.", counter, func(r *status.RecoveryRegistry) float64 { return float64(r.NotifyCount) })
-	registry("notify_duration_seconds_total", "How long that took, together.", counter, func(r *status.RecoveryRegistry) float64 { return r.NotifyTotal.Seconds() })
-	registry("notify_duration_max_seconds", "The longest that it took.", gauge, func(r *status.RecoveryRegistry) float64 { return r.NotifyMax.Seconds() })
-	add("ir_registry_state", "1 for the state of imperative recovery, 0 for the others.", gauge, []string{"state"},
-		func(s *status.Status, emit func(float64, ...string)) {
-			if s.IR != nil && s.IR.Registry != nil {
-				for _, st := range []string{"full", "partial", "startup", "disabled"} {
-					emit(one(s.IR.Registry.State == st), st)
-				}
-			}
-		})
 
 	addr := func(name, help string, kind prometheus.ValueType, value func(*status.Address) float64) {
 		add("rpc_"+name, help, kind, []string{"service", "address", "port", "net"}, func(s *status.Status, emit func(float64, ...string)) {

@@ -61,7 +61,6 @@ func (n *Node) Status() status.Status {
 	}
 	n.targetStatus(&s)
 	n.peerStatus(&s)
-	n.irStatus(&s)
 	if w := n.waits.Load(); w != nil && !n.up.Load() {
 		s.Waits = *w
 	}
@@ -78,6 +77,7 @@ func (n *Node) Status() status.Status {
 			s.Exports = append(s.Exports, x)
 		}
 	}
+	n.irStatus(&s)
 	var ms runtime.MemStats
 	runtime.ReadMemStats(&ms)
 	s.Memory.Heap, s.Memory.Goroutines, s.Memory.RSS = ms.HeapAlloc, runtime.NumGoroutine(), rss()

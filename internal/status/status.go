@@ -32,9 +32,7 @@ type Status struct {
 	// Imports are this frontend's ways to the targets of a cluster.
 	Imports []Import `json:"imports,omitempty"`
 	// Peers are the other nodes of a cluster, by name.
-	Peers []Peer `json:"peers,omitempty"`
-	// IR is the node's part in imperative recovery, in a cluster.
-	IR        *IR       `json:"imperative_recovery,omitempty"`
+	Peers     []Peer    `json:"peers,omitempty"`
 	Addresses []Address `json:"addresses"`
 	VIPs      []VIP     `json:"vips"`
 	// Locks are the lock services; none when locks.enabled is false.
@@ -43,6 +41,8 @@ type Status struct {
 	Clients []Client      `json:"clients"`
 	// Procs are the procedures that were called at least once.
 	Procs []Proc `json:"procs"`
+	// IR is the node's part in imperative recovery, in a cluster.
+	IR *IR `json:"imperative_recovery,omitempty"`
 }
 
 // Memory is the process's memory in bytes.

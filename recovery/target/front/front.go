@@ -32,7 +32,9 @@ func SystemClock() Clock {
 // Options of New. Body is required.
 type Options struct {
 	// Name is the target's, for the log.
-	Name   string
+	Name string
+	// Own is the client by which the target itself works elsewhere and here.
+	Own    wire.ClientID
 	Body   Body
 	Config recov.Config
 	// Pingless: clients on other nodes need not ping while somebody watches their
@@ -40,8 +42,6 @@ type Options struct {
 	Pingless bool
 	Clock    Clock // default SystemClock
 	Logger   *slog.Logger
-	// Own is the client by which the target itself works elsewhere and here.
-	Own wire.ClientID
 	// OnState is called with each new state after New, in order, by a goroutine of
 	// the front, which waits for it. It must not call Stop.
 	OnState func(recov.State)

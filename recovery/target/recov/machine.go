@@ -102,7 +102,8 @@ type Machine struct {
 	size       time.Duration // of the window, without progress
 	moved      time.Time     // last progress; zero: none
 	tenths     int           // of the usual time for clients to come; 0: they are not told
-	early      time.Time     // the end of that; zero: as soft
+	word       time.Time     // when it was said that they are told
+	early      time.Time     // when the time for clients to come is over; zero: as soft
 	st         Status
 
 	// Life signs of all clients: the last, and since when silence counts.

@@ -69,17 +69,17 @@ func (m *Machine) part(d, least time.Duration) time.Duration {
 
 // Shorten tells that all clients are told that the target is back, so that it need not
 // wait for their time-outs: clients that have not come yet are given only this many
-// tenths (1..10) of the window, and of what progress adds to it. For those that have
-// come, nothing changes. The last word counts; it ends with the recovery.
+// tenths (1..10) of the window, from now on or from its begin if that is later, and of
+// what progress adds to it. For those that have come, nothing changes. The last word
+// counts; it ends with the recovery.
 func (m *Machine) Shorten(tenths int, now time.Time) []Action {
 	m.begin()
 	if !m.inRecovery() || tenths < 1 || tenths > 10 || tenths == m.tenths {
 		return m.acts
 	}
-	m.tenths = tenths
+	m.tenths, m.word = tenths, now
 	m.logf("clients are told that the target is back, so it waits for those that do not come %d/10 of the usual time", tenths)
 	m.hurry()
-	m.expire(now)
 	return m.acts
 }
 
@@ -88,7 +88,11 @@ func (m *Machine) hurry() {
 	if m.tenths == 0 || m.state != StateRecovering {
 		return
 	}
-	m.early = m.st.Start.Add(m.part(m.size, leastWindow))
+	begin := m.st.Start
+	if m.word.After(begin) {
+		begin = m.word
+	}
+	m.early = begin.Add(m.part(m.size, leastWindow))
 	if t := m.moved.Add(m.part(m.cfg.Step, leastStep)); !m.moved.IsZero() && t.After(m.early) {
 		m.early = t
 	}
@@ -424,7 +428,7 @@ func (m *Machine) executedReplay(run *running, res Result, now time.Time) {
 
 // expire acts when the window has run out.
 func (m *Machine) expire(now time.Time) {
-	if m.state != StateRecovering || now.Before(m.deadline()) {
+	if now.Before(m.deadline()) {
 		return
 	}
 	over := !now.Before(m.hard)
