@@ -334,6 +334,14 @@ func (c *conn) answer(m *message, req *wire.Request, rep *wire.Reply) {
 	c.n.post(f, r)
 }
 
+// request gives what a message that is no reply asks for.
+func (m *message) request() (q wire.Request) {
+	if err := wire.DecodeRequest(m.head, &q); err != nil {
+		m.c.n.w.fault("request to %s does not decode: %v", m.c.target, err)
+	}
+	return q
+}
+
 // big tells whether a message goes by the bulk connection.
 func (m *message) big() bool { return m.op == wire.OpWrite || m.op == wire.OpRead }
 

@@ -520,7 +520,8 @@ func scenarios() (l []scenario) {
 			c.load(60, func() { c.crash(c.nodes[0], end, time.Second) })
 		})
 	}
-	return append(l, sizeScenarios()...)
+	l = append(l, sizeScenarios()...)
+	return append(l, orphanScenarios()...)
 }
 
 // late is what happens to a frontend while it hangs, with writes on the way.
