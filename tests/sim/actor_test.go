@@ -32,6 +32,8 @@ type actor struct {
 	stuck string // the call that waits
 	since time.Time
 	mu    sync.Mutex // stuck, since
+
+	locked *lock // of a scenario, to be given back at its end
 }
 
 func (w *world) newActor(id, all int, two bool) *actor {

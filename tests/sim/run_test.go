@@ -20,9 +20,10 @@ import (
 // cluster is a world under way, with its cluster manager.
 type cluster struct {
 	*world
-	actors []*actor
-	stop   context.CancelFunc
-	done   sync.WaitGroup
+	actors  []*actor
+	lockers []*actor
+	stop    context.CancelFunc
+	done    sync.WaitGroup
 }
 
 // simulate runs f on a cluster of its own in simulated time, and reports what was
@@ -130,6 +131,7 @@ func (c *cluster) finish() {
 		c.serving()
 	}
 	c.each(func(a *actor) { a.final() })
+	c.unlocked()
 	for range 120 {
 		if c.pending() == "" {
 			break
@@ -255,6 +257,9 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	rng := c.rand("schedule")
 	c.serving()
 	c.addActors(2+rng.IntN(3), rng.IntN(2) == 0)
+	if c.cfg.locks {
+		c.addLockers(2 + c.rand("lockers").IntN(3))
+	}
 	pause := time.Duration(20+rng.IntN(300)) * time.Millisecond
 	until := time.Now().Add(time.Duration(5+rng.IntN(40)) * time.Second)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -264,7 +269,21 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	wg.Go(func() { c.watch(ctx) })
 	ended := make(chan struct{})
 	go func() {
-		c.each(func(a *actor) { a.run(ops, pause, func() bool { return time.Now().After(until) }) })
+		over := func() bool { return time.Now().After(until) }
+		var wg sync.WaitGroup
+		for _, a := range c.lockers {
+			wg.Go(func() {
+				for range ops {
+					if over() {
+						return
+					}
+					a.lockStep()
+					time.Sleep(time.Duration(a.rng.Int64N(int64(pause))))
+				}
+			})
+		}
+		c.each(func(a *actor) { a.run(ops, pause, over) })
+		wg.Wait()
 		close(ended)
 	}()
 	select {
@@ -277,7 +296,7 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	select {
 	case <-ended:
 	case <-time.After(5 * time.Minute):
-		for _, a := range c.actors {
+		for _, a := range slices.Concat(c.actors, c.lockers) {
 			a.mu.Lock()
 			if a.stuck != "" {
 				c.fault("%s: %s has had no answer for %v", a.name(), a.stuck, time.Since(a.since))

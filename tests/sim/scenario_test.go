@@ -37,7 +37,10 @@ func TestScenarios(t *testing.T) {
 			}
 			simulate(t, 1, cfg, fmt.Sprintf("go test ./tests/sim -v -sim.trace -run 'TestScenarios/%s$'", s.name), func(c *cluster) {
 				c.serving()
-				c.addActors(2, s.two)
+				c.addActors(cfg.clients, s.two)
+				if cfg.locks {
+					c.addLockers(2)
+				}
 				s.run(c)
 				c.heal()
 				c.serving()
@@ -521,7 +524,8 @@ func scenarios() (l []scenario) {
 		})
 	}
 	l = append(l, sizeScenarios()...)
-	return append(l, orphanScenarios()...)
+	l = append(l, orphanScenarios()...)
+	return append(l, lockScenarios()...)
 }
 
 // late is what happens to a frontend while it hangs, with writes on the way.

@@ -65,5 +65,6 @@ func random(t *testing.T, seed uint64) map[string]int {
 	if rng.IntN(2) == 0 {
 		cfg.stripes = uint8(1 + rng.IntN(cfg.osts))
 	}
+	cfg.locks = w.rand("locks").IntN(2) == 0
 	return simulate(t, seed, cfg, againRandom(seed), func(c *cluster) { schedule(c, everything, 60) })
 }
