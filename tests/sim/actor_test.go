@@ -462,8 +462,8 @@ func (a *actor) verify(f *file, mine func(int) bool, from, n int) {
 func (a *actor) checkSize(f *file, mine func(int) bool, what string, size int) {
 	least := f.least(a.w, a.v, mine)
 	most := len(f.cells)
-	if !mine(0) || !mine(1) {
-		most = 1 << 20 // others write, too
+	if !mine(0) || !mine(1) || a.w.badDisk.Load() {
+		most = 1 << 20 // others write, too; or a cut is lost (see check)
 	}
 	if size < least || size > most {
 		a.failf("%s: %v has %d sectors, possible are %d to %d", what, f.fid, size, least, most)
