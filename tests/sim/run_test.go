@@ -103,8 +103,9 @@ func (c *cluster) heal() {
 	c.net.change(func() {
 		c.net.filter = nil
 		clear(c.net.blocked)
+		c.net.work = nil
 		for _, n := range c.nodes {
-			n.paused = false
+			n.paused, n.slow = false, 0
 		}
 	})
 	for _, d := range c.osts {

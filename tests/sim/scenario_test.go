@@ -525,7 +525,8 @@ func scenarios() (l []scenario) {
 	}
 	l = append(l, sizeScenarios()...)
 	l = append(l, orphanScenarios()...)
-	return append(l, lockScenarios()...)
+	l = append(l, lockScenarios()...)
+	return append(l, serviceScenarios()...)
 }
 
 // late is what happens to a frontend while it hangs, with writes on the way.
