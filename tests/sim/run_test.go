@@ -39,7 +39,7 @@ func simulate(t *testing.T, seed uint64, cfg config, how string, f func(*cluster
 		ctx, cancel := context.WithCancel(context.Background())
 		c.stop = cancel
 		c.done.Go(func() { w.manage(ctx, w.rand("manager")) })
-		limit := time.AfterFunc(time.Hour, func() { w.hangs(how, "the run does not end") })
+		limit := time.AfterFunc(cfg.limit, func() { w.hangs(how, "the run does not end") })
 		f(c)
 		c.shutdown(how)
 		limit.Stop()

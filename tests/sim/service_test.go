@@ -526,5 +526,6 @@ func serviceScenarios() (l []scenario) {
 	severalScenarios(add)
 	stopScenarios(add)
 	toldScenarios(add)
+	loadScenarios(add)
 	return l
 }

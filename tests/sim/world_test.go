@@ -47,6 +47,7 @@ type config struct {
 	flush          time.Duration // longest usual flush
 	slowest        time.Duration // longest usual delay of a message
 	keepalive      time.Duration // when an end notices that the other one's machine is gone
+	limit          time.Duration // of a run
 }
 
 func defaultConfig() config {
@@ -61,7 +62,7 @@ func defaultConfig() config {
 			BackoffMin: 20 * time.Millisecond, BackoffMax: time.Second, RetryDelay: 200 * time.Millisecond,
 		},
 		ownerInterval: time.Second, commitInterval: time.Second, epochIdle: 500 * time.Millisecond, patience: 10 * time.Second, stopTime: 20 * time.Second,
-		flush: 4 * time.Millisecond, slowest: 100 * time.Millisecond, keepalive: 6 * time.Second,
+		flush: 4 * time.Millisecond, slowest: 100 * time.Millisecond, keepalive: 6 * time.Second, limit: time.Hour,
 	}
 }
 
