@@ -241,7 +241,10 @@ func (c *cluster) fsck() {
 func (c *cluster) watch(ctx context.Context) {
 	// A request that is let in while there is room may fill it.
 	most := int64(c.cfg.imports.Hard) + int64(c.cfg.imports.Slots)*(64*cellSize+4096)
-	for sleep(ctx, 20*time.Millisecond) == nil {
+	for n := 0; sleep(ctx, 20*time.Millisecond) == nil; n++ {
+		if n%8 == 0 {
+			c.look()
+		}
 		for _, fe := range c.frontends() {
 			for i, im := range fe.imports() {
 				if st := im.Stats(); st.HeldBytes < 0 || st.HeldBytes > most {
@@ -251,6 +254,48 @@ func (c *cluster) watch(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// look reads everything that an administrator can see of targets, whatever they are doing:
+// it takes no time and nothing of it goes backwards in one life of a target.
+func (c *cluster) look() {
+	began := time.Now()
+	for _, t := range c.targets() {
+		s := c.running(t)
+		if s == nil {
+			continue
+		}
+		st := s.front.Status()
+		r := &st.Recovery
+		n := 0
+		for _, k := range r.Reconnects {
+			n += k
+		}
+		if r.Connected > r.Registered || r.Finished > r.Clients || n > r.Clients || len(st.Clients) != r.Registered || st.Held < 0 {
+			c.fault("%s says of itself: %+v", t, st)
+		}
+		c.mu.Lock()
+		was := c.told[s]
+		c.told[s] = told{r.Evicted, r.Replayed, r.LastCommitted}
+		c.mu.Unlock()
+		if r.Evicted < was.evicted || r.Replayed < was.replayed || r.LastCommitted < was.committed {
+			c.fault("%s: what it said before, %+v, was more than %+v", t, was, r)
+		}
+		if s.mdt != nil {
+			_, _, _ = s.mdt.Body().Stats(), s.mdt.Sync().Status(), s.mdt.OSTs()
+		} else {
+			_ = s.ost.Body().Stats()
+		}
+	}
+	if took := time.Since(began); took > 0 {
+		c.fault("looking took %v", took)
+	}
+}
+
+// told is what a target has said of itself.
+type told struct {
+	evicted             int
+	replayed, committed uint64
 }
 
 // schedule runs clients and faults at random.

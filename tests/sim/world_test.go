@@ -88,6 +88,7 @@ type world struct {
 	vips   []*vip
 	faults []string
 	seen   map[string]int
+	told   map[*service]told // by targets about themselves
 	excuse map[excuse]string // why a frontend may lose data that only it had
 	fids   map[wire.FID]string
 	shared []*sharedFile
@@ -121,7 +122,7 @@ type vip struct {
 func newWorld(t *testing.T, seed uint64, cfg config) *world {
 	w := &world{
 		t: t, seed: seed, cfg: cfg, tracing: tracing, began: time.Now(), home: map[string]*node{}, gens: map[string]uint64{},
-		seen: map[string]int{}, excuse: map[excuse]string{}, fids: map[wire.FID]string{}, calm: make(chan struct{}),
+		seen: map[string]int{}, excuse: map[excuse]string{}, fids: map[wire.FID]string{}, calm: make(chan struct{}), told: map[*service]told{},
 	}
 	w.callLoss = w.rand("callbacks")
 	w.cond = sync.NewCond(&w.mu)
