@@ -33,12 +33,13 @@ type actor struct {
 	since time.Time
 	mu    sync.Mutex // stuck, since
 
-	locked *lock // of a scenario, to be given back at its end
+	locked *lock         // of a scenario, to be given back at its end
+	again  time.Duration // when a request for a lock that waits is made again
 }
 
 func (w *world) newActor(id, all int, two bool) *actor {
 	return &actor{
-		w: w, id: id, all: all, rng: w.rand("actor", id), v: w.vips[id%len(w.vips)], two: two, port: uint16(1000 + id), root: newFile(true, 0o755),
+		w: w, id: id, all: all, rng: w.rand("actor", id), v: w.vips[id%len(w.vips)], two: two, port: uint16(1000 + id), root: newFile(true, 0o755), again: 15 * time.Second,
 	}
 }
 

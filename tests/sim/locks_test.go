@@ -256,7 +256,7 @@ func (a *actor) lock(f *file, from, to int, excl bool, patience time.Duration) *
 		if patience == 0 {
 			break
 		}
-		if a.w.waits(l, min(15*time.Second, time.Until(until))) {
+		if a.w.waits(l, min(a.again, time.Until(until))) {
 			return l
 		}
 		if !time.Now().Before(until) {

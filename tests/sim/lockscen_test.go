@@ -188,6 +188,7 @@ func lockScenarios() (l []scenario) {
 		for _, end := range []string{"none", "kill", "power", "frontend", "frontend-stop", "evicted"} {
 			add("callback-"+name+"-"+end, func(c *cluster) {
 				a, b := c.lockers[0], c.lockers[1]
+				a.again = time.Hour // it relies on the callback
 				held := b.lock(c.lockFile.f, 0, 2, true, 0)
 				got := make(chan *lock)
 				go func() { got <- a.lock(c.lockFile.f, 0, 2, true, 5*time.Minute) }()
@@ -290,7 +291,30 @@ func lockScenarios() (l []scenario) {
 			})
 		}
 	}
-	// SA 232a, SA 232b: a frontend whose client waits for a lock stops, in order and without
+	// A frontend that takes an address over is evicted by the MDT while it begins the lock
+	// service: it does so once more, and serves.
+	for _, what := range []string{"request", "answer"} {
+		add("begin-"+what+"-evicted", func(c *cluster) {
+			a := c.lockers[0]
+			l := a.lock(c.lockFile.f, 0, 2, true, 0)
+			c.excused(wire.ClientID{}, -1, "the MDT evicts a frontend")
+			lost := c.loseThat(what == "answer", func(m *message) bool { return m.op == wire.OpLockService })
+			n := c.frontendOf(a)
+			n.die(true)
+			<-lost
+			for _, k := range c.nodes {
+				if k.front && k != n {
+					c.servingMDT(false).front.Evict(clientID(k.name))
+				}
+			}
+			c.serving()
+			c.holders(1, 0)
+			a.reclaim(l)
+			a.unlock(l)
+			n.boot()
+		})
+	}
+	// SA 232a: a frontend whose client waits for a lock stops, in order and without
 	// waiting for it; so does the MDT. The client gets the lock from who serves its address then.
 	for _, end := range []string{"frontend-stop", "stop"} {
 		add("waiting-"+end, func(c *cluster) {
