@@ -527,5 +527,6 @@ func serviceScenarios() (l []scenario) {
 	stopScenarios(add)
 	toldScenarios(add)
 	loadScenarios(add)
+	raceScenarios(add)
 	return l
 }
