@@ -39,10 +39,10 @@ func crowd(cfg *config) {
 	cfg.stripes = 2
 }
 
-// during gives a scenario that goes on for so long, a part of that with -short.
+// during gives a scenario that goes on for so long, a 48th of that with -short.
 func during(d time.Duration, cfg func(*config)) (time.Duration, func(*config)) {
 	if testing.Short() {
-		d /= 24
+		d /= 48
 	}
 	return d, func(c *config) {
 		cfg(c)
