@@ -304,7 +304,7 @@ func (f *FS) Call(ctx context.Context, o Owner, req *wire.Request, rep *wire.Rep
 // repeatable tells that executing the operation twice is the same as once.
 func repeatable(op wire.Op) bool {
 	switch op {
-	case wire.OpOpenEpoch, wire.OpTruncateDone, wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch:
+	case wire.OpOpenEpoch, wire.OpTruncateDone, wire.OpConnect, wire.OpDisconnect, wire.OpSetVIPEpoch, wire.OpLockService:
 		return true
 	}
 	return false

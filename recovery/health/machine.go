@@ -315,7 +315,11 @@ func (m *Machine) Left(now time.Duration, name string) {
 	}
 	p.look(now)
 	p.stats.Breaks++
-	p.hint(now)
+	if !p.connected {
+		// Else it was the connection of a peer that has heard nothing for a while, and now
+		// hears this node by its own one again.
+		p.hint(now)
+	}
 	p.askAt = min(p.askAt, now+p.interval())
 }
 

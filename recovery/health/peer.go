@@ -237,14 +237,20 @@ func (p *peer) hear(now time.Duration, b *Beat, via Via) {
 	}
 }
 
-// Beats received of a peer: burst at once, and then several per interval.
+// Beats received of a peer: burst at once, and then several per interval, this node's or
+// the peer's, whichever is shorter, and at the most per shortest.
 const (
 	burst          = 16
 	beatsPerPeriod = 4
+	shortest       = 20 * time.Millisecond
 )
 
 func (p *peer) allow(now time.Duration) bool {
-	step := p.cfg.Interval / beatsPerPeriod
+	step := p.cfg.Interval
+	if p.every != 0 {
+		step = min(step, max(p.every, shortest))
+	}
+	step /= beatsPerPeriod
 	if n := (now - p.tokensAt) / step; n >= burst {
 		p.tokens, p.tokensAt = burst, now
 	} else {

@@ -24,6 +24,10 @@ type sim struct {
 	nodes []*simNode
 	// cut tells of two nodes between which nothing passes.
 	cut map[[2]int]bool
+	// deaf tells of a node that cannot dial another one, late of two whose messages take
+	// longer.
+	deaf map[[2]int]bool
+	late map[[2]int]time.Duration
 	// trouble is when something was last wrong that may make a live peer silent.
 	trouble time.Duration
 	starts  map[simStart]bool
@@ -52,6 +56,7 @@ type simNode struct {
 	id          int
 	name        string
 	incarnation uint64
+	interval    time.Duration // 0: the default
 	m           *Machine
 	until       time.Duration // it stands still until then
 	armed       time.Duration
@@ -177,7 +182,9 @@ func (s *sim) node(name string) *simNode {
 
 func (s *sim) delay() time.Duration { return time.Duration(1+s.r.IntN(20)) * time.Millisecond }
 
-func (s *sim) isCut(a, b *simNode) bool { return s.cut[[2]int{min(a.id, b.id), max(a.id, b.id)}] }
+func pairOf(a, b *simNode) [2]int { return [2]int{min(a.id, b.id), max(a.id, b.id)} }
+
+func (s *sim) isCut(a, b *simNode) bool { return s.cut[pairOf(a, b)] }
 
 func (n *simNode) dial(to *simNode, attempt uint64) {
 	s := n.s
@@ -188,7 +195,7 @@ func (n *simNode) dial(to *simNode, attempt uint64) {
 			c.broke()
 		}
 	})
-	if s.isCut(n, to) {
+	if s.isCut(n, to) || s.deaf[[2]int{n.id, to.id}] {
 		return // until it is broken off
 	}
 	if to.m == nil {
@@ -254,7 +261,7 @@ func (c *simConn) carry(way int, b *Beat) {
 	if s.isCut(c.from, c.to) {
 		return
 	}
-	at := max(s.now+s.delay(), c.arrival[way])
+	at := max(s.now+s.delay()+s.late[pairOf(c.from, c.to)], c.arrival[way])
 	c.arrival[way] = at
 	p := b.Append(nil)
 	n, other := c.to, c.from
@@ -294,7 +301,7 @@ func (s *sim) start(n *simNode) {
 			peers = append(peers, p.name)
 		}
 	}
-	m, err := New(Config{Node: n.name, Peers: peers, Incarnation: n.incarnation})
+	m, err := New(Config{Node: n.name, Peers: peers, Incarnation: n.incarnation, Interval: n.interval})
 	if err != nil {
 		s.fatalf("%v", err)
 	}
@@ -317,7 +324,7 @@ func (n *simNode) look() {
 		if err := n.m.SetLocal(n.s.now, l); err != nil {
 			n.s.fatalf("%v", err)
 		}
-		n.to(200*time.Millisecond, n.look)
+		n.to(n.m.cfg.Interval, n.look)
 	})
 }
 
@@ -467,7 +474,7 @@ func (s *sim) disturb() {
 }
 
 func newSim(t *testing.T, seed uint64) *sim {
-	s := &sim{t: t, seed: seed, r: rand.New(rand.NewPCG(seed, 1)), cut: map[[2]int]bool{}, starts: map[simStart]bool{}, seen: map[Kind]int{}}
+	s := &sim{t: t, seed: seed, r: rand.New(rand.NewPCG(seed, 1)), cut: map[[2]int]bool{}, deaf: map[[2]int]bool{}, late: map[[2]int]time.Duration{}, starts: map[simStart]bool{}, seen: map[Kind]int{}}
 	for i, name := range []string{"a", "b", "c", "d"} {
 		s.nodes = append(s.nodes, &simNode{s: s, id: i, name: name, peers: map[string]bool{}})
 	}

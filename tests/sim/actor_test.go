@@ -32,11 +32,14 @@ type actor struct {
 	stuck string // the call that waits
 	since time.Time
 	mu    sync.Mutex // stuck, since
+
+	locked *lock         // of a scenario, to be given back at its end
+	again  time.Duration // when a request for a lock that waits is made again
 }
 
 func (w *world) newActor(id, all int, two bool) *actor {
 	return &actor{
-		w: w, id: id, all: all, rng: w.rand("actor", id), v: w.vips[id%len(w.vips)], two: two, port: uint16(1000 + id), root: newFile(true, 0o755),
+		w: w, id: id, all: all, rng: w.rand("actor", id), v: w.vips[id%len(w.vips)], two: two, port: uint16(1000 + id), root: newFile(true, 0o755), again: 15 * time.Second,
 	}
 }
 
@@ -460,8 +463,8 @@ func (a *actor) verify(f *file, mine func(int) bool, from, n int) {
 func (a *actor) checkSize(f *file, mine func(int) bool, what string, size int) {
 	least := f.least(a.w, a.v, mine)
 	most := len(f.cells)
-	if !mine(0) || !mine(1) {
-		most = 1 << 20 // others write, too
+	if !mine(0) || !mine(1) || a.w.badDisk.Load() {
+		most = 1 << 20 // others write, too; or a cut is lost (see check)
 	}
 	if size < least || size > most {
 		a.failf("%s: %v has %d sectors, possible are %d to %d", what, f.fid, size, least, most)

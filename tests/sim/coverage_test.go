@@ -81,6 +81,12 @@ func checkCoverage(t *testing.T, table string, ids []string) {
 			if pkg == "tests/sim" && sub != "" && !slices.ContainsFunc(scenarios(), func(s scenario) bool { return s.name == sub }) {
 				t.Errorf("%s: there is no scenario %s", id, sub)
 			}
+			if name == "TestNetworkScenarios" && sub != "" {
+				text, err := os.ReadFile(filepath.Join("../..", pkg, "scenario_test.go"))
+				if err != nil || !strings.Contains(string(text), strconv.Quote(sub)+": func(") {
+					t.Errorf("%s: there is no scenario %s in %s: %v", id, sub, pkg, err)
+				}
+			}
 			if name == "TestScenarios" && pkg == "recovery/target/recov" || name == "TestGolden" && pkg == "recovery/client/imp" {
 				if _, err := os.Stat(filepath.Join("../..", pkg, "testdata", sub+".txt")); err != nil {
 					t.Errorf("%s: %v", id, err)

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"golang.org/x/sys/unix"
@@ -32,6 +33,7 @@ type mdtStore struct {
 	bare   *vfs.MemFS // fs without that
 	rng    *rand.Rand
 	opened int
+	fails  int // if not 0, what fails from there on, counted in every life
 }
 
 func newMDTStore(w *world) *mdtStore {
@@ -52,13 +54,20 @@ func (d *mdtStore) attach(p *process) *vfs.MemFS {
 		// Its user was alive and does not know yet.
 		d.w.trace("%s takes the MDT's store from %s", p.node.name, d.user.node.name)
 		d.fs = d.crash()
-		d.w.history.add(true, d.user.node)
+		d.w.history.add(true, d.user.node, time.Now())
 	case d.last != nil && d.last != p.node:
 		d.fs = d.bare
 	}
 	d.user, d.last, d.bare = p, p.node, nil
 	d.opened++
 	return d.fs
+}
+
+// failAfter has every process that opens the store be told of errors after n calls.
+func (d *mdtStore) failAfter(n int) {
+	d.mu.Lock()
+	d.fails = n
+	d.mu.Unlock()
 }
 
 // left is called when a process has closed the store in order.
@@ -76,7 +85,7 @@ func (d *mdtStore) died(p *process, power bool) {
 	defer d.mu.Unlock()
 	if d.user == p {
 		d.user = nil
-		d.w.history.add(true, p.node)
+		d.w.history.add(true, p.node, time.Now())
 		d.bare = d.crash()
 		// The dead process's goroutines end on the old one.
 		d.fs = d.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: d.rng})
@@ -92,6 +101,18 @@ type mdtFS struct {
 	p  *process
 	mu sync.Mutex
 	fs *vfs.MemFS
+	n  atomic.Int64 // calls
+}
+
+// bad tells that the next call fails.
+func (f *mdtFS) bad() error {
+	f.d.mu.Lock()
+	n := f.d.fails
+	f.d.mu.Unlock()
+	if n > 0 && f.n.Add(1) > int64(n) {
+		return unix.EIO
+	}
+	return nil
 }
 
 func (f *mdtFS) on() *vfs.MemFS {
@@ -134,6 +155,9 @@ func (l *logFile) SyncTo(n int64) (bool, error) {
 }
 
 func (f *mdtFS) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	if err := f.bad(); err != nil {
+		return nil, err
+	}
 	file, err := f.on().Create(name, c)
 	return f.log(name, file, err)
 }
@@ -141,6 +165,9 @@ func (f *mdtFS) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
 func (f *mdtFS) Link(oldname, newname string) error { return f.on().Link(oldname, newname) }
 
 func (f *mdtFS) Open(name string, o ...vfs.OpenOption) (vfs.File, error) {
+	if err := f.bad(); err != nil {
+		return nil, err
+	}
 	return f.on().Open(name, o...)
 }
 
@@ -160,12 +187,18 @@ func (f *mdtFS) ReuseForWrite(oldname, newname string, c vfs.DiskWriteCategory) 
 
 func (f *mdtFS) MkdirAll(dir string, perm os.FileMode) error { return f.on().MkdirAll(dir, perm) }
 func (f *mdtFS) Lock(name string) (io.Closer, error)         { return f.on().Lock(name) }
-func (f *mdtFS) List(dir string) ([]string, error)           { return f.on().List(dir) }
 func (f *mdtFS) Stat(name string) (vfs.FileInfo, error)      { return f.on().Stat(name) }
 func (f *mdtFS) PathBase(path string) string                 { return vfs.NewMem().PathBase(path) }
 func (f *mdtFS) PathJoin(elem ...string) string              { return vfs.NewMem().PathJoin(elem...) }
 func (f *mdtFS) PathDir(path string) string                  { return vfs.NewMem().PathDir(path) }
-func (f *mdtFS) Unwrap() vfs.FS                              { return nil }
+func (f *mdtFS) List(dir string) ([]string, error) {
+	if err := f.bad(); err != nil {
+		return nil, err
+	}
+	return f.on().List(dir)
+}
+
+func (f *mdtFS) Unwrap() vfs.FS { return nil }
 func (f *mdtFS) GetDiskUsage(string) (vfs.DiskUsage, error) {
 	return vfs.DiskUsage{AvailBytes: 1 << 40, TotalBytes: 1 << 40}, nil
 }
@@ -181,6 +214,9 @@ type ostStore struct {
 	user *process
 	last *node
 	rng  *rand.Rand
+	// deaths are when processes died that had the store open, since anything was lost. What
+	// a node's memory has may be out of reach from then on, long before it is lost.
+	deaths []time.Time
 }
 
 func newOSTStore(w *world, i int) *ostStore {
@@ -193,7 +229,10 @@ func (d *ostStore) crash(n *node) {
 		d.mem.Writeback(d.rng)
 	}
 	d.mem = d.mem.CrashClone(d.rng.Uint64())
-	d.w.history.add(false, n)
+	for _, at := range append(d.deaths, time.Now()) {
+		d.w.history.add(false, n, at)
+	}
+	d.deaths = nil
 }
 
 func (d *ostStore) attach(p *process) *objfs.Mem {
@@ -223,6 +262,7 @@ func (d *ostStore) died(p *process, power bool) {
 	defer d.mu.Unlock()
 	if d.user == p {
 		d.user = nil
+		d.deaths = append(d.deaths, time.Now())
 		d.mem.Kill()
 	}
 	if power && d.last == p.node {

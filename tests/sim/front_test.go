@@ -27,6 +27,7 @@ type frontend struct {
 	stopErr error
 	ended   []time.Time // it died, or has lost what only it had
 	calls   sync.WaitGroup
+	settled map[lockKey]bool // callbacks that are needed no longer; under the world's lock
 }
 
 func (p *process) frontend() *frontend {
@@ -43,7 +44,7 @@ func clientID(node string) (id wire.ClientID) {
 // serveFrontend runs the process's frontend.
 func (p *process) serveFrontend() {
 	w := p.w
-	fe := &frontend{p: p, w: w, id: clientID(p.node.name), gen: w.nextGen(p.node.name), gone: make(chan struct{}), stopped: make(chan struct{})}
+	fe := &frontend{p: p, w: w, id: clientID(p.node.name), gen: w.nextGen(p.node.name), gone: make(chan struct{}), stopped: make(chan struct{}), settled: map[lockKey]bool{}}
 	fs, err := client.NewRemote(client.Options{
 		ID: fe.id, Gen: fe.gen, Clock: w.clock.Now, Logger: p.logger("fe"), EpochIdle: w.cfg.epochIdle, Patience: w.cfg.patience,
 		OnFlushError: func(ost int, total uint64) {

@@ -189,10 +189,10 @@ type loss struct {
 	n  *node
 }
 
-func (h *history) add(mdt bool, n *node) {
+func (h *history) add(mdt bool, n *node, at time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	l := loss{time.Now(), n}
+	l := loss{at, n}
 	if mdt {
 		h.mdt = append(h.mdt, l)
 	} else {

@@ -26,6 +26,7 @@ type network struct {
 	blocked map[[2]string]bool // from node, to node
 	healed  *sync.Cond         // blocked or a node's state has changed
 	filter  func(*message) verdict
+	work    func(*message) time.Duration // what a target takes longer for what may block
 }
 
 // verdict is what a filter does with a message.
@@ -297,15 +298,20 @@ func (c *conn) execute(srv wire.Target, m *message) {
 	}
 	rep.Reset()
 	if b, ok := srv.(wire.Blocker); ok && b.MayBlock(req.Op) {
+		var more time.Duration
 		c.n.mu.Lock()
 		c.inside++
+		if c.n.work != nil {
+			more = c.n.work(m)
+		}
 		c.n.mu.Unlock()
-		go func() {
+		c.n.w.zombies.Go(func() {
+			time.Sleep(more)
 			srv.Handle(req, rep, answer)
 			c.n.mu.Lock()
 			c.leave()
 			c.n.mu.Unlock()
-		}()
+		})
 		return
 	}
 	srv.Handle(req, rep, answer)
@@ -332,6 +338,14 @@ func (c *conn) answer(m *message, req *wire.Request, rep *wire.Reply) {
 		f = c.back[1]
 	}
 	c.n.post(f, r)
+}
+
+// request gives what a message that is no reply asks for.
+func (m *message) request() (q wire.Request) {
+	if err := wire.DecodeRequest(m.head, &q); err != nil {
+		m.c.n.w.fault("request to %s does not decode: %v", m.c.target, err)
+	}
+	return q
 }
 
 // big tells whether a message goes by the bulk connection.

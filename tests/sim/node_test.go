@@ -29,6 +29,7 @@ type node struct {
 	// Under the network's lock.
 	paused  bool // nothing gets in or out, and no I/O ends
 	powered bool
+	slow    time.Duration // what a flush takes longer
 
 	// Under the world's lock.
 	boots int
@@ -301,6 +302,9 @@ func (p *process) slowDisk(rng *rand.Rand, mu *sync.Mutex) {
 		d *= 20
 	}
 	mu.Unlock()
+	p.w.net.mu.Lock()
+	d += p.node.slow
+	p.w.net.mu.Unlock()
 	time.Sleep(d)
 	_ = p.storage()
 }

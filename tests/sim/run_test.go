@@ -20,9 +20,10 @@ import (
 // cluster is a world under way, with its cluster manager.
 type cluster struct {
 	*world
-	actors []*actor
-	stop   context.CancelFunc
-	done   sync.WaitGroup
+	actors  []*actor
+	lockers []*actor
+	stop    context.CancelFunc
+	done    sync.WaitGroup
 }
 
 // simulate runs f on a cluster of its own in simulated time, and reports what was
@@ -47,7 +48,7 @@ func simulateIn(t *testing.T, seed uint64, cfg config, how string, change func(*
 		ctx, cancel := context.WithCancel(context.Background())
 		c.stop = cancel
 		c.done.Go(func() { w.manage(ctx, w.rand("manager")) })
-		limit := time.AfterFunc(time.Hour, func() { w.hangs(how, "the run does not end") })
+		limit := time.AfterFunc(cfg.limit, func() { w.hangs(how, "the run does not end") })
 		f(c)
 		c.shutdown(how)
 		limit.Stop()
@@ -111,8 +112,9 @@ func (c *cluster) heal() {
 	c.net.change(func() {
 		c.net.filter = nil
 		clear(c.net.blocked)
+		c.net.work = nil
 		for _, n := range c.nodes {
-			n.paused = false
+			n.paused, n.slow = false, 0
 		}
 	})
 	for _, d := range c.osts {
@@ -139,6 +141,7 @@ func (c *cluster) finish() {
 		c.serving()
 	}
 	c.each(func(a *actor) { a.final() })
+	c.unlocked()
 	for range 120 {
 		if c.pending() == "" {
 			break
@@ -247,7 +250,10 @@ func (c *cluster) fsck() {
 func (c *cluster) watch(ctx context.Context) {
 	// A request that is let in while there is room may fill it.
 	most := int64(c.cfg.imports.Hard) + int64(c.cfg.imports.Slots)*(64*cellSize+4096)
-	for sleep(ctx, 20*time.Millisecond) == nil {
+	for n := 0; sleep(ctx, 20*time.Millisecond) == nil; n++ {
+		if n%8 == 0 {
+			c.look()
+		}
 		for _, fe := range c.frontends() {
 			for i, im := range fe.imports() {
 				if st := im.Stats(); st.HeldBytes < 0 || st.HeldBytes > most {
@@ -259,11 +265,56 @@ func (c *cluster) watch(ctx context.Context) {
 	}
 }
 
+// look reads everything that an administrator can see of targets, whatever they are doing:
+// it takes no time and nothing of it goes backwards in one life of a target.
+func (c *cluster) look() {
+	began := time.Now()
+	for _, t := range c.targets() {
+		s := c.running(t)
+		if s == nil {
+			continue
+		}
+		st := s.front.Status()
+		r := &st.Recovery
+		n := 0
+		for _, k := range r.Reconnects {
+			n += k
+		}
+		if r.Connected > r.Registered || r.Finished > r.Clients || n > r.Clients || len(st.Clients) != r.Registered || st.Held < 0 {
+			c.fault("%s says of itself: %+v", t, st)
+		}
+		c.mu.Lock()
+		was := c.told[s]
+		c.told[s] = told{r.Evicted, r.Replayed, r.LastCommitted}
+		c.mu.Unlock()
+		if r.Evicted < was.evicted || r.Replayed < was.replayed || r.LastCommitted < was.committed {
+			c.fault("%s: what it said before, %+v, was more than %+v", t, was, r)
+		}
+		if s.mdt != nil {
+			_, _, _ = s.mdt.Body().Stats(), s.mdt.Sync().Status(), s.mdt.OSTs()
+		} else {
+			_ = s.ost.Body().Stats()
+		}
+	}
+	if took := time.Since(began); took > 0 {
+		c.fault("looking took %v", took)
+	}
+}
+
+// told is what a target has said of itself.
+type told struct {
+	evicted             int
+	replayed, committed uint64
+}
+
 // schedule runs clients and faults at random.
 func schedule(c *cluster, faults func(*injector), ops int) {
 	rng := c.rand("schedule")
 	c.serving()
 	c.addActors(2+rng.IntN(3), rng.IntN(2) == 0)
+	if c.cfg.locks {
+		c.addLockers(2 + c.rand("lockers").IntN(3))
+	}
 	pause := time.Duration(20+rng.IntN(300)) * time.Millisecond
 	until := time.Now().Add(time.Duration(5+rng.IntN(40)) * time.Second)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -273,7 +324,21 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	wg.Go(func() { c.watch(ctx) })
 	ended := make(chan struct{})
 	go func() {
-		c.each(func(a *actor) { a.run(ops, pause, func() bool { return time.Now().After(until) }) })
+		over := func() bool { return time.Now().After(until) }
+		var wg sync.WaitGroup
+		for _, a := range c.lockers {
+			wg.Go(func() {
+				for range ops {
+					if over() {
+						return
+					}
+					a.lockStep()
+					time.Sleep(time.Duration(a.rng.Int64N(int64(pause))))
+				}
+			})
+		}
+		c.each(func(a *actor) { a.run(ops, pause, over) })
+		wg.Wait()
 		close(ended)
 	}()
 	select {
@@ -286,7 +351,7 @@ func schedule(c *cluster, faults func(*injector), ops int) {
 	select {
 	case <-ended:
 	case <-time.After(5 * time.Minute):
-		for _, a := range c.actors {
+		for _, a := range slices.Concat(c.actors, c.lockers) {
 			a.mu.Lock()
 			if a.stuck != "" {
 				c.fault("%s: %s has had no answer for %v", a.name(), a.stuck, time.Since(a.since))

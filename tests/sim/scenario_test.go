@@ -37,7 +37,10 @@ func TestScenarios(t *testing.T) {
 			}
 			simulate(t, 1, cfg, fmt.Sprintf("go test ./tests/sim -v -sim.trace -run 'TestScenarios/%s$'", s.name), func(c *cluster) {
 				c.serving()
-				c.addActors(2, s.two)
+				c.addActors(cfg.clients, s.two)
+				if cfg.locks {
+					c.addLockers(2)
+				}
 				s.run(c)
 				c.heal()
 				c.serving()
@@ -520,7 +523,10 @@ func scenarios() (l []scenario) {
 			c.load(60, func() { c.crash(c.nodes[0], end, time.Second) })
 		})
 	}
-	return append(l, sizeScenarios()...)
+	l = append(l, sizeScenarios()...)
+	l = append(l, orphanScenarios()...)
+	l = append(l, lockScenarios()...)
+	return append(l, serviceScenarios()...)
 }
 
 // late is what happens to a frontend while it hangs, with writes on the way.

@@ -70,5 +70,6 @@ func random(t *testing.T, seed uint64) map[string]int {
 		// Pauses that are taken for harmless are to be shorter than a part of the window.
 		cfg.registry = &registryConfig{startup: time.Duration(1+rng.IntN(5)) * time.Second, factor: 8 + rng.IntN(3)}
 	}
+	cfg.locks = w.rand("locks").IntN(2) == 0
 	return simulate(t, seed, cfg, againRandom(seed), func(c *cluster) { schedule(c, everything, 60) })
 }

@@ -34,6 +34,8 @@ type config struct {
 	stripes            uint8
 	stripeSize         uint32
 	segShift           uint8
+	clients            int  // of a named scenario
+	locks              bool // some clients take locks
 
 	recovery       recov.Config
 	imports        imp.Config
@@ -46,11 +48,12 @@ type config struct {
 	slowest        time.Duration // longest usual delay of a message
 	keepalive      time.Duration // when an end notices that the other one's machine is gone
 	registry       *registryConfig
+	limit          time.Duration // of a run
 }
 
 func defaultConfig() config {
 	return config{
-		osts: 2, fronts: 2, vips: 2, stripes: 1, stripeSize: 64 << 10, segShift: 17,
+		osts: 2, fronts: 2, vips: 2, clients: 2, stripes: 1, stripeSize: 64 << 10, segShift: 17,
 		recovery: recov.Config{
 			SoftMin: 4 * time.Second, SoftMax: 8 * time.Second, Hard: 30 * time.Second, Step: 2 * time.Second,
 			PingInterval: time.Second, PingTimeout: 8 * time.Second, MaxSlots: 16, CommitOnShare: true,
@@ -60,7 +63,7 @@ func defaultConfig() config {
 			BackoffMin: 20 * time.Millisecond, BackoffMax: time.Second, RetryDelay: 200 * time.Millisecond,
 		},
 		ownerInterval: time.Second, commitInterval: time.Second, epochIdle: 500 * time.Millisecond, patience: 10 * time.Second, stopTime: 20 * time.Second,
-		flush: 4 * time.Millisecond, slowest: 100 * time.Millisecond, keepalive: 6 * time.Second,
+		flush: 4 * time.Millisecond, slowest: 100 * time.Millisecond, keepalive: 6 * time.Second, limit: time.Hour,
 	}
 }
 
@@ -86,10 +89,16 @@ type world struct {
 	vips   []*vip
 	faults []string
 	seen   map[string]int
+	told   map[*service]told // by targets about themselves
 	excuse map[excuse]string // why a frontend may lose data that only it had
 	fids   map[wire.FID]string
 	shared []*sharedFile
 	optOut map[string]bool // nodes and targets that take no part in imperative recovery
+	// Locks that clients believe to have, and that they wait for.
+	locked, wanted []*lock
+	lockFile       *lockedFile
+	callLoss       *rand.Rand    // callbacks
+	calm           chan struct{} // closed when there are to be no more callbacks
 
 	history history
 }
@@ -107,6 +116,7 @@ type vip struct {
 	owner *frontend // nil: nobody serves it
 	clean bool      // the last owner has stopped in order
 	ready bool      // the owner may answer
+	nsm   uint32    // the NSM state
 	verf  uint64
 	moved chan struct{} // closed when connections to the owner end
 }
@@ -115,7 +125,9 @@ func newWorld(t *testing.T, seed uint64, cfg config) *world {
 	w := &world{
 		t: t, seed: seed, cfg: cfg, tracing: tracing, began: time.Now(), home: map[string]*node{}, gens: map[string]uint64{},
 		seen: map[string]int{}, excuse: map[excuse]string{}, fids: map[wire.FID]string{}, optOut: map[string]bool{},
+		calm: make(chan struct{}), told: map[*service]told{},
 	}
+	w.callLoss = w.rand("callbacks")
 	w.cond = sync.NewCond(&w.mu)
 	w.net = newNetwork(w)
 	w.mdt = newMDTStore(w)
@@ -146,7 +158,7 @@ func newWorld(t *testing.T, seed uint64, cfg config) *world {
 		w.home[mgsName] = w.nodes[n-1]
 	}
 	for i := range cfg.vips {
-		w.vips = append(w.vips, &vip{index: uint32(i + 1), verf: uint64(1000*(i+1)) + 1, clean: true, moved: make(chan struct{})})
+		w.vips = append(w.vips, &vip{index: uint32(i + 1), verf: uint64(1000*(i+1)) + 1, clean: true, nsm: 1, moved: make(chan struct{})})
 	}
 	return w
 }
@@ -379,16 +391,24 @@ func (w *world) serve(v *vip, fe *frontend) {
 	if v.owner != nil {
 		v.leave(false)
 	}
-	if !v.clean {
+	crashed := !v.clean
+	if crashed {
 		v.verf++
+		v.nsm += 2
 	}
+	nsm, moved := v.nsm, v.moved
 	v.owner, v.ready, v.clean = fe, false, false
 	w.cond.Broadcast()
 	w.mu.Unlock()
 	w.trace("%s: takes address %d, epoch %d", fe.p.node.name, v.index, epoch)
 	st := fe.raise(v.index, epoch)
+	if w.cfg.locks && st == wire.OK {
+		if st = fe.beginLocks(v.index, epoch, nsm, crashed); st == wire.OK {
+			fe.collectGrants(v, epoch, moved)
+		}
+	}
 	w.mu.Lock()
-	if v.owner == fe && v.epoch == epoch && st == 0 {
+	if v.owner == fe && v.epoch == epoch && st == wire.OK {
 		v.ready = true
 		w.trace("%s: serves address %d, epoch %d", fe.p.node.name, v.index, epoch)
 	}
