@@ -15,10 +15,10 @@ import (
 type faultPlan struct {
 	r *rand.Rand
 	// victims are killed, all others live on. Targets go to any node.
-	victims, nodes []string
-	targets        []string
-	at             map[string]string // node of a target
-	n              int
+	victims, nodes, frontends []string
+	targets                   []string
+	at                        map[string]string // node of a target
+	n                         int
 }
 
 // faultKind is what is done to a node or target.
@@ -31,6 +31,8 @@ const (
 	// stops it in order where it is first.
 	faultTakeOver faultKind = "take over"
 	faultMove     faultKind = "move"
+	// faultEvict makes the target forget a living frontend.
+	faultEvict faultKind = "evict"
 )
 
 // fault is one act of a schedule, after a pause.
@@ -38,7 +40,7 @@ type fault struct {
 	after  time.Duration
 	kind   faultKind
 	node   string
-	target string // to take over or to move, from node `from` to node
+	target string // to take over, to move from node `from` to node, or to evict node
 	from   string
 }
 
@@ -53,10 +55,10 @@ func (f fault) String() string {
 	return s + " " + f.node
 }
 
-// newFaultPlan makes the schedule for nodes, of which the victims may be killed, and
-// for targets that are at the nodes that at says.
-func newFaultPlan(seed uint64, victims, nodes []string, at map[string]string) *faultPlan {
-	p := &faultPlan{r: rand.New(rand.NewPCG(seed, 7)), victims: victims, nodes: nodes, at: map[string]string{}}
+// newFaultPlan makes the schedule for nodes, of which the victims may be killed and the
+// frontends evicted, and for targets that are at the nodes that at says.
+func newFaultPlan(seed uint64, victims, nodes, frontends []string, at map[string]string) *faultPlan {
+	p := &faultPlan{r: rand.New(rand.NewPCG(seed, 7)), victims: victims, nodes: nodes, frontends: frontends, at: map[string]string{}}
 	for t, n := range at {
 		p.targets = append(p.targets, t)
 		p.at[t] = n
@@ -91,7 +93,7 @@ func (p *faultPlan) next() (fs []fault) {
 	}
 	some := slices.Clone(p.victims)
 	p.r.Shuffle(len(some), func(i, j int) { some[i], some[j] = some[j], some[i] })
-	switch k := p.r.IntN(20); {
+	switch k := p.r.IntN(23); {
 	case k < 3: // a target moves in order
 		t := p.targets[p.r.IntN(len(p.targets))]
 		to := p.nodes[p.r.IntN(len(p.nodes))]
@@ -108,9 +110,14 @@ func (p *faultPlan) next() (fs []fault) {
 		add(fault{kind: faultKill, node: v, after: p.pause(3 * time.Second)})
 		add(fault{kind: faultStart, node: v, after: p.pause(2 * time.Second)})
 		return fs
-	case k < 12:
+	case k < 9:
+		// The MGS has no such clients.
+		ts := slices.DeleteFunc(slices.Clone(p.targets), func(t string) bool { return t == "MGS" })
+		add(fault{kind: faultEvict, node: p.frontends[p.r.IntN(len(p.frontends))], target: ts[p.r.IntN(len(ts))]})
+		return fs
+	case k < 15:
 		some = some[:1]
-	case k < 18:
+	case k < 21:
 		some = some[:2]
 	}
 	for _, v := range some {
@@ -135,7 +142,7 @@ func (p *faultPlan) next() (fs []fault) {
 // and there is everything in it.
 func TestFaultPlan(t *testing.T) {
 	plan := func(seed uint64) *faultPlan {
-		return newFaultPlan(seed, []string{"south", "meta", "data"}, []string{"north", "south", "meta", "data"},
+		return newFaultPlan(seed, []string{"south", "meta", "data"}, []string{"north", "south", "meta", "data"}, []string{"north", "south"},
 			map[string]string{"MGS": "meta", "MDT0000": "meta", "OST0000": "data", "OST0001": "data"})
 	}
 	a, b, c := plan(1), plan(1), plan(2)
@@ -165,6 +172,8 @@ func TestFaultPlan(t *testing.T) {
 			case faultStart:
 				ok = dead[f.node]
 				delete(dead, f.node)
+			case faultEvict:
+				ok = !dead[f.node] && len(dead) == 0
 			case faultTakeOver:
 				ok = !dead[f.node] && dead[was[f.target]]
 				was[f.target] = f.node
@@ -189,7 +198,7 @@ func TestFaultPlan(t *testing.T) {
 	if !differ {
 		t.Error("another seed gives the same schedule")
 	}
-	for _, k := range []faultKind{faultKill, faultStart, faultTakeOver, faultMove} {
+	for _, k := range []faultKind{faultKill, faultStart, faultTakeOver, faultMove, faultEvict} {
 		if seen[k] < 20 {
 			t.Errorf("%s: %d times only", k, seen[k])
 		}

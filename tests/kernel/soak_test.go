@@ -39,6 +39,7 @@ type soak struct {
 	guests  []*uml.Guest
 	began   time.Time
 	orders  []chan error // outcomes of take-overs that have begun
+	done    map[faultKind]int
 }
 
 // TestTwoFrontends lets two clients work on the same files through two frontends, under locks of all
@@ -56,7 +57,7 @@ func TestTwoFrontends(t *testing.T) {
 			t.Fatalf("%s=%q", soakEnv, s)
 		}
 	}
-	s := &soak{t: t, members: map[string]*bed.Member{
+	s := &soak{t: t, done: map[faultKind]int{}, members: map[string]*bed.Member{
 		// The frontend of the first client lives on, with whatever targets it takes over.
 		"north": {Name: "north", Addr: netip.MustParseAddr("127.0.0.2"), Serve: netip.MustParseAddr(serverAddr)},
 		"south": {Name: "south", Addr: netip.MustParseAddr("127.0.0.3"), Serve: netip.MustParseAddr(southAddr)},
@@ -81,7 +82,7 @@ func TestTwoFrontends(t *testing.T) {
 		}
 	}
 	seed := lockSeed(t)
-	s.plan = newFaultPlan(seed, []string{"south", "meta", "data"}, []string{"north", "south", "meta", "data"}, s.at)
+	s.plan = newFaultPlan(seed, []string{"south", "meta", "data"}, []string{"north", "south", "meta", "data"}, []string{"north", "south"}, s.at)
 	ctx, cancel := context.WithTimeout(context.Background(), 3*length+5*soakPatience)
 	defer cancel()
 	defer s.tell()
@@ -97,6 +98,7 @@ func TestTwoFrontends(t *testing.T) {
 		s.guests = append(s.guests, m)
 	}
 	s.began = time.Now()
+	t.Logf("   0.0 s: it is %s", s.began.UTC().Format("15:04:05"))
 	s.moving(ctx)
 	for n := 1; time.Since(s.began) < length; n++ {
 		for _, f := range s.plan.next() {
@@ -126,6 +128,7 @@ func TestTwoFrontends(t *testing.T) {
 func (s *soak) do(ctx context.Context, f fault) {
 	s.t.Helper()
 	m := s.members[f.node]
+	s.done[f.kind]++
 	switch f.kind {
 	case faultKill:
 		m.Kill()
@@ -145,6 +148,12 @@ func (s *soak) do(ctx context.Context, f fault) {
 		go func() { done <- s.baton(ctx, m, "target", "start", f.target) }()
 		s.orders = append(s.orders, done)
 		s.at[f.target] = f.node
+	case faultEvict:
+		// A frontend in the process of the target, or one that is about to connect, is not evicted.
+		out, err := s.c.Baton(ctx, s.members[s.at[f.target]], "target", "evict", f.target, f.node)
+		if err != nil {
+			s.t.Logf("%6.1f s: not evicted: %.300s", time.Since(s.began).Seconds(), out)
+		}
 	case faultMove:
 		err := s.baton(ctx, s.members[f.from], "target", "stop", f.target)
 		if err == nil {
@@ -379,7 +388,7 @@ func (s *soak) compare() {
 			}
 		}
 	}
-	s.t.Logf("%d operations on %d files; %d steps of the schedule", total, len(want), s.plan.n)
+	s.t.Logf("%d operations on %d files; %d steps of the schedule: %v", total, len(want), s.plan.n, s.done)
 }
 
 // tell shows what helps to understand a failure.

@@ -172,7 +172,7 @@ func (s *sharer) tell(format string, args ...any) {
 
 func (s *sharer) took(start time.Time, format string, args ...any) {
 	if d := time.Since(start); d > s.slow {
-		s.slow, s.what = d, fmt.Sprintf(format, args...)
+		s.slow, s.what = d, fmt.Sprintf(format, args...)+start.UTC().Format(", from 15:04:05")
 	}
 }
 
@@ -228,7 +228,8 @@ func (s *sharer) lock(f *shared) (unlock func() error, err error) {
 		if wait || !isDenied(err) {
 			break
 		}
-		time.Sleep(time.Duration(1+s.r.IntN(20)) * time.Millisecond)
+		// Not from s.r, whose choices do not depend on how often somebody was in the way.
+		time.Sleep(time.Duration(1+rand.IntN(20)) * time.Millisecond)
 	}
 	return func() error { return setlk(fd, "U", start, length, false) }, err
 }
@@ -245,14 +246,16 @@ func (s *sharer) turn(f *shared) (err error) {
 	if err != nil {
 		return fmt.Errorf("lock %s: %w", f.name, err)
 	}
-	s.took(start, "lock %s", f.name)
-	start = time.Now()
+	s.took(start, "open and lock %s", f.name)
+	held := time.Now()
 	defer func() {
+		s.took(held, "read and change %s", f.name)
+		start := time.Now()
 		s.tell("unlocking %s", f.name)
 		if uerr := unlock(); uerr != nil {
 			err = errors.Join(err, fmt.Errorf("unlock %s: %w", f.name, uerr))
 		}
-		s.took(start, "change and unlock %s", f.name)
+		s.took(start, "unlock %s", f.name)
 	}()
 	s.tell("reading %s", f.name)
 	b, h, err := f.look()
