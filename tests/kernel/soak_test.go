@@ -48,7 +48,7 @@ type soak struct {
 // Every state that one of them leaves tells what it is, and the other compares it;
 // nobody's change may be lost, no program see an error, and no lock be lost. In the end both
 // clients have what the operations, one after the other, give.
-// RS 70a, SM 50, SM 51, SM 52, RO 5, QU 18, IN 1..IN 8, own 12, own 14, own 15.
+// RS 70a, SM 50, SM 51, SM 52, QU 18, SC random-scale:fail_client_mds; by chance IN 1 to IN 8, own 14, own 15.
 func TestTwoFrontends(t *testing.T) {
 	length := 150 * time.Second
 	if s := os.Getenv(soakEnv); s != "" {

@@ -62,7 +62,7 @@ type shared struct {
 	f, app *os.File // open for writing, and for appending
 	// count is how often this process changed it: nobody else does in its name.
 	count, version uint64
-	mtime          int64
+	mtime          time.Time
 }
 
 // share runs the processes of one guest, waits until the other guest's have ended
@@ -369,11 +369,10 @@ func (f *shared) sizes(want int64) error {
 		if st.Size() != want {
 			return fmt.Errorf("%s says %d bytes, want %d", name, st.Size(), want)
 		}
-		if m := st.ModTime().UnixNano(); m < f.mtime {
-			return fmt.Errorf("%s says that it was modified at %v, which was %v before", name, st.ModTime(), time.Unix(0, f.mtime))
-		} else {
-			f.mtime = m
+		if st.ModTime().Before(f.mtime) {
+			return fmt.Errorf("%s says that it was modified at %v, which was %v before", name, st.ModTime(), f.mtime)
 		}
+		f.mtime = st.ModTime()
 	}
 	return nil
 }
