@@ -30,6 +30,8 @@ type fakeTable struct {
 	lastReq  wire.Request
 	// force gives statuses instead of executing; hold delays answers until closed.
 	force map[wire.Op]wire.Status
+	// evict counts answers that are lost with the frontend's eviction.
+	evict map[wire.Op]int
 	hold  map[wire.Op]chan struct{}
 	holds map[wire.Op]int // requests being delayed
 	pages int
@@ -58,7 +60,7 @@ type fakeEntry struct {
 func newFakeTable() *fakeTable {
 	return &fakeTable{
 		next: 1, records: map[fakeKey]wire.Status{}, executed: map[wire.Op]int{},
-		force: map[wire.Op]wire.Status{}, hold: map[wire.Op]chan struct{}{}, holds: map[wire.Op]int{},
+		force: map[wire.Op]wire.Status{}, evict: map[wire.Op]int{}, hold: map[wire.Op]chan struct{}{}, holds: map[wire.Op]int{},
 	}
 }
 
@@ -106,6 +108,10 @@ func (t *fakeTable) execute(req *wire.Request, rep *wire.Reply, done func()) {
 		}
 	}
 	rep.Status = st
+	if t.evict[req.Op] > 0 {
+		t.evict[req.Op]--
+		rep.Status = wire.ErrUnknownClient
+	}
 	old := t.wake()
 	t.mu.Unlock()
 	done()

@@ -220,6 +220,12 @@ func (o *op) checksum() uint64 {
 
 func (o *op) completed() {
 	st := o.rep.Status
+	if st == wire.ErrUnknownClient {
+		// The MDT has evicted this node while it had the request. If it was executed,
+		// its reply record has the answer.
+		o.c.Go(o.onPool)
+		return
+	}
 	if e := o.a.eng.Load(); st == wire.OK && e != nil && (o.req.Op == wire.OpLock || o.req.Op == wire.OpUnlock || o.req.Op == wire.OpLockCancel) {
 		e.settle(o.req.FID, &o.args.Owner, o.args.Range)
 	}

@@ -367,6 +367,29 @@ func TestExactlyOnce(t *testing.T) {
 	}
 }
 
+// TestEvictedWhileAsking: the MDT evicts the frontend, and the answer to what it was
+// asked is lost. The frontend asks again, and clients neither wait for their own
+// time-outs nor have anything done twice.
+func TestEvictedWhileAsking(t *testing.T) {
+	b := newBed(t, nil)
+	p, other := b.peer(1, 4, "tcp"), b.peer(2, 4, "udp")
+	b.tab.mu.Lock()
+	b.tab.evict[wire.OpLock], b.tab.evict[wire.OpUnlock] = 2, 2
+	b.tab.mu.Unlock()
+	want(t, "lock", p.lock("file1", 1, 0, 1, false), nlm.Granted)
+	want(t, "lock of another", other.lock("file1", 2, 0, 1, false), nlm.Denied)
+	want(t, "unlock", p.unlock("file1", 1, 0, 1), nlm.Granted)
+	want(t, "lock of another", other.lock("file1", 2, 0, 1, false), nlm.Granted)
+	b.tab.mu.Lock()
+	defer b.tab.mu.Unlock()
+	if b.tab.executed[wire.OpUnlock] != 1 || b.tab.evict[wire.OpLock] != 0 || b.tab.evict[wire.OpUnlock] != 0 {
+		t.Errorf("executed %v, evictions left %v", b.tab.executed, b.tab.evict)
+	}
+	if n := b.a.Stats().Dropped; n != 0 {
+		t.Errorf("%d calls were not answered", n)
+	}
+}
+
 func TestDuplicateOfRunningCall(t *testing.T) {
 	b := newBed(t, nil)
 	p := b.peer(2, 4, "tcp")

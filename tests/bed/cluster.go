@@ -96,8 +96,8 @@ func (s *Cluster) config(m *Member) string {
 		names = append(names, x.Name)
 	}
 	all := s.quoted(names)
-	fmt.Fprintf(&b, "data_dir = %q\n[cluster]\nnode = %q\ntls_dir = %q\nstart = %s\n",
-		filepath.Join(dir, "data"), m.Name, filepath.Join(s.c.Dir, "tls"), s.quoted(m.Start))
+	fmt.Fprintf(&b, "data_dir = %q\ncluster_key_file = %q\n[cluster]\nnode = %q\ntls_dir = %q\nstart = %s\n",
+		filepath.Join(dir, "data"), filepath.Join(s.c.Dir, "cluster.key"), m.Name, filepath.Join(s.c.Dir, "tls"), s.quoted(m.Start))
 	if s.Plain {
 		b.WriteString("tls = \"off\"\n")
 	}
@@ -219,6 +219,19 @@ func (m *Member) Kill() {
 
 // Running tells whether the member runs.
 func (m *Member) Running() bool { return m.proc != nil }
+
+// Ended tells whether the member was started, and has ended without being killed.
+func (m *Member) Ended() bool {
+	if m.proc == nil {
+		return false
+	}
+	select {
+	case <-m.proc.Done():
+		return true
+	default:
+		return false
+	}
+}
 
 // Kill9 kills all members.
 func (s *Cluster) Kill9() error {

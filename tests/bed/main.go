@@ -48,6 +48,7 @@ func Scratch() (string, error) {
 var (
 	cleanupMu sync.Mutex
 	cleanups  []func()
+	kept      bool // a directory of a failed test stays
 )
 
 // AtCleanup makes Cleanup call f before it removes the scratch directory, the
@@ -58,7 +59,7 @@ func AtCleanup(f func()) {
 	cleanups = append(cleanups, f)
 }
 
-// Cleanup removes the scratch directory. Nodes clean up by themselves.
+// Cleanup removes the scratch directory, unless something of it is to be kept. Nodes clean up by themselves.
 func Cleanup() {
 	cleanupMu.Lock()
 	defer cleanupMu.Unlock()
@@ -67,7 +68,7 @@ func Cleanup() {
 		cleanups = cleanups[:len(cleanups)-1]
 		f()
 	}
-	if scratchDir != "" {
+	if scratchDir != "" && !kept {
 		os.RemoveAll(scratchDir)
 	}
 }
@@ -98,6 +99,9 @@ func Dir(t testing.TB) string {
 	t.Cleanup(func() {
 		if t.Failed() && os.Getenv("BATON_KEEP") != "" {
 			t.Logf("kept %s", d)
+			cleanupMu.Lock()
+			kept = true
+			cleanupMu.Unlock()
 			return
 		}
 		os.RemoveAll(d)

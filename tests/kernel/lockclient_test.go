@@ -103,11 +103,16 @@ func (g *lockGuest) quit(t *testing.T) {
 		fmt.Fprintln(c, `["quit"]`)
 		defer c.Close()
 	}
-	r := finish(ctx, t, g.m)
+	checkLocks(t, g.name, finish(ctx, t, g.m))
+}
+
+// checkLocks fails the test if a guest's kernel says that it has lost locks.
+func checkLocks(t *testing.T, name string, r uml.Result) {
+	t.Helper()
 	for line := range strings.Lines(r.Dmesg) {
 		for _, bad := range []string{"failed to reclaim", "cannot monitor", "rejected NSM", "lost lock"} {
 			if strings.Contains(line, bad) {
-				t.Errorf("guest %s: kernel: %s", g.name, strings.TrimSpace(line))
+				t.Errorf("guest %s: kernel: %s", name, strings.TrimSpace(line))
 			}
 		}
 	}
@@ -118,7 +123,7 @@ func (g *lockGuest) quit(t *testing.T) {
 		}
 	}
 	if len(said) > 0 {
-		t.Logf("guest %s's kernel:\n%s", g.name, strings.Join(said[max(0, len(said)-15):], "\n"))
+		t.Logf("guest %s's kernel:\n%s", name, strings.Join(said[max(0, len(said)-15):], "\n"))
 	}
 }
 

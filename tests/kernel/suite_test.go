@@ -38,6 +38,8 @@ type guest struct {
 	script string
 	// options of the mount; "" mounts without -o. export is "/rw" if empty.
 	options, export string
+	// server is the address to mount from, serverAddr if empty.
+	server string
 	// dir is the directory's name on the export, the test's name if empty.
 	dir string
 	// raw runs the script without mounting anything.
@@ -132,6 +134,9 @@ func (w *world) shell(t *testing.T, g guest) string {
 	if g.options != "" {
 		o = "-o " + g.options
 	}
+	if g.server == "" {
+		g.server = serverAddr
+	}
 	if g.dir == "" {
 		g.dir = unsafeName.ReplaceAllString(t.Name(), "-")
 	}
@@ -144,7 +149,7 @@ cat >/run/test.sh <<'END_OF_TEST'
 END_OF_TEST
 sh -e /run/test.sh || exit $?
 cd /
-umount $MNT || exit 93`, o, serverAddr, g.export, g.export, g.dir, g.script)
+umount $MNT || exit 93`, o, g.server, g.export, g.export, g.dir, g.script)
 }
 
 // start boots guest number i.
