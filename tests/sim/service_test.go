@@ -438,10 +438,10 @@ func toldScenarios(add func(string, func(*config), func(*cluster))) {
 		late := c.nodes[0]
 		c.net.change(func() { c.net.blocked[[2]string{late.name, n.name}] = true })
 		c.crash(n, "power", 500*time.Millisecond)
-		for c.running(mdtName) == nil {
+		for c.running(mdtName) == nil || c.running(mdtName).front.Status().Recovery.Start.IsZero() {
 			time.Sleep(10 * time.Millisecond)
 		}
-		time.Sleep(2100 * time.Millisecond)
+		time.Sleep(2100 * time.Millisecond) // of the window, which the first frontend begins
 		if r := c.running(mdtName).front.Status().Recovery; r.Reconnects[0]+r.Reconnects[1] != 2 || r.Connected != 2 || r.Clients != 3 {
 			c.fault("with one of three frontends away: %+v", r)
 		}
