@@ -222,7 +222,13 @@ func (o *op) completed() {
 	st := o.rep.Status
 	if st == wire.ErrUnknownClient {
 		// The MDT has evicted this node while it had the request. If it was executed,
-		// its reply record has the answer.
+		// its reply record has the answer. A client whose connection is gone asks again
+		// itself, unless it has died, and then nobody may give it locks.
+		if o.c.Conn != nil && !o.c.Conn.Alive() {
+			o.a.count.dropped.Add(1)
+			o.c.Drop()
+			return
+		}
 		o.c.Go(o.onPool)
 		return
 	}

@@ -53,7 +53,13 @@ type cluster struct {
 
 	ctx    context.Context // ends the starts
 	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	// watching ends the watch at the registry, which is told of the stops before.
+	watching context.Context
+	unwatch  context.CancelFunc
+	// business are the nodes with which this one had some when it had taken leave of
+	// all: none.
+	business []string
+	wg       sync.WaitGroup
 	// mu guards the beginning of background work against its end, and met.
 	mu      sync.Mutex
 	closing bool
@@ -105,12 +111,13 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		return nil, errors.Join(err, l.Close())
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.watching, c.unwatch = context.WithCancel(context.Background())
 	c.background(func() {
 		if err := c.srv.Serve(l); err != nil {
 			log.Error("other nodes cannot connect any more", "listen", cfg.Cluster.Listen, "err", err)
 		}
 	})
-	c.background(func() { c.ir.Run(c.ctx) })
+	c.background(func() { c.ir.Run(c.watching) })
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
 }
@@ -208,22 +215,32 @@ func (c *cluster) keep(h *hosted) {
 }
 
 // close stops what runs here, in order: the MDT, which works at the OSTs, before
-// them, and the registry last. Beats tell of it until nothing runs any more.
+// them, and the registry last. The registry is told of it, and beats tell of it until
+// nothing runs any more.
 func (c *cluster) close(ctx context.Context) error {
 	c.cancel()
 	var errs []error
 	for i := range c.hosted {
 		h := c.hosted[(i+1)%len(c.hosted)]
+		if h.kind == status.KindMGS {
+			c.ir.Flush(ctx, withdrawTime)
+		}
 		errs = append(errs, c.stop(ctx, h))
 	}
+	c.unwatch()
+	errs = append(errs, c.reg.Close())
 	c.stopHealth()
 	c.mu.Lock()
 	c.closing = true
 	c.mu.Unlock()
-	errs = append(errs, c.srv.Close(ctx), c.reg.Close())
+	errs = append(errs, c.srv.Close(ctx))
 	c.wg.Wait()
 	return errors.Join(errs...)
 }
+
+// withdrawTime bounds the wait for the registry's word that it knows of the stops. It
+// may be stopping, too.
+const withdrawTime = time.Second
 
 // identityFile is where a node remembers which registry is its cluster's, so that a
 // disk that is not mounted is not taken for a new cluster. storeMark, in the

@@ -99,6 +99,7 @@ const farewell = 3 * health.DefaultInterval
 
 // stopHealth ends the exchange of beats, when nothing else runs here any more.
 func (c *cluster) stopHealth() {
+	c.business = c.local().Peers
 	for end := time.Now().Add(farewell); time.Now().Before(end); time.Sleep(farewell / 20) {
 		busy := slices.ContainsFunc(c.health.Status(), func(p health.PeerStatus) bool {
 			return p.State == health.StateAlive
@@ -209,6 +210,13 @@ var (
 	errStopped   = errors.New("the node says that it no longer runs the target")
 )
 
+// heard passes on, from whomever it is, that a target runs at a node which may run it.
+func (c *cluster) heard(target string, instance uint64, node string) {
+	if h := c.byName[target]; h != nil && h.MayRun(node) {
+		c.news.runs(target, instance, node)
+	}
+}
+
 // learn acts on what beats say. Nothing here decides anything: paths that are cut are
 // made anew by who needs them, and that a target runs somewhere is believed when the
 // target says so itself.
@@ -229,20 +237,20 @@ func (c *cluster) learn(events []health.Event) {
 			c.news.back(e.Peer)
 		case health.Suspect:
 			c.lives.set(e.Peer, false)
-			n := c.paths.cut(e.Peer, "", errSuspected)
+			n := c.paths.cut(e.Peer, "", time.Now(), errSuspected)
 			log.Warn("node does not answer beats: it may be dead, stopped or cut off; connections to it are made anew, and what was on its way is sent again",
 				"silence", e.Silence.Round(time.Millisecond), "connections", n)
 		case health.Restarted:
-			n := c.paths.cut(e.Peer, "", errDied) + c.srv.Cut(e.Peer, errDied)
-			log.Warn("node was restarted: the process before is dead, its targets recover where they start", "incarnation", e.Incarnation, "connections", n)
+			// The new process may have connected before its first beat came.
+			last := time.Now().Add(-e.Silence)
+			n := c.paths.cut(e.Peer, "", last, errDied) + c.srv.Cut(e.Peer, last, errDied)
+			log.Info("node was started again: the process before is dead, and unless it has stopped in order its targets recover where they start", "incarnation", e.Incarnation, "connections", n)
 		case health.TargetUp, health.TargetMoved:
 			log.Info("node runs a target", "target", e.Target, "instance", e.Instance, "before", e.From)
-			if h := c.byName[e.Target]; h != nil && h.MayRun(e.Peer) {
-				c.news.runs(e.Target, e.Instance, e.Peer)
-			}
+			c.heard(e.Target, e.Instance, e.Peer)
 		case health.TargetGone:
 			c.news.gone(e.Target, e.Peer)
-			n := c.paths.cut(e.Peer, e.Target, errStopped)
+			n := c.paths.cut(e.Peer, e.Target, time.Now(), errStopped)
 			log.Info("node no longer runs a target", "target", e.Target, "instance", e.Instance, "connections", n)
 		case health.Slow:
 			if e.Target == "" {

@@ -134,6 +134,9 @@ func TestNodesExchangeBeats(t *testing.T) {
 	}
 	// a leaves in order: the others have nothing to do with it then, and suspect nobody.
 	c.down("a", a)
+	if l := a.cluster.business; len(l) != 0 {
+		t.Errorf("a has taken leave of all and still has business with %q", l)
+	}
 	for _, n := range []*Node{b, k} {
 		until(t, "the end of the interest in a", func() bool { return peerOf(n, "a").State == health.StateIdle })
 	}

@@ -286,7 +286,6 @@ func (c *cluster) halt(ctx context.Context, h *hosted) error {
 	h.mgs, h.mdt, h.ost, h.unlock, h.deaf = nil, nil, nil, nil, nil
 	h.mu.Unlock()
 	c.news.gone(h.Name, c.name)
-	c.ir.Withdraw(h.Name)
 	deaf()
 	var err error
 	switch {
@@ -298,6 +297,7 @@ func (c *cluster) halt(ctx context.Context, h *hosted) error {
 		err = o.Stop(ctx)
 	}
 	err = errors.Join(err, c.srv.StopTarget(ctx, h.Name))
+	c.ir.Withdraw(h.Name)
 	unlock()
 	return err
 }

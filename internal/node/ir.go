@@ -6,7 +6,6 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/mgs/ir"
-	"github.com/baton-nfs/baton/recovery/target/front"
 )
 
 // noIR: this node takes no part in imperative recovery.
@@ -23,14 +22,14 @@ func (c *cluster) watchOptions() ir.Options {
 	at := c.reach(config.MGSName)
 	return ir.Options{
 		Node: c.name, Addrs: at.Addrs, Dial: at.Dial, Able: !c.noIR(), BackoffMax: maxPause, Logger: c.log,
-		OnNews: func(t ir.Target) { c.news.runs(t.Name, t.Instance, t.Node) },
+		OnNews: func(t ir.Target) { c.heard(t.Name, t.Instance, t.Node) },
 	}
 }
 
 // announce tells the registry that a target takes connections here. When all its
 // clients are told, it need not wait as long for them.
 func (c *cluster) announce(h *hosted) {
-	f := h.frontOf()
+	f := h.front()
 	if f == nil {
 		return // the registry itself
 	}
@@ -39,19 +38,6 @@ func (c *cluster) announce(h *hosted) {
 			f.Shorten(c.cfg.Recovery.IRFactor)
 		}
 	})
-}
-
-// frontOf is that of an MDT or OST which runs here, or nil.
-func (h *hosted) frontOf() *front.Front {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	switch {
-	case h.mdt != nil:
-		return h.mdt.Front()
-	case h.ost != nil:
-		return h.ost.Front()
-	}
-	return nil
 }
 
 // table is the table of targets, if the registry runs here, or nil.

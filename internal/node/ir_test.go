@@ -117,12 +117,11 @@ func TestTableOfTargets(t *testing.T) {
 		return true
 	})
 
-	// A node that dies is said not to tell.
+	// A node that stops in order tells the registry of its targets.
 	c.down("b", b)
-	until(t, "the loss of a node", func() bool {
+	until(t, "the stop of a node", func() bool {
 		r := a.RecoveryStatus(ctx)
-		x := recoveryOf(&r, mdtName)
-		return x.State == "" && x.Error != "" || x.State == recov.StateStopped.String()
+		return recoveryOf(&r, mdtName).State == recov.StateStopped.String()
 	})
 	c.down("a", a)
 }

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
@@ -18,8 +19,11 @@ type paths struct {
 
 type path struct {
 	node, target string
+	began        time.Time
 	// end ends the attempt, and once it has succeeded the path, without waiting.
 	end func(error)
+	// err, of a path, is why it has ended, or nil.
+	err func() error
 }
 
 // dial connects to a target at a node. The path is among those that cut ends until
@@ -27,7 +31,7 @@ type path struct {
 func (p *paths) dial(ctx context.Context, node, target string, o tcp.BundleOptions) (wire.Conn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	x := &path{node: node, target: target, end: cancel}
+	x := &path{node: node, target: target, began: time.Now(), end: cancel, err: func() error { return nil }}
 	p.mu.Lock()
 	if p.open == nil {
 		p.open = map[*path]struct{}{}
@@ -40,7 +44,7 @@ func (p *paths) dial(ctx context.Context, node, target string, o tcp.BundleOptio
 		return nil, err
 	}
 	p.mu.Lock()
-	x.end = b.Abort
+	x.end, x.err = b.Abort, b.Err
 	p.mu.Unlock()
 	// It may have been cut while it was made.
 	if err := context.Cause(ctx); err != nil {
@@ -67,13 +71,14 @@ func (p *paths) remove(x *path) {
 	p.mu.Unlock()
 }
 
-// cut ends the paths to a target at a node, or to all there when target is empty,
-// and tells how many there were. Requests without an answer are given back.
-func (p *paths) cut(node, target string, why error) int {
+// cut ends the paths to a target at a node, or to all there when target is empty, that
+// were begun before a time, and tells how many there were. Requests without an answer are
+// given back.
+func (p *paths) cut(node, target string, before time.Time, why error) int {
 	var ends []func(error)
 	p.mu.Lock()
 	for x := range p.open {
-		if x.node == node && (target == "" || x.target == target) {
+		if x.node == node && (target == "" || x.target == target) && x.began.Before(before) {
 			ends = append(ends, x.end)
 		}
 	}
@@ -84,12 +89,19 @@ func (p *paths) cut(node, target string, why error) int {
 	return len(ends)
 }
 
-// to calls add with every node to which there is a path to the target.
+// to calls add with every node to which there is a path to the target, or an attempt.
 func (p *paths) to(target string, add func(node string)) {
+	var l []*path
+	var errs []func() error
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	for x := range p.open {
 		if x.target == target {
+			l, errs = append(l, x), append(errs, x.err)
+		}
+	}
+	p.mu.Unlock()
+	for i, x := range l {
+		if errs[i]() == nil {
 			add(x.node)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
@@ -80,10 +81,11 @@ func TestCutPathsReturnEverything(t *testing.T) {
 		defer p.mu.Unlock()
 		return len(p.open) == 3
 	})
-	if n := p.cut("elsewhere", "", errSuspected) + p.cut("n", "nothing", errSuspected); n != 0 {
+	now := time.Now()
+	if n := p.cut("elsewhere", "", now, errSuspected) + p.cut("n", "nothing", now, errSuspected) + p.cut("n", "t", now.Add(-time.Hour), errSuspected); n != 0 {
 		t.Errorf("%d paths are cut that nobody meant", n)
 	}
-	if n := p.cut("n", "t", errSuspected); n != 2 {
+	if n := p.cut("n", "t", now, errSuspected); n != 2 {
 		t.Errorf("%d paths are cut, there are 2", n)
 	}
 	if err := <-asked; !errors.Is(err, errSuspected) {
@@ -93,6 +95,10 @@ func TestCutPathsReturnEverything(t *testing.T) {
 		t.Error("an attempt that was cut has succeeded")
 	}
 	count := 0
+	p.to("t", func(string) { count++ })
+	if count != 0 {
+		t.Errorf("%d paths to a target, all of which were cut", count)
+	}
 	p.to("other", func(string) { count++ })
 	if count != 1 || other.(*pathConn).Err() != nil {
 		t.Errorf("%d paths to the other target, %v", count, other.(*pathConn).Err())

@@ -30,34 +30,26 @@ func (n *Node) RecoveryStatus(ctx context.Context) status.Recovery {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	r := status.Recovery{Node: c.name}
-	st, err := c.ir.Ask(ctx)
-	if err != nil {
-		r.RegistryError = err.Error()
-	} else {
-		r.Registry = registryStatus(&st)
-	}
-	w := c.ir.Status()
-	r.Watch = &status.RecoveryWatch{
-		Connected: w.Connected, At: w.At, Since: w.Since, Imperative: w.Able, Incarnation: w.Incarnation, Version: w.Version, State: string(w.State),
-		Current: w.Connected && err == nil && w.Incarnation == st.Incarnation && w.Version == st.Version,
-	}
-	if w.Err != nil {
-		r.Watch.Error = w.Err.Error()
-	}
-	known := map[string]ir.Target{}
-	for _, t := range w.Targets {
-		known[t.Name] = t
-	}
+	var st ir.Status
+	var err error
 	names := map[string]string{}
-	if r.Registry != nil {
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if st, err = c.ir.Ask(ctx); err != nil {
+			return
+		}
 		// Without them clients that are not connected have an ID only.
 		if l, err := n.reg.Clients(ctx); err == nil {
 			for node, id := range l {
 				names[fmt.Sprintf("%x", id[:])] = node
 			}
 		}
+	})
+	w := c.ir.Status()
+	known := map[string]ir.Target{}
+	for _, t := range w.Targets {
+		known[t.Name] = t
 	}
-	var wg sync.WaitGroup
 	r.Targets = make([]status.RecoveryTarget, 0, len(c.hosted)-1)
 	for _, h := range c.hosted {
 		if h.kind != status.KindMGS {
@@ -68,6 +60,18 @@ func (n *Node) RecoveryStatus(ctx context.Context) status.Recovery {
 		wg.Go(func() { n.recoveryOf(ctx, &r.Targets[i], known) })
 	}
 	wg.Wait()
+	if err != nil {
+		r.RegistryError = err.Error()
+	} else {
+		r.Registry = registryStatus(&st)
+	}
+	r.Watch = &status.RecoveryWatch{
+		Connected: w.Connected, At: w.At, Since: w.Since, Imperative: w.Able, Incarnation: w.Incarnation, Version: w.Version, State: string(w.State),
+		Current: w.Connected && err == nil && w.Incarnation == st.Incarnation && w.Version == st.Version,
+	}
+	if w.Err != nil {
+		r.Watch.Error = w.Err.Error()
+	}
 	for i := range r.Targets {
 		for j := range r.Targets[i].Clients {
 			if k := &r.Targets[i].Clients[j]; k.Node == "" {
@@ -127,7 +131,7 @@ func (c *cluster) localRecovery(x *status.RecoveryTarget) bool {
 	if h == nil {
 		return false
 	}
-	f := h.frontOf()
+	f := h.front()
 	if f == nil {
 		return false
 	}
@@ -243,13 +247,7 @@ func (c *cluster) inspect(ctx context.Context, node string, x *status.RecoveryTa
 	if node == c.name {
 		return errNotThere
 	}
-	o := tcp.DialOptions{
-		Addrs: []tcp.Endpoint{{Addr: c.cfg.Cluster.Addr(node), Node: node}}, Target: inspectName, Node: c.name, Insecure: c.tls == nil,
-	}
-	if c.tls != nil {
-		o.TLS = c.tls.Client(node)
-	}
-	conn, err := tcp.Dial(ctx, o)
+	conn, err := tcp.Dial(ctx, c.dialOptions(node, inspectName))
 	if err != nil {
 		return err
 	}

@@ -384,6 +384,9 @@ const slack = 1000
 // saw notes the ctime of a change. What this client changes at the MDT after it has
 // to be newer, or the times that it sets would count as older than that change.
 func (f *FS) saw(ctime int64) {
+	if f.mdtImp == nil {
+		return // nobody else writes
+	}
 	for {
 		last := f.latest.Load()
 		if ctime <= last || ctime > f.o.Clock()+maxAhead || f.latest.CompareAndSwap(last, ctime) {

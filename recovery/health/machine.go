@@ -1,9 +1,11 @@
 package health
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -72,8 +74,8 @@ const (
 	// Suspect: the peer was silent for Silence. It may be dead. What follows is
 	// Alive, or Suspect again if there was no interest meanwhile.
 	Suspect
-	// Restarted: the peer runs as Incarnation; the process before it is dead.
-	// TargetGone of all targets that it ran follows.
+	// Restarted: the peer runs as Incarnation; the process before it is dead, and was
+	// heard the last time Silence ago. TargetGone of all targets that it ran follows.
 	Restarted
 	// TargetUp: the target runs at the peer, as Instance.
 	TargetUp
@@ -126,7 +128,6 @@ type Machine struct {
 	round  uint32
 	local  Local
 	events []Event
-	full   uint64 // targets not remembered because of MaxKnown
 }
 
 // known is what is remembered of a target, also after it has gone.
@@ -149,7 +150,7 @@ func New(cfg Config) (*Machine, error) {
 		m.peers[name] = p
 		m.order = append(m.order, p)
 	}
-	slices.SortFunc(m.order, func(a, b *peer) int { return compareStrings(a.name, b.name) })
+	slices.SortFunc(m.order, func(a, b *peer) int { return strings.Compare(a.name, b.name) })
 	return m, nil
 }
 
@@ -171,8 +172,8 @@ func (m *Machine) event(p *peer, e Event) {
 func (m *Machine) SetLocal(now time.Duration, l Local) error {
 	l.Targets = slices.Clone(l.Targets)
 	l.VIPs = slices.Clone(l.VIPs)
-	slices.SortFunc(l.Targets, func(a, b Target) int { return compareStrings(a.Name, b.Name) })
-	slices.SortFunc(l.VIPs, func(a, b VIP) int { return compare(a.Index, b.Index) })
+	slices.SortFunc(l.Targets, func(a, b Target) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(l.VIPs, func(a, b VIP) int { return cmp.Compare(a.Index, b.Index) })
 	if err := (&Beat{Targets: l.Targets, VIPs: l.VIPs}).Check(); err != nil {
 		return err
 	}
@@ -269,7 +270,7 @@ func (m *Machine) restart(p *peer, incarnation uint64) {
 		return
 	}
 	p.stats.Restarts++
-	m.event(p, Event{Kind: Restarted})
+	m.event(p, Event{Kind: Restarted, Silence: p.now - p.heard})
 	for i := range p.targets {
 		m.gone(p, &p.targets[i])
 	}

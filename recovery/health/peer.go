@@ -1,14 +1,9 @@
 package health
 
 import (
-	"cmp"
 	"math"
-	"strings"
 	"time"
 )
-
-func compareStrings(a, b string) int { return strings.Compare(a, b) }
-func compare(a, b uint32) int        { return cmp.Compare(a, b) }
 
 // PeerState is what is thought of a peer.
 type PeerState uint8

@@ -51,7 +51,6 @@ func (m *Machine) up(p *peer, t *Target) {
 	k := m.known[t.Name]
 	if k == nil {
 		if len(m.known) >= m.cfg.MaxKnown {
-			m.full++
 			return
 		}
 		k = &known{}

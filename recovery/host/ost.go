@@ -32,7 +32,7 @@ type OSTOptions struct {
 	// MDT is asked what the target has to know before it serves anybody.
 	MDT client.Target
 	// Found, if not nil, names addresses at which the MDT is said to run; while the
-	// start waits for it, it is asked there at once.
+	// start waits for it, it is asked there next.
 	Found  <-chan string
 	Logger *slog.Logger
 	// OnFail is called once when the target fails. It must not block.

@@ -57,7 +57,7 @@ type local struct {
 	Announcement
 	told   uint64 // incarnation of the table that was told
 	answer func(Taken)
-	last   Taken
+	first  Taken
 }
 
 // NewClient returns a client; Run makes it work.
@@ -92,7 +92,7 @@ func (c *Client) Announce(target string, instance uint64, noIR bool, answer func
 	c.change(&local{Announcement: Announcement{Target: target, Node: c.o.Node, Instance: instance, Up: true, NoIR: noIR}, answer: answer})
 }
 
-// Withdraw tells the registry that the target was stopped.
+// Withdraw tells the registry that the target does not run here any more.
 func (c *Client) Withdraw(target string) {
 	c.mu.Lock()
 	l := c.mine[target]
@@ -102,6 +102,28 @@ func (c *Client) Withdraw(target string) {
 		a.Up = false
 		c.change(&local{Announcement: a})
 	}
+}
+
+// Flush waits until the registry has been told everything, as long as it is there, for
+// d at most.
+func (c *Client) Flush(ctx context.Context, d time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for c.due() != nil && c.connected() {
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (c *Client) connected() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.conn != nil
 }
 
 func (c *Client) change(l *local) {
@@ -215,10 +237,14 @@ func (c *Client) watch(ctx context.Context, conn wire.Conn) error {
 	if anew {
 		clear(c.table)
 	}
+	l := n.Targets[:0]
 	for _, t := range n.Targets {
-		c.table[t.Name] = t
+		// No registry tells of more, in however many answers.
+		if _, known := c.table[t.Name]; known || len(c.table) < maxTargets {
+			c.table[t.Name] = t
+			l = append(l, t)
+		}
 	}
-	l := n.Targets
 	n.Targets = nil
 	c.have = n
 	c.mu.Unlock()
@@ -279,7 +305,10 @@ func (c *Client) tell(ctx context.Context, conn wire.Conn, l *local) error {
 		return err
 	}
 	c.mu.Lock()
-	l.told, l.last = t.Incarnation, t
+	if l.told == 0 {
+		l.first = t
+	}
+	l.told = t.Incarnation
 	other := t.Incarnation != c.have.Incarnation
 	if !l.Up && c.mine[l.Target] == l {
 		delete(c.mine, l.Target)
@@ -327,13 +356,13 @@ func (c *Client) Status() ClientStatus {
 	return s
 }
 
-// Announced returns the registry's last answer about a target of this node; false if
-// there was none.
+// Announced returns the registry's first answer about a target of this node, when it
+// had started; false if there was none.
 func (c *Client) Announced(target string) (Taken, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if l := c.mine[target]; l != nil && l.told != 0 {
-		return l.last, true
+		return l.first, true
 	}
 	return Taken{}, false
 }

@@ -298,6 +298,7 @@ func TestClient(t *testing.T) {
 		expect("off")
 		expect("b", "OST0001 4 b")
 		a.Withdraw("MDT0000")
+		a.Flush(ctx, time.Second)
 		synctest.Wait()
 		if s := b.Status(); s.Version != 4 || s.Targets[0].Up {
 			t.Errorf("%+v", s)
@@ -321,7 +322,7 @@ func TestClient(t *testing.T) {
 		if len(answers) != 3 || answers[2].Incarnation != 2 || answers[2].State != StateStartup {
 			t.Errorf("%+v", answers)
 		}
-		if x, ok := a.Announced("MDT0000"); !ok || x != answers[2] {
+		if x, ok := a.Announced("MDT0000"); !ok || x != answers[1] { // as it was when the target started
 			t.Errorf("%+v, %v", x, ok)
 		}
 		cancel()

@@ -44,7 +44,7 @@ type Target struct {
 	// Node is where it runs, or ran.
 	Node     string `json:"node"`
 	Instance uint64 `json:"instance"` // number of its start
-	// Up: it takes connections. false: it was stopped in order.
+	// Up: it takes connections. false: it does not run there any more.
 	Up bool `json:"up"`
 	// NoIR: nobody acts on the news, by the administrator's order.
 	NoIR bool `json:"noir,omitempty"`

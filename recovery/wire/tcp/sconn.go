@@ -24,6 +24,7 @@ type sconn struct {
 	w      watch
 	kind   Kind
 	node   string
+	since  time.Time // accepted
 	window uint16
 	target *served
 	pong   pongFrame
@@ -66,7 +67,7 @@ type call struct {
 
 func newSconn(s *Server, nc net.Conn) *sconn {
 	c := &sconn{
-		s: s, nc: nc, br: bufio.NewReaderSize(nc, readBuffer), stop: make(chan struct{}), draining: make(chan struct{}),
+		s: s, nc: nc, since: time.Now(), br: bufio.NewReaderSize(nc, readBuffer), stop: make(chan struct{}), draining: make(chan struct{}),
 		halt: make(chan struct{}), wake: make(chan struct{}, 1), gone: make(chan struct{}),
 	}
 	c.pong.c = c

@@ -412,13 +412,14 @@ func (s *Server) admit(c *sconn, h *hello) (uint16, string) {
 	return codeOK, ""
 }
 
-// Cut ends all connections of a node but those of kind Health, at once and without
-// waiting, and tells how many there were. What they have queued is thrown away.
-func (s *Server) Cut(node string, why error) int {
+// Cut ends the connections of a node that were accepted before a time, but those of kind
+// Health, at once and without waiting, and tells how many there were. What they have
+// queued is thrown away.
+func (s *Server) Cut(node string, before time.Time, why error) int {
 	var conns []*sconn
 	s.mu.Lock()
 	for c := range s.conns {
-		if c.node == node && c.kind != Health {
+		if c.node == node && c.kind != Health && c.since.Before(before) {
 			conns = append(conns, c)
 		}
 	}
