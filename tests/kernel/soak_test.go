@@ -401,6 +401,19 @@ func (s *soak) tell() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
+	// Whether it is the guests' network that hangs: their portmappers answer otherwise.
+	for i := range s.guests {
+		short, end := context.WithTimeout(ctx, 3*time.Second)
+		c, err := s.w.node.DialContext(short, "tcp", fmt.Sprintf("10.77.0.%d:111", 11+i))
+		end()
+		if err == nil {
+			c.Close()
+		}
+		s.t.Logf("guest %d by its network: %v", i, err)
+	}
+	if out, err := s.w.node.Run(ctx, "ss", "-tnoi"); err == nil {
+		s.t.Logf("connections:\n%.8000s", out)
+	}
 	for _, m := range s.members {
 		if !m.Running() {
 			s.t.Logf("%s does not run", m.Name)

@@ -38,8 +38,12 @@ type test struct {
 	output []string
 }
 
-// maxOutput is how many lines of each failed test are shown.
-const maxOutput = 200
+// What is shown of a failed test: its first lines, where the cause often is, and its
+// last ones.
+const (
+	maxHead = 150
+	maxTail = 200
+)
 
 type summary struct {
 	tests map[[2]string]*test
@@ -180,11 +184,13 @@ func (s *summary) finish(w io.Writer, require []string) bool {
 	}
 	for _, t := range fails {
 		fmt.Fprintf(w, "\nFAILED %s %s\n", t.pkg, t.name)
-		if len(t.output) > maxOutput {
-			fmt.Fprintf(w, "  ... %d lines left out\n", len(t.output)-maxOutput)
-		}
-		for _, l := range t.output[max(0, len(t.output)-maxOutput):] {
-			fmt.Fprint(w, "  ", l)
+		for i, l := range t.output {
+			switch left := len(t.output) - maxHead - maxTail; {
+			case i < maxHead || i >= maxHead+left:
+				fmt.Fprint(w, "  ", l)
+			case i == maxHead:
+				fmt.Fprintf(w, "  ... %d lines left out\n", left)
+			}
 		}
 	}
 	if len(reasonOrder) > 0 {
