@@ -343,11 +343,7 @@ func (r *rig) here() (n int) {
 // killTable runs the combinations of told or not, one frontend dead or none, and writes a
 // line for each.
 func killTable(ctx context.Context, w io.Writer, ops, clients string, p plan, rounds int, how string) error {
-	ns, err := numbers(ops)
-	if err != nil {
-		return err
-	}
-	ks, err := numbers(clients)
+	ns, ks, err := sizes(ops, clients)
 	if err != nil {
 		return err
 	}

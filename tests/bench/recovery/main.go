@@ -58,13 +58,17 @@ func numbers(s string) (l []int, err error) {
 	return l, nil
 }
 
+// sizes reads the numbers of operations and of frontends.
+func sizes(ops, clients string) (ns, ks []int, err error) {
+	if ns, err = numbers(ops); err == nil {
+		ks, err = numbers(clients)
+	}
+	return ns, ks, err
+}
+
 // table runs all combinations and writes a line for each.
 func table(ctx context.Context, w io.Writer, ops, clients string, p plan, rounds int, profile string) error {
-	ns, err := numbers(ops)
-	if err != nil {
-		return err
-	}
-	ks, err := numbers(clients)
+	ns, ks, err := sizes(ops, clients)
 	if err != nil {
 		return err
 	}
