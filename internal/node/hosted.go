@@ -71,15 +71,13 @@ func (h *hosted) running() wire.Target {
 
 // instance numbers the starts of a target that runs here; 0: it does not.
 func (h *hosted) instance() uint64 {
+	if f := h.front(); f != nil {
+		return f.Instance()
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	switch {
-	case h.mgs != nil:
+	if h.mgs != nil {
 		return h.mgs.Instance()
-	case h.mdt != nil:
-		return h.mdt.Front().Instance()
-	case h.ost != nil:
-		return h.ost.Front().Instance()
 	}
 	return 0
 }
