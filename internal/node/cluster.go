@@ -47,6 +47,7 @@ type cluster struct {
 	health *health.Health
 	lives  lives
 	paths  paths
+	asks   asks
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -93,7 +94,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
-	if err := c.srv.SetTarget(inspectName, inspected{c}); err != nil {
+	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}
 	at := c.reach(config.MGSName)
@@ -230,6 +231,7 @@ func (c *cluster) close(ctx context.Context) error {
 	c.unwatch()
 	errs = append(errs, c.reg.Close())
 	c.stopHealth()
+	c.asks.close()
 	c.mu.Lock()
 	c.closing = true
 	c.mu.Unlock()

@@ -237,6 +237,7 @@ func (c *cluster) learn(events []health.Event) {
 			c.news.back(e.Peer)
 		case health.Suspect:
 			c.lives.set(e.Peer, false)
+			c.asks.cut(e.Peer)
 			n := c.paths.cut(e.Peer, "", time.Now(), errSuspected)
 			log.Warn("node does not answer beats: it may be dead, stopped or cut off; connections to it are made anew, and what was on its way is sent again",
 				"silence", e.Silence.Round(time.Millisecond), "connections", n)

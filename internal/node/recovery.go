@@ -205,12 +205,21 @@ func (n *Node) aloneRecovery() status.Recovery {
 	return r
 }
 
-// inspectName is the name by which every node of a cluster tells others of the
-// targets that it runs.
+// inspectName is the name by which every node of a cluster answers what others ask a
+// node, and not a target.
 const inspectName = "NODE"
 
 // inspected answers for this node.
-type inspected struct{ c *cluster }
+type inspected struct {
+	c    *cluster
+	from string // who asks
+}
+
+// Accept implements wire.Acceptor.
+func (s inspected) Accept(p wire.Peer) wire.Target { return inspected{s.c, p.Node} }
+
+// MayBlock implements wire.Blocker: to decide may mean to wait for the registry.
+func (inspected) MayBlock(op wire.Op) bool { return op == wire.OpNode }
 
 // TryHandle implements wire.Target.
 func (inspected) TryHandle(*wire.Request, *wire.Reply) bool { return false }
@@ -222,6 +231,8 @@ func (s inspected) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	x := status.RecoveryTarget{Name: string(req.Name)}
 	switch {
 	case req.Op == wire.OpPing:
+	case req.Op == wire.OpNode:
+		s.c.asks.answer(s.c.ctx, s.from, req, rep)
 	case req.Op != wire.OpInspect:
 		rep.Status = wire.ErrNotSupp
 	case !s.c.localRecovery(&x):

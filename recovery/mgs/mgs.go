@@ -114,6 +114,20 @@ type VIP struct {
 	// Crashed, in what Serve returns, tells that the period of service before
 	// this one did not end in an orderly way.
 	Crashed bool `json:"-"`
+
+	// Of a floating address (package-level type Floating); Bits is 0 for one that a
+	// node has by its configuration.
+	Bits      int      `json:"bits,omitempty"`
+	Interface string   `json:"interface,omitempty"`
+	Prefer    []string `json:"prefer,omitempty"`
+	// Next is to serve the address; another node than Node while it moves.
+	Next string `json:"next,omitempty"`
+	// MoveID numbers the assignments of the address, Ready tells that the assigned
+	// node listens.
+	MoveID uint64 `json:"move_id,omitempty"`
+	Ready  bool   `json:"ready,omitempty"`
+	// Removed: the address is to be given up for good.
+	Removed bool `json:"removed,omitempty"`
 }
 
 // VerifierBytes is the verifier as NFS sends it.
@@ -136,6 +150,10 @@ const (
 	CodeSuperseded Code = "superseded"
 	// CodeLate: the call comes after a later one of the same session.
 	CodeLate Code = "late"
+	// CodeExists: the address is there with other settings.
+	CodeExists Code = "exists"
+	// CodeMoved: the address was assigned anew meanwhile.
+	CodeMoved Code = "moved"
 	// CodeLimit: the registry or a number in it cannot grow further.
 	CodeLimit Code = "limit"
 	// CodeInvalid: an argument is none.

@@ -3,6 +3,7 @@ package mgs
 import (
 	"context"
 	"net"
+	"reflect"
 	"sync"
 	"testing"
 	"time"
@@ -112,7 +113,7 @@ func TestOverTCP(t *testing.T) {
 		}
 		// The address is still n3's.
 		l, err := r.VIPs(ctx)
-		if err != nil || len(l) != 1 || l[0] != v {
+		if err != nil || len(l) != 1 || !reflect.DeepEqual(l[0], v) {
 			t.Fatalf("take-over %d: %+v, %v", i, l, err)
 		}
 	}

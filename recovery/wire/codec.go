@@ -198,6 +198,7 @@ var opLayouts = [...]opLayout{
 	OpWatch:    {req: rBody, rep: pData},
 	OpWatchers: {rep: pData},
 	OpInspect:  {req: rName, rep: pData},
+	OpNode:     {req: rName | rBody, rep: pData},
 }
 
 func init() {

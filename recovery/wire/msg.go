@@ -195,6 +195,10 @@ const (
 	// OpInspect: Name (a target) -> Data (its recovery, for administrators). It is
 	// answered by the node that runs the target, not by the target.
 	OpInspect
+
+	// OpNode: Name (method), Data (arguments) -> Data (result). What nodes ask each
+	// other about addresses; it is answered by a node, not by a target.
+	OpNode
 )
 
 // Polls tells whether the operation waits for what others do, for any time. It
