@@ -37,14 +37,13 @@ func closeQuietly(fd int) error {
 	if state.State == stateListen {
 		return errors.New("vip: close a connection quietly: the socket listens")
 	}
-	// Nothing that arrives from here on is answered: it is dropped.
+	// Nothing that arrives from here on is answered: it is dropped. Without the
+	// filter only what arrives in the microseconds until the end could be.
 	drop := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K}}
-	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &drop[0]}); err != nil {
-		return fmt.Errorf("vip: close a connection quietly: socket filter: %w", err)
-	}
+	_ = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &drop[0]})
 	// In this mode the kernel ends connections without telling the peer.
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, 1); err != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) // it was attached just now
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) // if it was attached
 		text := "the kernel needs CONFIG_CHECKPOINT_RESTORE, and the socket must be plain TCP"
 		if errors.Is(err, unix.EPERM) {
 			text = "the process needs CAP_NET_ADMIN (run it as root, or AmbientCapabilities=CAP_NET_ADMIN)"
