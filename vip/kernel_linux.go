@@ -40,6 +40,7 @@ type Kernel struct {
 	log   *slog.Logger
 	sysfs string              // /proc/sys/net
 	pause func(time.Duration) // between segments of Tickle
+	kill  func(*diagSocket) error
 
 	// mu is held for reading by calls in progress, and by Close.
 	mu     sync.RWMutex
@@ -68,6 +69,7 @@ var errClosed = errors.New("vip: closed")
 // Open opens the sockets that the work needs, and keeps them open.
 func Open(o Options) (*Kernel, error) {
 	k := &Kernel{proto: o.Proto, log: o.Log, sysfs: "/proc/sys/net", pause: time.Sleep}
+	k.kill = k.destroy
 	if k.proto == 0 {
 		k.proto = DefaultProto
 	}

@@ -170,7 +170,11 @@ func TestHandoverRefusesNobody(t *testing.T) {
 			}
 		}
 		answered("a")
-		for range 6 {
+		rounds := 6
+		if testing.Short() {
+			rounds = 2
+		}
+		for range rounds {
 			to.release(t) // listens on the absent address
 			from.hold(t)
 			if _, err := from.h.k.Destroy(ctx, addr); err != nil {
@@ -318,6 +322,9 @@ func (s *server) quietly(t *testing.T, a vip.Address) (conns []vip.Conn) {
 func TestTickleResetsClients(t *testing.T) {
 	for _, count := range []int{1, 500} {
 		t.Run(fmt.Sprint(count), func(t *testing.T) {
+			if testing.Short() && count > 1 {
+				t.Skip("SKIPPED, reason: -short")
+			}
 			each(t, func(t *testing.T, w *world, a vip.Address) {
 				addr := a.Prefix.Addr()
 				const port = 2049

@@ -171,7 +171,7 @@ func (k *Kernel) Destroy(ctx context.Context, addr netip.Addr) (int, error) {
 			}
 			left++
 			seen[d.id] = struct{}{}
-			err := k.destroy(&d)
+			err := k.kill(&d)
 			switch {
 			case errors.Is(err, unix.EOPNOTSUPP) && d.state == stateTimeWait:
 				stuck++
@@ -190,7 +190,7 @@ func (k *Kernel) Destroy(ctx context.Context, addr netip.Addr) (int, error) {
 			return len(seen), fmt.Errorf("vip: %d sockets of %s stay for up to 60 s: %w", stuck, addr, ErrTimeWait)
 		}
 		// The first look after destroying something is at once: usually it is the last.
-		if wait == 0 && ctx.Err() == nil {
+		if wait == 0 {
 			continue
 		}
 		select {
