@@ -41,6 +41,7 @@ type Kernel struct {
 	sysfs string              // /proc/sys/net
 	pause func(time.Duration) // between segments of Tickle
 	kill  func(*diagSocket) error
+	here  func(netip.Addr) (bool, error) // whether packets to it are delivered
 
 	// mu is held for reading by calls in progress, and by Close.
 	mu     sync.RWMutex
@@ -69,7 +70,7 @@ var errClosed = errors.New("vip: closed")
 // Open opens the sockets that the work needs, and keeps them open.
 func Open(o Options) (*Kernel, error) {
 	k := &Kernel{proto: o.Proto, log: o.Log, sysfs: "/proc/sys/net", pause: time.Sleep}
-	k.kill = k.destroy
+	k.kill, k.here = k.destroy, k.local
 	if k.proto == 0 {
 		k.proto = DefaultProto
 	}
@@ -149,7 +150,7 @@ func (k *Kernel) begin() (func(), error) {
 
 // ask sends a request by the socket and returns the answers.
 func ask(h *nl.SocketHandle, protocol, kind, flags int, parts ...[]byte) ([][]byte, error) {
-	for {
+	for try := 0; ; try++ {
 		req := nl.NewNetlinkRequest(kind, flags)
 		req.Sockets = map[int]*nl.SocketHandle{protocol: h}
 		for _, p := range parts {
@@ -158,7 +159,7 @@ func ask(h *nl.SocketHandle, protocol, kind, flags int, parts ...[]byte) ([][]by
 		out, err := req.Execute(protocol, 0)
 		// A dump during which something changed may lack entries (EINTR of the
 		// library's making); the next one is whole.
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+		if !errors.Is(err, netlink.ErrDumpInterrupted) || try == 100 {
 			return out, err
 		}
 	}
@@ -494,13 +495,13 @@ func (k *Kernel) usable(ctx context.Context, ip netip.Addr) error {
 	t := time.NewTicker(500 * time.Microsecond)
 	defer t.Stop()
 	for {
-		local, err := k.local(ip)
+		local, err := k.here(ip)
 		if err != nil || local {
 			return err
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("vip: add %s: the kernel does not deliver to it yet: %w: see whether the interface has carrier (ip link)", ip, context.Cause(ctx))
+			return fmt.Errorf("vip: add %s: the kernel does not deliver to it yet: %w: see ip -6 route show table local", ip, context.Cause(ctx))
 		case <-t.C:
 		}
 	}
@@ -527,16 +528,15 @@ func (k *Kernel) local(ip netip.Addr) (bool, error) {
 // Remove implements Net. If the interface is named, an address that is elsewhere
 // stays there unless Add has added it. Other IPv4 addresses of the same network
 // stay, although the kernel takes them away together with their first one unless
-// net.ipv4.conf.*.promote_secondaries is set: they are added again at once.
-func (k *Kernel) Remove(ctx context.Context, a Address) error {
+// net.ipv4.conf.*.promote_secondaries is set: they are added again at once. It
+// waits for nothing, and works after the context has ended: an address that has to
+// go had better go late.
+func (k *Kernel) Remove(_ context.Context, a Address) error {
 	end, err := k.begin()
 	if err != nil {
 		return err
 	}
 	defer end()
-	if err := context.Cause(ctx); err != nil {
-		return fmt.Errorf("vip: remove %s: %w", a.Prefix.Addr(), err)
-	}
 	return k.remove(a)
 }
 

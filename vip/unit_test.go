@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -253,7 +254,8 @@ func TestDestroyThatCannot(t *testing.T) {
 		t.Skipf("SKIPPED, reason: %v", err)
 	}
 	defer k.Close()
-	addr := netip.MustParseAddr("127.66.0.1")
+	// Not one of an earlier run, of which sockets may have stayed.
+	addr := netip.AddrFrom4([4]byte{127, 66, byte(rand.N(256)), byte(1 + rand.N(254))})
 	s, c := loopPair(t, addr)
 
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -264,7 +266,7 @@ func TestDestroyThatCannot(t *testing.T) {
 		}
 		return unix.ENOENT
 	}
-	if n, err := k.Destroy(ctx, addr); n != 1 || !errors.Is(err, late) || !strings.Contains(err.Error(), "1 sockets of 127.66.0.1 are still there") || looks != 5 {
+	if n, err := k.Destroy(ctx, addr); n != 1 || !errors.Is(err, late) || !strings.Contains(err.Error(), "1 sockets of "+addr.String()+" are still there") || looks != 5 {
 		t.Errorf("a socket that stays: %d, %v, %d looks", n, err, looks)
 	}
 	k.kill = func(d *diagSocket) error { return unix.EOPNOTSUPP }
@@ -290,5 +292,24 @@ func TestDestroyThatCannot(t *testing.T) {
 	}
 	if n, err := k.Destroy(t.Context(), addr); n != 1 || !errors.Is(err, ErrTimeWait) {
 		t.Errorf("a kernel that cannot destroy TIME-WAIT: %d, %v", n, err)
+	}
+}
+
+// Add waits for the local routing table, looks again and again, and gives up with ctx.
+func TestUsable(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	looks, late := 0, errors.New("late")
+	k := &Kernel{here: func(netip.Addr) (bool, error) { looks++; return looks == 3, nil }}
+	if err := k.usable(ctx, ip6); err != nil || looks != 3 {
+		t.Errorf("%v after %d looks, want none after 3", err, looks)
+	}
+	k.here = func(netip.Addr) (bool, error) { cancel(late); return false, nil }
+	if err := k.usable(ctx, ip6); !errors.Is(err, late) || !strings.Contains(err.Error(), ip6.String()) {
+		t.Errorf("an address that is never usable: %v", err)
+	}
+	broken := errors.New("broken")
+	k.here = func(netip.Addr) (bool, error) { return false, broken }
+	if err := k.usable(t.Context(), ip6); err != broken {
+		t.Errorf("no routing table: %v", err)
 	}
 }

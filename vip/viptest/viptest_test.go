@@ -118,13 +118,18 @@ func TestFailuresAndHooks(t *testing.T) {
 		}
 		cancel()
 		<-ctx.Done()
-		return nil
+		return ctx.Err()
 	})
 	if err := a.Remove(ctx, a1); !errors.Is(err, context.Canceled) {
 		t.Errorf("remove: %v", err)
 	}
 	if has, _ := a.Has(addr); !has {
 		t.Error("a broken off remove had an effect")
+	}
+	a.On(Remove, nil)
+	must(t, a.Remove(ctx, a1))
+	if err := a.Add(ctx, a1); !errors.Is(err, context.Canceled) {
+		t.Errorf("add after the end: %v", err)
 	}
 }
 
