@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -180,31 +181,44 @@ const minIfAddr = unix.SizeofIfAddrmsg
 // ifaProto is IFA_PROTO of linux/if_addr.h.
 const ifaProto = 11
 
+// attributes yields type and value of rtnetlink attributes (rtnetlink(7)), as far
+// as they are whole. The library's parser panics where they are not.
+func attributes(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= unix.SizeofRtAttr {
+			size := int(nl.NativeEndian().Uint16(b))
+			if size < unix.SizeofRtAttr || size > len(b) {
+				return
+			}
+			if !yield(nl.NativeEndian().Uint16(b[2:]), b[unix.SizeofRtAttr:size]) {
+				return
+			}
+			b = b[min((size+unix.RTA_ALIGNTO-1)&^(unix.RTA_ALIGNTO-1), len(b)):]
+		}
+	}
+}
+
 // parseEntry decodes an RTM_NEWADDR message.
 func parseEntry(b []byte) (entry, bool) {
 	if len(b) < minIfAddr {
 		return entry{}, false
 	}
 	m := nl.DeserializeIfAddrmsg(b)
-	attrs, err := nl.ParseRouteAttr(b[minIfAddr:])
-	if err != nil {
-		return entry{}, false
-	}
 	e := entry{index: int(m.Index), flags: uint32(m.Flags), raw: b}
 	var local, address netip.Addr
-	for _, a := range attrs {
-		switch a.Attr.Type {
+	for kind, value := range attributes(b[minIfAddr:]) {
+		switch kind {
 		case unix.IFA_LOCAL:
-			local, _ = netip.AddrFromSlice(a.Value)
+			local, _ = netip.AddrFromSlice(value)
 		case unix.IFA_ADDRESS: // the peer's, if there is IFA_LOCAL
-			address, _ = netip.AddrFromSlice(a.Value)
+			address, _ = netip.AddrFromSlice(value)
 		case unix.IFA_FLAGS:
-			if len(a.Value) == 4 {
-				e.flags = nl.NativeEndian().Uint32(a.Value)
+			if len(value) == 4 {
+				e.flags = nl.NativeEndian().Uint32(value)
 			}
 		case ifaProto:
-			if len(a.Value) == 1 {
-				e.proto = a.Value[0]
+			if len(value) == 1 {
+				e.proto = value[0]
 			}
 		}
 	}
@@ -252,21 +266,17 @@ func (k *Kernel) links() ([]link, error) {
 			continue
 		}
 		info := nl.DeserializeIfInfomsg(m)
-		attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
-		if err != nil {
-			continue
-		}
 		l := link{
 			index: int(info.Index), up: info.Flags&unix.IFF_UP != 0,
 			quiet: info.Flags&(unix.IFF_NOARP|unix.IFF_LOOPBACK) != 0,
 			ether: info.Type == unix.ARPHRD_ETHER,
 		}
-		for _, a := range attrs {
-			switch a.Attr.Type {
+		for kind, value := range attributes(m[unix.SizeofIfInfomsg:]) {
+			switch kind {
 			case unix.IFLA_IFNAME:
-				l.name = nl.BytesToString(a.Value)
+				l.name = unix.ByteSliceToString(value)
 			case unix.IFLA_ADDRESS:
-				l.mac = a.Value
+				l.mac = value
 			}
 		}
 		out = append(out, l)
