@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -41,8 +42,19 @@ var families = map[string]vip.Address{
 	"ipv6": {Prefix: netip.MustParsePrefix("fd66::50/64")},
 }
 
+// namespaces says why this machine cannot make any.
+var namespaces = sync.OnceValue(func() error {
+	n, err := bed.NewNode("probe")
+	if err == nil {
+		err = n.Close()
+	}
+	return err
+})
+
 // each runs a test for both families, in a world of its own each.
 func each(t *testing.T, f func(t *testing.T, w *world, a vip.Address)) {
+	t.Helper()
+	bed.Need(t, namespaces())
 	for name, a := range families {
 		t.Run(name, func(t *testing.T) { f(t, newWorld(t), a) })
 	}
