@@ -63,7 +63,7 @@ type due struct {
 	in input
 }
 
-// stage is a machine with stages that behave as said. It is what a Runner is to a machine, without time.
+// world is a machine with stages that behave as said. It is what a Runner is to a machine, without time.
 type world struct {
 	m     machine
 	plays map[Stage][]play
@@ -117,8 +117,14 @@ func (w *world) step(in input) {
 	}
 }
 
-// next does what comes next, until the time given at the latest. Not: nothing comes.
-func (w *world) next(limit time.Duration) bool {
+// peek is when something comes next, -1: nothing.
+func (w *world) peek() time.Duration {
+	best, _ := w.first()
+	return best.at
+}
+
+// first is what comes next, and of which stage if it is a result.
+func (w *world) first() (due, Stage) {
 	best := due{at: -1}
 	consider := func(d due) {
 		if d.at >= 0 && (best.at < 0 || d.at < best.at) {
@@ -148,6 +154,12 @@ func (w *world) next(limit time.Duration) bool {
 	if w.wake >= 0 && (best.at < 0 || w.wake < best.at) {
 		best, from = due{at: w.wake, in: input{kind: inTick}}, ""
 	}
+	return best, from
+}
+
+// next does what comes next, until the time given at the latest. Not: nothing comes.
+func (w *world) next(limit time.Duration) bool {
+	best, from := w.first()
 	if best.at < 0 || best.at > limit {
 		return false
 	}
