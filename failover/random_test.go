@@ -24,7 +24,7 @@ type pair struct {
 	hasA, hasB bool // the address
 	fenced     bool // A learned that it is fenced; with fencedFirst B has the address already
 	// Of A.
-	drained, committed, closed, told bool
+	drained, committed, told bool
 	// Of B.
 	listening, began, cleared, serving bool
 	ran                                map[string]int // runs that were begun

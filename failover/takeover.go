@@ -72,16 +72,15 @@ var defaultAgain = []time.Duration{50 * time.Millisecond, 200 * time.Millisecond
 //   - An address that somebody else adds is cleared before the listeners open: later its connections may be new ones.
 type takeover struct {
 	sequence
-	cfg       takeConfig
-	broken    bool  // off
-	undo      bool  // undoing
-	failed    Stage // that ended it
-	err       error
-	serving   bool
-	stuck     bool
-	again     []time.Duration // when to announce again
-	announced bool
-	reports   []StageReport
+	cfg     takeConfig
+	broken  bool  // off
+	undo    bool  // undoing
+	failed  Stage // that ended it
+	err     error
+	serving bool
+	stuck   bool
+	again   []time.Duration // when to announce again
+	reports []StageReport
 }
 
 func newTakeover(cfg takeConfig) *takeover {

@@ -63,9 +63,9 @@ func wantXID(t *testing.T, nc net.Conn, xid uint32) {
 
 // bed is a server with connections in every state, and another address's beside it.
 type phaseBed struct {
-	h     *testHandler
-	s     *Server
-	a, ua netip.AddrPort
+	h *testHandler
+	s *Server
+	a netip.AddrPort
 
 	idle, busy, mid, torn, queued, stuck, bystander *net.TCPConn
 	other                                           *Server
@@ -211,6 +211,14 @@ func TestPhasesHalfClose(t *testing.T) {
 		t.Errorf("closed port: %v, %v", nc, err)
 	}
 	b.checkBystander(t)
+	// 004.25: the address comes back.
+	again, _ := startServer(t, Config{}, newTestHandler())
+	if _, err := again.ListenTCP(b.a, ListenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	nc := dialRaw(t, b.a)
+	mustWrite(t, nc, record(callMsg(1, procEcho)))
+	wantXID(t, nc, 1)
 }
 
 // TestPhasesDeadline: a client that never reads, one whose call hangs and one that never closes end with the
