@@ -48,8 +48,8 @@ type cluster struct {
 	lives  lives
 	paths  paths
 	asks   asks
-	// vipSources are set before the other nodes can connect.
-	vipSources vipSources
+	// sources are nil while this node has nothing to do with floating addresses.
+	sources atomic.Pointer[vipSources]
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]

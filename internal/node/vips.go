@@ -19,7 +19,7 @@ import (
 )
 
 // vipSources is where what the commands for addresses show comes from on this node.
-// The zero value has nothing. It is set before the node listens.
+// A field that is nil has nothing.
 type vipSources struct {
 	// local describes the floating addresses here, by index.
 	local func() map[uint32]status.VIPLocal
@@ -77,10 +77,12 @@ func vipStatus(v *mgs.VIP, local map[uint32]status.VIPLocal) status.VIP {
 }
 
 func (n *Node) localVIPs() map[uint32]status.VIPLocal {
-	if n.cluster == nil || n.cluster.vipSources.local == nil {
-		return nil
+	if n.cluster != nil {
+		if s := n.cluster.sources.Load(); s != nil && s.local != nil {
+			return s.local()
+		}
 	}
-	return n.cluster.vipSources.local()
+	return nil
 }
 
 // ListVIPs describes the floating addresses, as the registry has them and as they are
@@ -335,10 +337,11 @@ const eventsBytes = wire.MaxData / 2
 
 // localEvents is what this node's log has.
 func (c *cluster) localEvents(a eventsAsk) (p eventsPage, err error) {
-	if c.vipSources.log == nil {
+	s := c.sources.Load()
+	if s == nil || s.log == nil {
 		return p, nil
 	}
-	l, next := c.vipSources.log.Since(a.Since)
+	l, next := s.log.Since(a.Since)
 	size := 0
 	for i := range l {
 		e := &l[i]
@@ -415,10 +418,12 @@ func (n *Node) gather(ctx context.Context, a control.EventsArgs, r *control.Even
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for _, c := range n.cfg.Cluster.Nodes {
-		if r.Silent[c.Name] != "" {
+		mu.Lock()
+		since, silent := r.Next[c.Name], r.Silent[c.Name] != ""
+		mu.Unlock()
+		if silent {
 			continue
 		}
-		since := r.Next[c.Name]
 		wg.Go(func() {
 			l, next, err := n.eventsOf(ctx, c.Name, eventsAsk{Since: since, After: a.After, Addr: a.Addr})
 			mu.Lock()
