@@ -32,6 +32,7 @@ type service interface {
 	Failed() <-chan error
 	targetAdmin
 	recoveryAdmin
+	vipAdmin
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

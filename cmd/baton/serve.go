@@ -237,6 +237,7 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 	lockctl.Register(ctl, s.node.Locks)
 	handleTargets(ctl, s.node)
 	handleRecovery(ctl, s.node)
+	handleVIPs(ctl, s.node)
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
 	}

@@ -48,6 +48,8 @@ type cluster struct {
 	lives  lives
 	paths  paths
 	asks   asks
+	// sources are nil while this node has nothing to do with floating addresses.
+	sources atomic.Pointer[vipSources]
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -87,6 +89,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		c.hosted = append(c.hosted, h)
 		c.byName[t.Name] = h
 	}
+	c.asks.handle(askEvents, c.answerEvents)
 	so := tcp.ServerOptions{Node: c.name, Insecure: c.tls == nil, Logger: log, Allow: c.allow}
 	if c.tls != nil {
 		so.TLS = c.tls.Server()
