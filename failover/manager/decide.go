@@ -37,21 +37,22 @@ func (m *Machine) lost(now time.Duration, a *addr) string {
 	return ""
 }
 
-// decide says what is to be done about an address, nil for nothing.
-func (m *Machine) decide(now time.Duration, a *addr) *Decision {
+// decide says what is to be done about an address, nil for nothing. With balance,
+// nothing else was to be done about any.
+func (m *Machine) decide(now time.Duration, a *addr, balance bool) *Decision {
 	d := &Decision{From: owner(&a.v)}
 	if lost := m.lost(now, a); lost != "" {
 		d.Abandon, d.Reason = true, lost
 	}
 	switch {
-	case a.v.Removed, a.v.Next == "" && a.v.MoveID > 0: // nobody is to serve it
+	case a.v.Removed, a.v.Drained: // nobody is to serve it
 		if !d.Abandon {
 			return nil
 		}
 	case d.From == "" || d.Abandon:
 		m.unserved(now, a, d)
 	default:
-		m.served(now, a, d)
+		m.served(now, a, d, balance)
 	}
 	if !d.Abandon && d.To == "" {
 		return nil
@@ -67,6 +68,12 @@ func (m *Machine) decide(now time.Duration, a *addr) *Decision {
 func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	why := d.Reason
 	next := m.nodes[a.v.Next]
+	if next != nil && (a.by == 0 || next.fit && next.incarnation > a.by) {
+		if a.by != 0 { // the new process may take its time, too
+			a.assigned = now
+		}
+		a.by = next.incarnation
+	}
 	switch waited := now - max(a.assigned, a.free); {
 	case d.Abandon && a.v.Next == d.From:
 	case a.v.Next == "":
@@ -80,6 +87,8 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	case m.broken(now, a, next):
 		m.fail(now, a, a.v.Next)
 		why = cmp.Or(why, "node "+a.v.Next+" could not take it")
+	case next.incarnation > a.by && !next.fit:
+		why = cmp.Or(why, "the process of node "+a.v.Next+" that was to serve it has ended, another one runs")
 	case !a.v.Ready && waited >= m.cfg.StartTimeout:
 		m.fail(now, a, a.v.Next)
 		why = cmp.Or(why, fmt.Sprintf("node %s was not ready to take it in %v", a.v.Next, m.cfg.StartTimeout))
@@ -105,7 +114,7 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 }
 
 // served moves an address that is served, if there is need, or if it belongs elsewhere.
-func (m *Machine) served(now time.Duration, a *addr, d *Decision) {
+func (m *Machine) served(now time.Duration, a *addr, d *Decision, balance bool) {
 	n := m.nodes[d.From]
 	if n == nil || n.unfit == silent {
 		return // until it is known what became of the node
@@ -131,7 +140,12 @@ func (m *Machine) served(now time.Duration, a *addr, d *Decision) {
 			return
 		}
 		d.To, d.Reason, d.Planned = to.name, leave+"; "+rule, true
-	case leave == "":
+	case leave != "":
+	case balance:
+		if to, why := m.balance(now, a, n); to != nil {
+			d.To, d.Reason, d.Planned = to.name, why, true
+		}
+	default:
 		if to, why := m.better(now, a, n); to != nil {
 			d.To, d.Reason, d.Planned = to.name, why, true
 		}
@@ -179,7 +193,7 @@ func (m *Machine) stops(now time.Duration, n *node) bool {
 // broken tells that the assigned node says that it cannot take the address.
 func (m *Machine) broken(now time.Duration, a *addr, n *node) bool {
 	x := n.report.of(a.v.Index)
-	return x != nil && x.State == Failed && m.present(now, n) && n.asked > a.assigned
+	return x != nil && x.State == Failed && m.present(now, n) && n.asked-x.Since >= a.assigned
 }
 
 // fail notes that a node did not take the address, so that others are tried first.
@@ -271,31 +285,46 @@ func (m *Machine) fewer(x, y *node) int {
 	return cmp.Or(cmp.Compare(m.addresses(x), m.addresses(y)), cmp.Compare(lx, ly), cmp.Compare(x.name, y.name))
 }
 
-// better finds a node to which an address goes without need: back to one that it
-// prefers, or to one that has fewer.
+// settledAt tells that an address may be moved without need.
+func (m *Machine) settledAt(now time.Duration, a *addr) bool {
+	return m.cfg.FailbackDelay != Never && !a.manual && now >= a.holdUntil && now-a.began >= m.cfg.FailbackDelay
+}
+
+// welcomes tells that a node may be given an address without need.
+func (m *Machine) welcomes(now time.Duration, a *addr, n *node) bool {
+	return n.fit && now-n.fitSince >= m.cfg.FailbackDelay && now >= a.failed[n.name].until
+}
+
+// better finds the node that an address returns to, because it prefers that.
 func (m *Machine) better(now time.Duration, a *addr, at *node) (*node, string) {
-	if m.cfg.FailbackDelay == Never || a.manual || now < a.holdUntil || now-a.began < m.cfg.FailbackDelay {
-		return nil, ""
-	}
-	if len(a.v.Prefer) == 0 {
-		best := at
-		for _, n := range m.order {
-			if n.good(now, m.cfg.FailbackDelay) && now >= a.failed[n.name].until && m.fewer(n, best) < 0 {
-				best = n
-			}
-		}
-		if k := m.addresses(at); m.addresses(best)+1 < k {
-			return best, fmt.Sprintf("%s has %d addresses, %s has %d", at.name, k, best.name, m.addresses(best))
-		}
+	if len(a.v.Prefer) == 0 || !m.settledAt(now, a) {
 		return nil, ""
 	}
 	for _, n := range m.may(a) {
 		if n == at {
 			break
 		}
-		if n.good(now, m.cfg.FailbackDelay) && now >= a.failed[n.name].until {
+		if m.welcomes(now, a, n) {
 			return n, fmt.Sprintf("%s is preferred and has been fit for %v", n.name, m.cfg.FailbackDelay)
 		}
+	}
+	return nil, ""
+}
+
+// balance finds a node that has at least two addresses less, for an address that
+// prefers none.
+func (m *Machine) balance(now time.Duration, a *addr, at *node) (*node, string) {
+	if len(a.v.Prefer) > 0 || !m.settledAt(now, a) {
+		return nil, ""
+	}
+	best := at
+	for _, n := range m.order {
+		if m.welcomes(now, a, n) && m.fewer(n, best) < 0 {
+			best = n
+		}
+	}
+	if k := m.addresses(at); m.addresses(best)+1 < k {
+		return best, fmt.Sprintf("%s has %d addresses, %s has %d", at.name, k, best.name, m.addresses(best))
 	}
 	return nil, ""
 }

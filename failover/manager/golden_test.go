@@ -139,7 +139,7 @@ func (s *script) line(line string) {
 	case "broken": // NODE INDEX: what it serves there fails
 		var i uint32
 		fmt.Sscan(f[2], &i)
-		n.units[i].state = Failed
+		n.units[i].state, n.units[i].since = Failed, w.now
 	case "load": // NODE CALLS
 		fmt.Sscan(f[2], &n.load)
 	case "mute": // answers beats and nothing else, as when it is out of memory
@@ -152,14 +152,15 @@ func (s *script) line(line string) {
 		w.reg.drained = slices.DeleteFunc(w.reg.drained, func(x string) bool { return x == n.name })
 	case "registry": // away, back
 		w.away = f[1] == "away"
-	case "assign": // INDEX NODE|nobody: by hand
-		to := f[2]
-		if to == "nobody" {
-			to = ""
-		}
+	case "assign": // INDEX NODE: by hand
 		i := index()
-		if _, err := w.reg.assign(i, w.reg.vip(i).Epoch, to); err != nil {
+		if _, err := w.reg.assign(i, w.reg.vip(i).Epoch, f[2]); err != nil {
 			s.p("%v", err)
+		}
+	case "drained", "undrained": // INDEX
+		v := w.reg.vip(index())
+		if v.Drained = false; f[0] == "drained" {
+			w.reg.drain(v)
 		}
 	case "remove":
 		w.reg.vip(index()).Removed = true

@@ -135,6 +135,8 @@ type addr struct {
 	assigned, ready, began, free time.Duration
 	// of is the process that was seen serving the period; 0: none was.
 	of uint64
+	// by is the process that it is assigned to; 0: not known.
+	by uint64
 	// absent is since when its node says that it does not serve it; 0: it does not.
 	absent time.Duration
 
@@ -251,6 +253,9 @@ func (m *Machine) vip(now time.Duration, v *mgs.VIP) {
 	if a == nil {
 		a = &addr{v: *v, assigned: now, ready: now, began: now, free: now, failed: map[string]failure{}}
 		m.addrs[v.Index] = a
+		if n := m.nodes[v.Next]; n != nil {
+			a.by = n.incarnation
+		}
 		m.remember(now, a)
 		return
 	}
@@ -261,7 +266,10 @@ func (m *Machine) vip(now time.Duration, v *mgs.VIP) {
 	old := a.v
 	a.v = *v
 	if v.MoveID != old.MoveID {
-		a.assigned, a.ready = now, now
+		a.assigned, a.ready, a.by = now, now, 0
+		if n := m.nodes[v.Next]; n != nil {
+			a.by = n.incarnation
+		}
 		m.moved(now, a, &old)
 	}
 	if v.Ready && !old.Ready {
@@ -290,7 +298,11 @@ func (m *Machine) moved(now time.Duration, a *addr, old *mgs.VIP) {
 	mine := a.tried != "" && a.v.Next == a.tried && a.v.MoveID == a.triedAt+1
 	a.own = true
 	a.manual = !mine && a.v.Next != "" && (len(a.v.Prefer) == 0 || a.v.Prefer[0] != a.v.Next)
-	if !mine {
+	switch {
+	case mine || a.v.Removed:
+	case a.v.Drained:
+		m.tell(a, "", "drained: nobody is to serve it", "")
+	case a.v.Next != "":
 		m.tell(a, a.v.Next, "moved by hand, or by the command of another program", "")
 	}
 	if a.v.Next != old.Next && old.Next != "" {

@@ -23,16 +23,18 @@ func (m *Machine) Tick(now time.Duration) []Decision {
 		return nil
 	}
 	var l []Decision
-	for _, i := range m.indexes {
-		a := m.addrs[i]
-		if a.pending != nil || now < a.retry {
-			continue
-		}
-		if d := m.decide(now, a); d != nil {
-			m.ids++
-			d.ID, d.Index, d.Addr, d.Epoch = m.ids, a.v.Index, a.v.Addr, a.v.Epoch
-			a.pending = d
-			l = append(l, *d)
+	for _, balance := range []bool{false, true} {
+		for _, i := range m.indexes {
+			a := m.addrs[i]
+			if a.pending != nil || now < a.retry || balance && owner(&a.v) == "" {
+				continue
+			}
+			if d := m.decide(now, a, balance); d != nil {
+				m.ids++
+				d.ID, d.Index, d.Addr, d.Epoch = m.ids, a.v.Index, a.v.Addr, a.v.Epoch
+				a.pending = d
+				l = append(l, *d)
+			}
 		}
 	}
 	return l
@@ -258,9 +260,6 @@ func (m *Machine) leave(now time.Duration, n *node) (why string, need bool) {
 func (n *node) tooSlow(now time.Duration, c *Config) bool {
 	return c.SlowAfter > 0 && n.slow && now-n.slowSince >= c.SlowAfter
 }
-
-// good tells that a node has been fit for some time.
-func (n *node) good(now, d time.Duration) bool { return n.fit && now-n.fitSince >= d }
 
 // mute tells that a node does not answer and cannot be asked to give anything up.
 func (m *Machine) mute(now time.Duration, n *node) bool {

@@ -161,6 +161,9 @@ func (s *sim) noteMoves() {
 	for i := range s.w.reg.vips {
 		x := &s.w.reg.vips[i]
 		if was := s.next[x.Index]; was != x.Next && was != "" {
+			if k := s.moves[x.Index]; k > 0 && s.w.now-s.moved[x.Index] > s.w.cfg.HoldOffMax+min(s.w.cfg.HoldOff<<(k-1), s.w.cfg.HoldOffMax) {
+				s.moves[x.Index] = 0
+			}
 			s.moves[x.Index]++
 			s.moved[x.Index] = s.w.now
 		}
@@ -181,7 +184,7 @@ func (s *sim) pick() *wnode { return s.w.nodes[s.r.IntN(len(s.w.nodes))] }
 func (s *sim) disturb() {
 	w, n := s.w, s.pick()
 	o := s.pick()
-	what := s.r.IntN(21)
+	what := s.r.IntN(22)
 	s.p("disturb %d: %s %s", what, n.name, o.name)
 	switch what {
 	case 0, 1:
@@ -245,6 +248,14 @@ func (s *sim) disturb() {
 			s.noteMoves()
 		}
 	}
+	if what == 21 && !w.away {
+		if x := w.reg.vip(uint32(1 + s.r.IntN(len(w.reg.vips)))); x.Drained {
+			x.Drained = false
+		} else if s.r.IntN(2) == 0 {
+			w.reg.drain(x)
+		}
+		s.noteMoves()
+	}
 	if s.w.lead == nil && n.runs() && s.r.IntN(2) == 0 {
 		s.lead(n)
 	}
@@ -281,7 +292,7 @@ func (s *sim) observe() {
 		}
 		for _, n := range w.nodes {
 			may := len(v.Prefer) == 0 || slices.Contains(v.Prefer, n.name)
-			if served || !able || !may || !n.runs() || !w.linked(n.name, w.lead.name) || n.unready != "" || n.stuck || n.fails || n.slow && w.cfg.SlowAfter > 0 || n.stopping ||
+			if served || !able || !may || v.Drained || !n.runs() || !w.linked(n.name, w.lead.name) || n.unready != "" || n.stuck || n.fails || n.slow && w.cfg.SlowAfter > 0 || n.stopping ||
 				slices.Contains(w.reg.drained, n.name) {
 				s.fine[v.Index][n.name] = w.now
 			} else if d := w.now - s.fine[v.Index][n.name]; d > simBound {
@@ -327,6 +338,9 @@ func TestSimulation(t *testing.T) {
 		w := s.w
 		clear(w.cut)
 		w.away, w.reg.drained = false, nil
+		for i := range w.reg.vips {
+			w.reg.vips[i].Drained = false
+		}
 		for _, n := range w.nodes {
 			n.unready, n.stuck, n.holds, n.fails, n.slow, n.stopping = "", false, false, false, false, false
 			if n.frozen {

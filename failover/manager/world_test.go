@@ -40,7 +40,7 @@ func (r *registry) view() *mgs.View {
 func (r *registry) same(v *mgs.View) bool {
 	return slices.Equal(v.Drained, r.drained) && slices.EqualFunc(v.VIPs, r.vips, func(a, b mgs.VIP) bool {
 		return a.Index == b.Index && a.Node == b.Node && a.Next == b.Next && a.Epoch == b.Epoch && a.MoveID == b.MoveID &&
-			a.Clean == b.Clean && a.Ready == b.Ready && a.Removed == b.Removed
+			a.Clean == b.Clean && a.Ready == b.Ready && a.Removed == b.Removed && a.Drained == b.Drained
 	})
 }
 
@@ -53,7 +53,18 @@ func (r *registry) assign(index uint32, epoch uint64, node string) (mgs.VIP, err
 		return mgs.VIP{}, refuse(mgs.CodeInvalid)
 	case v.Epoch != epoch:
 		return mgs.VIP{}, refuse(mgs.CodeSuperseded)
-	case v.Next != node:
+	case v.Next == node:
+	case v.Drained:
+		return mgs.VIP{}, refuse(mgs.CodeDrained)
+	case v.Free() || v.Node != node:
+		if len(v.Prefer) > 0 && !slices.Contains(v.Prefer, node) {
+			return mgs.VIP{}, refuse(mgs.CodeInvalid)
+		}
+		if slices.Contains(r.drained, node) {
+			return mgs.VIP{}, refuse(mgs.CodeDrained)
+		}
+		fallthrough
+	default:
 		v.Next, v.Ready = node, false
 		v.MoveID++
 	}
@@ -72,9 +83,18 @@ func (r *registry) abandon(index uint32, epoch uint64) error {
 	return nil
 }
 
+// drain has nobody serve an address.
+func (r *registry) drain(v *mgs.VIP) {
+	v.Drained = true
+	if v.Next != "" {
+		v.Next, v.Ready = "", false
+		v.MoveID++
+	}
+}
+
 func (r *registry) setReady(index uint32, move uint64) error {
 	v := r.vip(index)
-	if v.MoveID != move {
+	if v.MoveID != move || v.Next == "" {
 		return refuse(mgs.CodeMoved)
 	}
 	v.Ready = true
@@ -156,6 +176,7 @@ type unit struct {
 	state AddressState
 	epoch uint64
 	next  time.Duration // when it does its next step
+	since time.Duration // when the state began
 }
 
 func newWorld(cfg Config) *world {
@@ -237,7 +258,7 @@ func (w *world) report(n *wnode, q *Question) *Report {
 	r := &Report{Incarnation: n.incarnation, Ready: n.unready == "", Reason: n.unready, Stopping: n.stopping, Load: n.load}
 	for _, i := range sorted(n.units) {
 		u := n.units[i]
-		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state})
+		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since})
 	}
 	r.Hears = w.hears(n)
 	if err := n.keep.Answer(q, r); err != nil {
@@ -406,7 +427,10 @@ func (w *world) agent(n *wnode) {
 		was := u.state
 		switch u.state {
 		case Absent:
-			if v.Next == n.name && owner(v) != n.name && !n.stuck && n.unready == "" {
+			switch {
+			case owner(v) == n.name: // of an earlier process
+				_ = w.reg.abandon(v.Index, v.Epoch)
+			case v.Next == n.name && !n.stuck && n.unready == "":
 				u.state = Listening
 			}
 		case Listening:
@@ -437,12 +461,15 @@ func (w *world) agent(n *wnode) {
 				u.state, u.epoch = Absent, 0
 			}
 		case Failed:
-			if v.Next != n.name {
+			switch {
+			case v.Next != n.name:
 				u.state = Absent
+			case !n.fails && u.epoch == 0: // it tries again
+				u.state = Listening
 			}
 		}
 		if u.state != was {
-			u.next = w.now + w.delay()
+			u.next, u.since = w.now+w.delay(), w.now
 		}
 	}
 }
