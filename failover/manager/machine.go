@@ -163,8 +163,8 @@ type failure struct {
 	times int
 }
 
-// New returns a machine that does not lead.
-func New(cfg Config) (*Machine, error) {
+// NewMachine returns a machine that does not lead.
+func NewMachine(cfg Config) (*Machine, error) {
 	if err := cfg.prepare(); err != nil {
 		return nil, err
 	}

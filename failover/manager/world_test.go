@@ -230,7 +230,7 @@ func (w *world) takeLead(n *wnode) {
 	cfg := w.cfg
 	cfg.Node = n.name
 	var err error
-	if w.m, err = New(cfg); err != nil {
+	if w.m, err = NewMachine(cfg); err != nil {
 		panic(err)
 	}
 	w.m.Lead(w.now, w.term)
