@@ -318,8 +318,8 @@ func (s *sim) run(d time.Duration) {
 func TestSimulation(t *testing.T) {
 	runs := *simRuns
 	if runs == 0 {
-		if runs = 300; testing.Short() {
-			runs = 60
+		if runs = 120; testing.Short() {
+			runs = 40
 		}
 	}
 	total := map[string]int{}
