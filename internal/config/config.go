@@ -107,6 +107,7 @@ type Config struct {
 	MDT      MDT      `toml:"mdt"`
 	OST      []OST    `toml:"ost"`
 	Recovery Recovery `toml:"recovery"`
+	Manager  Manager  `toml:"manager"`
 
 	Control Control `toml:"control"`
 	HTTP    HTTP    `toml:"http"`
@@ -291,6 +292,18 @@ func Default() *Config {
 			Imperative:   ImperativeOn,
 			IRFactor:     5,
 			IRStartup:    Duration(30 * time.Second),
+		},
+		Manager: Manager{
+			Mode:          ManagerBuiltin,
+			Quorum:        QuorumAuto,
+			Confirm:       Duration(300 * time.Millisecond),
+			UnreadyAfter:  Duration(5 * time.Second),
+			StartTimeout:  Duration(5 * time.Second),
+			MoveTimeout:   Duration(15 * time.Second),
+			FailbackDelay: Delay(30 * time.Second),
+			HoldOff:       Duration(10 * time.Second),
+			HoldOffMax:    Duration(10 * time.Minute),
+			ParallelMoves: 4,
 		},
 		HTTP: HTTP{Address: "127.0.0.1:9633"},
 		Log:  Log{Level: "info", Format: "text"},

@@ -35,6 +35,7 @@ func (c *Config) Validate() error {
 	v.targets()
 	v.cluster()
 	v.recovery()
+	v.manager()
 	v.rest()
 	return errors.Join(v.errs...)
 }

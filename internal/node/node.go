@@ -78,6 +78,7 @@ type Node struct {
 	failed     chan error
 
 	rates rateKeeper
+	load  loadKeeper
 }
 
 // service is what runs on one service address.
@@ -156,6 +157,8 @@ func (n *Node) startCluster() (err error) {
 		return err
 	}
 	n.reg = n.cluster.reg
+	vitals := n.vitals
+	n.cluster.managing.vitals.Store(&vitals)
 	n.cluster.boot()
 	ctx, cancel := context.WithCancel(n.run)
 	n.noFrontend = cancel
