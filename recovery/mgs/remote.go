@@ -139,7 +139,7 @@ func (r *Remote) call(ctx context.Context, name string, args, result any) error 
 			r.answers()
 			return decodeAnswer(rep.Data, result)
 		case ctx.Err() != nil:
-			return fmt.Errorf("mgs: %s: no answer from the MGS: %w (%w)", name, ctx.Err(), err)
+			return fmt.Errorf("mgs: %s: no answer from the registry: %w (%w)", name, ctx.Err(), err)
 		case !again:
 			return fmt.Errorf("mgs: %s: %w", name, err)
 		case try%len(r.o.Addrs) != 0:
@@ -151,14 +151,14 @@ func (r *Remote) call(ctx context.Context, name string, args, result any) error 
 		case <-t.C:
 		case <-ctx.Done():
 			t.Stop()
-			return fmt.Errorf("mgs: %s: no answer from the MGS: %w (%w)", name, ctx.Err(), err)
+			return fmt.Errorf("mgs: %s: no answer from the registry: %w (%w)", name, ctx.Err(), err)
 		}
 		pause = min(2*pause, r.o.BackoffMax)
 	}
 }
 
 // errElsewhere: the node does not serve the registry, or not any more.
-var errElsewhere = errors.New("the node does not serve the MGS")
+var errElsewhere = errors.New("the node does not serve the registry, or cannot reach it")
 
 // attempt tries one address. again tells that another attempt may succeed.
 func (r *Remote) attempt(caller context.Context, name string, data []byte, rep *wire.Reply) (again bool, err error) {

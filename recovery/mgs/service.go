@@ -142,6 +142,9 @@ func (s *Service) registry(from string, req *wire.Request, b []byte) ([]byte, wi
 	case errors.Is(err, ErrFenced) || s.ctx.Err() != nil:
 		s.log.Debug("registry: not served here any more", "err", err)
 		return b, wire.ErrTargetDown
+	case errors.Is(err, ErrUnavailable): // the caller sends it again, so that it is executed once
+		s.log.Debug("registry: no answer", "method", string(req.Name), "err", err)
+		return b, wire.ErrTargetDown
 	case !errors.As(err, &refused):
 		s.log.Error("registry", "method", string(req.Name), "node", c.Node, "err", err)
 		refused = &Error{Code: CodeStorage, Text: "the node of the registry: " + err.Error()}
