@@ -102,10 +102,11 @@ func (c *cluster) start(names ...string) {
 
 func (c *cluster) stop(n string) {
 	c.t.Helper()
-	if err := c.members[n].Close(); err != nil {
+	m := c.members[n]
+	delete(c.members, n)
+	if err := m.Close(); err != nil {
 		c.t.Fatal(err)
 	}
-	delete(c.members, n)
 }
 
 func (c *cluster) all() (l []string) {

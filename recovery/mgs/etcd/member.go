@@ -17,6 +17,9 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Peer is a member of an embedded cluster.
@@ -74,6 +77,11 @@ type Member struct {
 	failed chan struct{}
 	ends   sync.WaitGroup
 	fail   sync.Once
+	// closing ends clients' streams, for which the end of the server would wait.
+	closing context.Context
+	leave   context.CancelFunc
+	close   sync.Once
+	closed  chan struct{}
 
 	mu  sync.Mutex
 	err error
@@ -86,7 +94,8 @@ type Member struct {
 // forgotten what it has promised them; one that was removed and added again
 // (etcdctl member remove, add) joins.
 func StartMember(ctx context.Context, o MemberOptions) (*Member, error) {
-	m := &Member{log: o.Logger, failed: make(chan struct{})}
+	m := &Member{log: o.Logger, failed: make(chan struct{}), closed: make(chan struct{})}
+	m.closing, m.leave = context.WithCancel(context.Background())
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
 	}
@@ -100,6 +109,7 @@ func StartMember(ctx context.Context, o MemberOptions) (*Member, error) {
 	if _, err := os.Stat(filepath.Join(o.Dir, "member")); errors.Is(err, os.ErrNotExist) && o.awaited(ctx, m.log) {
 		cfg.ClusterState = embed.ClusterStateFlagExisting
 	}
+	cfg.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ChainStreamInterceptor(m.stream)}
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(m.log, func(why string) { m.end(errors.New(why)) }))
 	type started struct {
 		e   *embed.Etcd
@@ -259,19 +269,41 @@ func (m *Member) Failed() <-chan struct{} { return m.failed }
 // Ready is closed when the member has found the others for the first time.
 func (m *Member) Ready() <-chan struct{} { return m.etcd.Server.ReadyNotify() }
 
+// stream has a client's stream end when the member does.
+func (m *Member) stream(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	ctx, cancel := context.WithCancel(ss.Context())
+	defer cancel()
+	defer context.AfterFunc(m.closing, cancel)()
+	err := handle(srv, endingStream{ss, ctx})
+	if m.closing.Err() != nil {
+		return status.Error(codes.Unavailable, "the member is stopped")
+	}
+	return err
+}
+
+type endingStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context implements grpc.ServerStream.
+func (s endingStream) Context() context.Context { return s.ctx }
+
 // closeTime bounds the end of a member: one that has failed may not end at all.
-const closeTime = 5 * time.Second
+const closeTime = 15 * time.Second
 
 // Close stops the member. If it leads the members, another one is told to.
 func (m *Member) Close() error {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		m.etcd.Close()
-		m.ends.Wait()
-	}()
+	m.close.Do(func() {
+		m.leave()
+		go func() {
+			defer close(m.closed)
+			m.etcd.Close()
+			m.ends.Wait()
+		}()
+	})
 	select {
-	case <-done:
+	case <-m.closed:
 		return nil
 	case <-time.After(closeTime):
 		return errors.New("etcd: the member did not end in time and is left as it is")
