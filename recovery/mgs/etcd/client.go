@@ -140,7 +140,7 @@ func (c *Client) connect(made chan struct{}) {
 		DialTimeout: c.o.Timeout, DialKeepAliveTime: c.o.Probe, DialKeepAliveTimeout: c.o.Probe, PermitWithoutStream: true,
 		MaxCallSendMsgSize: c.o.MaxDocument + overhead,
 		BackoffWaitBetween: 100 * time.Millisecond,
-		Logger:             newZap(c.o.Logger, nil),
+		Logger:             newZap(c.o.Logger, func() bool { return true }, nil), // its errors are returned
 	})
 	c.mu.Lock()
 	defer c.mu.Unlock()

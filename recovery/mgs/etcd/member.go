@@ -110,7 +110,7 @@ func StartMember(ctx context.Context, o MemberOptions) (*Member, error) {
 		cfg.ClusterState = embed.ClusterStateFlagExisting
 	}
 	cfg.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ChainStreamInterceptor(m.stream)}
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(m.log, func(why string) { m.end(errors.New(why)) }))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(m.log, func() bool { return m.closing.Err() != nil }, func(why string) { m.end(errors.New(why)) }))
 	type started struct {
 		e   *embed.Etcd
 		err error
@@ -186,6 +186,7 @@ func (o *MemberOptions) config() (*embed.Config, error) {
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModeRevision, "100"
 	cfg.GRPCKeepAliveMinTime = time.Second
 	cfg.EnableGRPCGateway = false
+	cfg.WarningUnaryRequestDuration = embed.DefaultWarningUnaryRequestDuration
 	cfg.UnsafeNoFsync = o.NoSync
 	// A node that starts alone after a failure of all does not disturb a leader.
 	cfg.PreVote = true

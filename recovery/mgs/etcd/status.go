@@ -62,3 +62,12 @@ func (c *Client) Members(ctx context.Context) []MemberStatus {
 	}
 	return l
 }
+
+// Leader is the node that was elected (Election) and its term, "" if there is none.
+func (c *Client) Leader(ctx context.Context) (node string, term uint64, err error) {
+	kv, _, err := c.look(ctx, c.key(leaderKey))
+	if err != nil || kv == nil {
+		return "", 0, err
+	}
+	return string(kv.Value), uint64(kv.CreateRevision), nil
+}

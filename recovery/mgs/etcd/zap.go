@@ -12,9 +12,9 @@ import (
 // newZap returns a logger whose messages go to log. What etcd says of its routine
 // becomes a level less. Where it would end or panic the process, failed is called,
 // unless nil, and only the goroutine ends.
-func newZap(log *slog.Logger, failed func(why string)) *zap.Logger {
+func newZap(log *slog.Logger, quiet func() bool, failed func(why string)) *zap.Logger {
 	h := hook{failed}
-	return zap.New(slogCore{h: log.Handler()}, zap.WithFatalHook(h), zap.WithPanicHook(h))
+	return zap.New(slogCore{h: log.Handler(), quiet: quiet}, zap.WithFatalHook(h), zap.WithPanicHook(h))
 }
 
 type hook struct{ failed func(why string) }
@@ -35,11 +35,16 @@ func (h hook) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
 	runtime.Goexit()
 }
 
-// slogCore is a zapcore.Core over a slog.Handler.
-type slogCore struct{ h slog.Handler }
+// slogCore is a zapcore.Core over a slog.Handler. While quiet, everything is for
+// debugging.
+type slogCore struct {
+	h     slog.Handler
+	quiet func() bool
+}
 
-func level(l zapcore.Level) slog.Level {
+func (c slogCore) level(l zapcore.Level) slog.Level {
 	switch {
+	case c.quiet():
 	case l >= zapcore.ErrorLevel:
 		return slog.LevelError
 	case l >= zapcore.WarnLevel:
@@ -51,12 +56,12 @@ func level(l zapcore.Level) slog.Level {
 // Enabled implements zapcore.LevelEnabler.
 func (c slogCore) Enabled(l zapcore.Level) bool {
 	// What ends a process has to reach the hook.
-	return l > zapcore.ErrorLevel || c.h.Enabled(context.Background(), level(l))
+	return l > zapcore.ErrorLevel || c.h.Enabled(context.Background(), c.level(l))
 }
 
 // With implements zapcore.Core.
 func (c slogCore) With(fields []zapcore.Field) zapcore.Core {
-	return slogCore{c.h.WithAttrs(attrs(fields))}
+	return slogCore{c.h.WithAttrs(attrs(fields)), c.quiet}
 }
 
 func attrs(fields []zapcore.Field) []slog.Attr {
@@ -79,9 +84,22 @@ func (c slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Chec
 	return ce
 }
 
+// harmless are warnings about what is meant to be so.
+var harmless = map[string]bool{
+	"Running http and grpc server on single port. This is not recommended for production.": true,
+	"simple token is not cryptographically signed":                                         true,
+}
+
 // Write implements zapcore.Core.
 func (c slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	r := slog.NewRecord(e.Time, level(e.Level), "etcd: "+e.Message, 0)
+	l := c.level(e.Level)
+	if harmless[e.Message] {
+		l = slog.LevelDebug
+	}
+	if !c.h.Enabled(context.Background(), l) {
+		return nil
+	}
+	r := slog.NewRecord(e.Time, l, "etcd: "+e.Message, 0)
 	r.AddAttrs(attrs(fields)...)
 	return c.h.Handle(context.Background(), r)
 }
