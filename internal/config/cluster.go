@@ -136,9 +136,13 @@ type Target struct {
 	key   string   // of its section
 }
 
-// Targets lists MGS, MDT and OSTs, in this order.
+// Targets lists MGS, MDT and OSTs, in this order. With the registry in etcd there is
+// no MGS.
 func (c *Config) Targets() []Target {
 	l := []Target{{MGSName, c.MGS.Dir, c.MGS.Nodes, "mgs"}, {MDTName, c.MDT.Dir, c.MDT.Nodes, "mdt"}}
+	if c.InEtcd() {
+		l = l[1:]
+	}
 	for i, o := range c.OST {
 		l = append(l, Target{OSTName(i), o.Dir, o.Nodes, fmt.Sprintf("ost[%d]", i)})
 	}
@@ -261,6 +265,8 @@ func (v *validator) roles() {
 	for i, s := range k.Start {
 		may, known := mine[s]
 		switch {
+		case s == MGSName && v.c.InEtcd():
+			v.bad("cluster.start", s, "with registry.kind = "+strconv.Quote(v.c.Registry.Kind)+" there is no MGS", "remove it")
 		case !known:
 			v.bad("cluster.start", s, "there is no such target", fmt.Sprintf("use %s, %s, %s ... %s", MGSName, MDTName, OSTName(0), OSTName(len(v.c.OST)-1)))
 		case !may:
@@ -269,7 +275,7 @@ func (v *validator) roles() {
 			v.bad("cluster.start", s, "listed twice", "remove one")
 		}
 	}
-	if len(v.c.NFS.Addresses) > 0 {
+	if len(v.c.NFS.Addresses) > 0 || v.c.Member() {
 		return
 	}
 	for _, may := range mine {

@@ -103,6 +103,7 @@ type Config struct {
 	FS      FS       `toml:"fs"`
 
 	Cluster  Cluster  `toml:"cluster"`
+	Registry Registry `toml:"registry"`
 	MGS      MGS      `toml:"mgs"`
 	MDT      MDT      `toml:"mdt"`
 	OST      []OST    `toml:"ost"`
@@ -277,7 +278,11 @@ func Default() *Config {
 			MinFree:     64 * MiB,
 		},
 		Cluster: Cluster{TLS: TLSMutual, TLSDir: DefaultTLSDir, FileLocks: true},
-		MDT:     MDT{BlockCache: 64 * MiB, InodeCache: 100000},
+		Registry: Registry{
+			Kind: RegistryMGS, Prefix: "/baton", MaxDocument: 1520 * KiB, ClientPort: 7989, PeerPort: 7990,
+			Heartbeat: Duration(100 * time.Millisecond), ElectionTimeout: Duration(time.Second), Lease: Duration(3 * time.Second),
+		},
+		MDT: MDT{BlockCache: 64 * MiB, InodeCache: 100000},
 		Recovery: Recovery{
 			WindowMin:    Duration(15 * time.Second),
 			WindowMax:    Duration(time.Minute),

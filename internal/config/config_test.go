@@ -156,22 +156,30 @@ func TestErrors(t *testing.T) {
 	})
 }
 
-// TestCluster does the same for several nodes. $TLS has certificates of n1 and n2.
+// TestCluster does the same for several nodes. $TLS has certificates of n1, n2 and, with
+// its address, n3.
 func TestCluster(t *testing.T) {
 	dir := t.TempDir()
 	auth, err := ca.Create(dir, "test", ca.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, n := range []string{"n1", "n2"} {
-		if err := auth.IssueNode(dir, n, ca.Options{}); err != nil {
+	for n, hosts := range map[string][]string{"n1": nil, "n2": nil, "n3": {"192.0.2.3"}} {
+		if err := auth.IssueNode(dir, n, ca.Options{Hosts: hosts}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	datadriven.RunTest(t, "testdata/cluster.txt", func(t *testing.T, d *datadriven.TestData) string {
-		out := check(strings.ReplaceAll(d.Input, "$TLS", dir))
-		return strings.ReplaceAll(out, dir, "$TLS")
-	})
+	for name, mode := range map[string]os.FileMode{"secret": 0o600, "public": 0o644} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("opensesame\n"), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range []string{"cluster.txt", "registry.txt"} {
+		datadriven.RunTest(t, "testdata/"+f, func(t *testing.T, d *datadriven.TestData) string {
+			out := check(strings.ReplaceAll(d.Input, "$TLS", dir))
+			return strings.ReplaceAll(out, dir, "$TLS")
+		})
+	}
 }
 
 func check(src string) string {

@@ -34,6 +34,7 @@ func (c *Config) Validate() error {
 	v.exports()
 	v.targets()
 	v.cluster()
+	v.registry()
 	v.recovery()
 	v.manager()
 	v.rest()

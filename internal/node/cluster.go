@@ -40,6 +40,7 @@ type cluster struct {
 	tls    *ca.Node // nil: connections are not protected
 	srv    *tcp.Server
 	reg    *mgs.Remote
+	etcd   *inEtcd // nil: the registry is with the MGS
 	ir     *ir.Client
 	hosted []*hosted // as in the configuration
 	byName map[string]*hosted
@@ -79,15 +80,17 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.tls, err = cfg.LoadTLS(); err != nil {
 		return nil, err
 	}
-	for i, t := range cfg.Targets() {
-		h := &hosted{Target: t, state: status.StateStopped, index: i - 2}
-		switch i {
-		case 0:
+	osts := 0
+	for _, t := range cfg.Targets() {
+		h := &hosted{Target: t, state: status.StateStopped}
+		switch t.Name {
+		case config.MGSName:
 			h.kind = status.KindMGS
-		case 1:
+		case mdtName:
 			h.kind = status.KindMDT
 		default:
-			h.kind = status.KindOST
+			h.kind, h.index = status.KindOST, osts
+			osts++
 		}
 		c.hosted = append(c.hosted, h)
 		c.byName[t.Name] = h
@@ -103,8 +106,12 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}
-	at := c.reach(config.MGSName)
-	if c.reg, err = mgs.NewRemote(mgs.RemoteOptions{Node: c.name, Addrs: at.Addrs, Dial: at.Dial, BackoffMax: maxPause, Logger: log}); err != nil {
+	if cfg.InEtcd() {
+		if c.etcd, err = newInEtcd(c); err != nil {
+			return nil, err
+		}
+	}
+	if c.reg, err = mgs.NewRemote(c.registryOptions()); err != nil {
 		return nil, err
 	}
 	if c.ir, err = ir.NewClient(c.watchOptions()); err != nil {
@@ -128,10 +135,34 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 			log.Error("other nodes cannot connect any more", "listen", cfg.Cluster.Listen, "err", err)
 		}
 	})
+	if c.etcd != nil {
+		c.etcd.start()
+	}
 	c.background(func() { c.ir.Run(c.watching) })
 	c.startManager()
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
+}
+
+// registryOptions are how this node's calls reach the registry.
+func (c *cluster) registryOptions() mgs.RemoteOptions {
+	o := mgs.RemoteOptions{Node: c.name, BackoffMax: maxPause, Logger: c.log}
+	if c.etcd != nil {
+		// What keeps calls waiting is said where it is known (loud).
+		o.Addrs, o.Dial, o.Logger = []string{c.cfg.Registry.Kind}, c.etcd.own, nil
+		return o
+	}
+	at := c.reach(config.MGSName)
+	o.Addrs, o.Dial = at.Addrs, at.Dial
+	return o
+}
+
+// registryName is the registry in messages.
+func (c *cluster) registryName() string {
+	if c.etcd != nil {
+		return "the registry (etcd)"
+	}
+	return "the registry (MGS)"
 }
 
 // allow decides about a connection of a node whose certificate was verified.
@@ -158,6 +189,9 @@ func (c *cluster) background(f func()) {
 // reach is the way to a target: the names of the nodes that may run it are its
 // addresses.
 func (c *cluster) reach(name string) client.Target {
+	if name == config.MGSName && c.etcd != nil {
+		return client.Target{Name: name, Addrs: []string{"the elected node"}, Dial: c.etcd.dial}
+	}
 	h := c.byName[name]
 	return client.Target{Name: name, Addrs: h.Nodes, Dial: func(ctx context.Context, node string) (wire.Conn, error) {
 		if node == c.name {
@@ -233,15 +267,23 @@ func (c *cluster) close(ctx context.Context) error {
 	c.stopManager()
 	c.cancel()
 	var errs []error
-	for i := range c.hosted {
-		h := c.hosted[(i+1)%len(c.hosted)]
-		if h.kind == status.KindMGS {
-			c.ir.Flush(ctx, withdrawTime)
+	for _, h := range c.hosted {
+		if h.kind != status.KindMGS {
+			errs = append(errs, c.stop(ctx, h))
 		}
+	}
+	c.ir.Flush(ctx, withdrawTime)
+	if h := c.byName[config.MGSName]; h != nil {
 		errs = append(errs, c.stop(ctx, h))
 	}
 	c.unwatch()
+	if c.etcd != nil {
+		c.etcd.leave()
+	}
 	errs = append(errs, c.reg.Close())
+	if c.etcd != nil {
+		errs = append(errs, c.etcd.close())
+	}
 	c.stopHealth()
 	c.asks.close()
 	c.mu.Lock()
@@ -273,19 +315,27 @@ func (c *cluster) meet(ctx context.Context) error {
 	if met {
 		return nil
 	}
-	id, err := c.reg.Identity(ctx)
+	path := filepath.Join(c.cfg.DataDir, identityFile)
+	known, err := readMark(path)
+	if err == nil && known != "" && c.etcd != nil {
+		err = c.etcd.found(ctx)
+	}
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(c.cfg.DataDir, identityFile)
-	known, err := readMark(path)
+	id, err := c.reg.Identity(ctx)
 	switch {
 	case err != nil:
 		return err
 	case known == "":
 		err = writeMark(path, id)
+	case known != id && c.etcd != nil:
+		err = fmt.Errorf("the registry is not the one that this node knows: correct registry.prefix and where etcd is, or import the right one (baton registry import --force); if it really is another cluster, remove %s", path)
 	case known != id:
 		err = fmt.Errorf("the registry is not the one that this node knows: mount its disk in mgs.dir where the MGS runs; if it really is another cluster, remove %s", path)
+	}
+	if err == nil && c.etcd != nil {
+		err = adopt(ctx, c.reg) // one that was imported
 	}
 	if err != nil {
 		return err

@@ -118,7 +118,7 @@ func (c *cluster) start(ctx context.Context, h *hosted, fenced string) error {
 // run does the work of start; h.op is held.
 func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error) {
 	if h.kind != status.KindMGS {
-		h.set(status.StateStarting, "waits for the registry (MGS)")
+		h.set(status.StateStarting, "waits for "+c.registryName())
 		if err := c.meet(ctx); err != nil {
 			return err
 		}

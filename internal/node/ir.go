@@ -42,6 +42,9 @@ func (c *cluster) announce(h *hosted) {
 
 // table is the table of targets, if the registry runs here, or nil.
 func (c *cluster) table() *ir.Hub {
+	if c.etcd != nil {
+		return c.etcd.table()
+	}
 	h := c.byName[config.MGSName]
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -177,7 +177,7 @@ func (n *Node) startCluster() (err error) {
 // registry and MDT; files on OSTs that are there do not need the others.
 func (n *Node) startFrontend(ctx context.Context) error {
 	c := n.cluster
-	n.waitsFor("the registry (MGS)")
+	n.waitsFor(c.registryName())
 	if err := c.meet(ctx); err != nil {
 		return err
 	}

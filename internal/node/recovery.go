@@ -50,7 +50,7 @@ func (n *Node) RecoveryStatus(ctx context.Context) status.Recovery {
 	for _, t := range w.Targets {
 		known[t.Name] = t
 	}
-	r.Targets = make([]status.RecoveryTarget, 0, len(c.hosted)-1)
+	r.Targets = make([]status.RecoveryTarget, 0, len(c.hosted))
 	for _, h := range c.hosted {
 		if h.kind != status.KindMGS {
 			r.Targets = append(r.Targets, status.RecoveryTarget{Name: h.Name, Kind: h.kind})

@@ -163,7 +163,7 @@ func (r *Remote) try(ctx context.Context, l *link, name string, req *wire.Reques
 			r.answers(l)
 			return decodeAnswer(rep.Data, result)
 		case ctx.Err() != nil:
-			return fmt.Errorf("mgs: %s: no answer from the MGS: %w (%w)", name, ctx.Err(), err)
+			return fmt.Errorf("mgs: %s: no answer from the registry: %w (%w)", name, ctx.Err(), err)
 		case !again:
 			return fmt.Errorf("mgs: %s: %w", name, err)
 		case try%len(r.o.Addrs) != 0:
@@ -175,14 +175,14 @@ func (r *Remote) try(ctx context.Context, l *link, name string, req *wire.Reques
 		case <-t.C:
 		case <-ctx.Done():
 			t.Stop()
-			return fmt.Errorf("mgs: %s: no answer from the MGS: %w (%w)", name, ctx.Err(), err)
+			return fmt.Errorf("mgs: %s: no answer from the registry: %w (%w)", name, ctx.Err(), err)
 		}
 		pause = min(2*pause, r.o.BackoffMax)
 	}
 }
 
 // errElsewhere: the node does not serve the registry, or not any more.
-var errElsewhere = errors.New("the node does not serve the MGS")
+var errElsewhere = errors.New("the node does not serve the registry, or cannot reach it")
 
 // attempt tries one address. again tells that another attempt may succeed.
 func (r *Remote) attempt(caller context.Context, l *link, req *wire.Request, d time.Duration, rep *wire.Reply) (again bool, err error) {

@@ -213,6 +213,9 @@ func (s *Service) answer(method, node string, reply []byte, err error, b []byte)
 	case errors.Is(err, ErrFenced) || s.ctx.Err() != nil:
 		s.log.Debug("registry: not served here any more", "err", err)
 		return b, wire.ErrTargetDown
+	case errors.Is(err, ErrUnavailable): // the caller sends it again, so that it is executed once
+		s.log.Debug("registry: no answer", "method", method, "node", node, "err", err)
+		return b, wire.ErrTargetDown
 	case !errors.As(err, &refused):
 		s.log.Error("registry", "method", method, "node", node, "err", err)
 		refused = &Error{Code: CodeStorage, Text: "the node of the registry: " + err.Error()}

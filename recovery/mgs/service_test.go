@@ -59,11 +59,17 @@ func (m *memory) content() string {
 // Two processes change one document: nothing is lost, and no two get the same.
 func TestConflicts(t *testing.T) {
 	m := &memory{}
-	const each, processes = 100, 2
+	conflicts(t, 100, m, m)
+}
+
+// conflicts has several processes, each with its storage, change one document.
+func conflicts(t *testing.T, each int, storages ...Storage) {
+	t.Helper()
+	processes := len(storages)
 	var mu sync.Mutex
 	gens, epochs := map[uint64]int{}, map[uint64]int{}
 	var wg sync.WaitGroup
-	for range processes {
+	for _, m := range storages {
 		r := NewStored(m, rand.NewChaCha8([32]byte{7}))
 		for range 2 {
 			wg.Go(func() {
