@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -49,6 +50,12 @@ type cell struct {
 	// ping and silence are the ping interval and time-out.
 	ping, silence string
 
+	// etcd are the ports for clients and members of an embedded etcd with the registry,
+	// on a, b and c; none: it is with the MGS.
+	etcd []int
+	// address is 127.0.0.1 unless it is set.
+	address map[string]string
+
 	ports map[string]int
 	nfs   map[string]int // ports of the frontends
 	procs map[string]*bed.Proc
@@ -63,7 +70,7 @@ func newCell(t *testing.T) *cell {
 		t.Fatal(err)
 	}
 	c := &cell{t: t, dir: bed.Dir(t), bin: bin, host: bed.HostNode(), tls: "off", locks: true, ping: "1s", silence: "10s",
-		ports: map[string]int{}, nfs: map[string]int{}, procs: map[string]*bed.Proc{}}
+		address: map[string]string{}, ports: map[string]int{}, nfs: map[string]int{}, procs: map[string]*bed.Proc{}}
 	for i, p := range freePorts(t, 6) {
 		if n := string("abcd"[i%4]); i < 4 {
 			c.ports[n] = p
@@ -124,8 +131,12 @@ func (c *cell) configure(n string) {
 	if err := os.MkdirAll(c.path(n), 0o700); err != nil {
 		c.t.Fatal(err)
 	}
-	quoted := fmt.Sprintf("%q", starts[n])
-	if len(starts[n]) == 0 {
+	start := starts[n]
+	if c.etcd != nil && n == "a" {
+		start = nil // its MGS
+	}
+	quoted := fmt.Sprintf("%q", start)
+	if len(start) == 0 {
 		quoted = "[]"
 	}
 	var b strings.Builder
@@ -139,7 +150,10 @@ file_locks = %v
 start = %s
 `, c.path(n), c.path("cluster.key"), n, c.tls, c.path(n, "tls"), c.locks, strings.ReplaceAll(quoted, "\" \"", "\", \""))
 	for _, m := range []string{"a", "b", "c", "d"} {
-		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = \"127.0.0.1:%d\"\n", m, c.ports[m])
+		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = \"%s:%d\"\n", m, cmp.Or(c.address[m], "127.0.0.1"), c.ports[m])
+	}
+	if c.etcd != nil {
+		fmt.Fprintf(&b, "[registry]\nkind = \"etcd-embedded\"\nmembers = [\"a\", \"b\", \"c\"]\nclient_port = %d\npeer_port = %d\nlease = \"2s\"\n", c.etcd[0], c.etcd[1])
 	}
 	addrs := "[]"
 	if c.nfs[n] != 0 {
