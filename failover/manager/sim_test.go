@@ -318,8 +318,8 @@ func (s *sim) run(d time.Duration) {
 func TestSimulation(t *testing.T) {
 	runs := *simRuns
 	if runs == 0 {
-		if runs = 120; testing.Short() {
-			runs = 40
+		if runs = 60; testing.Short() {
+			runs = 15
 		}
 	}
 	total := map[string]int{}
