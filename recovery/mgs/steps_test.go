@@ -45,10 +45,11 @@ func TestSteps(t *testing.T) {
 			var out string
 			switch d.Cmd {
 			case "document":
-				s, err = decode("the registry", []byte(d.Input))
+				x, err := decode("the registry", []byte(d.Input))
 				if err != nil {
 					return err.Error() + "\n"
 				}
+				s = x
 				return "ok\n"
 			case "state":
 				return show(s)
@@ -119,7 +120,14 @@ func show(s *state) string {
 		fmt.Fprintf(&b, "made: %s\n", strings.Join(s.Made, " "))
 	}
 	for _, v := range s.VIPs {
-		fmt.Fprintf(&b, "%d %s epoch %d verifier %s nsm %d node %q clean %v\n", v.Index, v.Addr, v.Epoch, v.Verifier, v.NSMState, v.Node, v.Clean)
+		fmt.Fprintf(&b, "%d %s epoch %d verifier %s nsm %d node %q clean %v", v.Index, v.Addr, v.Epoch, v.Verifier, v.NSMState, v.Node, v.Clean)
+		if v.Bits != 0 || v.MoveID != 0 {
+			fmt.Fprintf(&b, " bits %d next %q move %d ready %v drained %v removed %v", v.Bits, v.Next, v.MoveID, v.Ready, v.Drained, v.Removed)
+		}
+		b.WriteByte('\n')
+	}
+	if len(s.Drained) > 0 {
+		fmt.Fprintf(&b, "drained: %s\n", strings.Join(s.Drained, " "))
 	}
 	var l []string
 	for n, c := range s.Clients {
