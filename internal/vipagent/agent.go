@@ -227,7 +227,8 @@ func (a *Agent) all() []*keeper {
 	return l
 }
 
-// change tells those who wait that an address is in another state.
+// change tells those who wait that an address is in another state. It is called without
+// a keeper's lock.
 func (a *Agent) change() {
 	a.mu.Lock()
 	close(a.changed)
@@ -235,8 +236,7 @@ func (a *Agent) change() {
 	a.mu.Unlock()
 }
 
-// change must be called without a keeper's lock; changes gives the channel that is
-// closed by the next one.
+// changes gives the channel that is closed by the next change.
 func (a *Agent) changes() <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -258,7 +258,9 @@ type Report struct {
 func (a *Agent) Reports() []Report {
 	l := []Report{}
 	for _, k := range a.all() {
-		l = append(l, k.report())
+		if r := k.report(); r.State != Absent || !k.isGone() {
+			l = append(l, r)
+		}
 	}
 	return l
 }
@@ -284,7 +286,7 @@ func (a *Agent) Leaving() bool {
 // Leave takes no more addresses and waits, until ctx ends, for those that are served to
 // be assigned to others and to move there.
 func (a *Agent) Leave(ctx context.Context) {
-	a.set(func() { a.leaving = true })
+	a.leave(false)
 	for {
 		changed := a.changes()
 		if !a.busy() {
@@ -298,14 +300,13 @@ func (a *Agent) Leave(ctx context.Context) {
 	}
 }
 
-func (a *Agent) set(f func()) {
+func (a *Agent) leave(last bool) {
 	a.mu.Lock()
-	f()
-	l := a.keepers
-	for _, k := range l {
-		k.wake()
+	defer a.mu.Unlock()
+	a.leaving, a.last = true, a.last || last
+	for _, k := range a.keepers {
+		k.leave(a.last)
 	}
-	a.mu.Unlock()
 }
 
 // busy tells whether anything is served.
@@ -320,8 +321,8 @@ func (a *Agent) busy() bool {
 // each address is bounded by the deadlines of its stages. The registry is told for as
 // long as ctx lasts. Unless all periods of service have ended in order it is false.
 func (a *Agent) Stop(ctx context.Context) (orderly bool) {
-	a.set(func() { a.leaving, a.last = true, true })
-	for a.busy() {
+	a.leave(true)
+	for {
 		changed := a.changes()
 		if !a.busy() {
 			break

@@ -38,6 +38,7 @@ type situation struct {
 	barred  uint64
 	hold    bool // listen only
 	held    bool // released, but for listeners that hold the ports until told
+	open    bool // there are listeners, or were
 	leaving bool // the node stops: nothing is taken any more
 	last    bool // the node stops now: everything is released
 }
@@ -100,10 +101,10 @@ func decide(s *situation) step {
 		switch {
 		case s.orphaned():
 			return step{do: doAbandon}
-		case s.held && !s.mine():
-			// The listeners stay until the cluster manager says so.
 		case s.mine():
 			return step{do: doListen}
+		case s.open && !s.held:
+			return step{do: doDrop}
 		}
 	}
 	return step{}

@@ -31,6 +31,8 @@ type keeper struct {
 	since  time.Time
 	reason string
 	given  bool // a cluster manager adds and removes the address
+	// keepPorts: listeners go on holding the ports when the address was given up.
+	keepPorts bool
 	// stop breaks the step in progress off, if useless says so of the situation.
 	stop    context.CancelFunc
 	useless func(*situation) bool
@@ -49,9 +51,10 @@ type debt struct {
 	clean bool
 }
 
+// newKeeper makes the keeper of an address; the agent's lock is held.
 func newKeeper(a *Agent, v *mgs.VIP) *keeper {
 	k := &keeper{a: a, log: a.log.With("address", v.Addr), index: v.Index, addr: v.Addr.Unmap(), poked: make(chan struct{}, 1), turn: make(chan struct{}, 1), since: time.Now()}
-	k.s = situation{me: a.o.Node, vip: *v, state: Absent}
+	k.s = situation{me: a.o.Node, vip: *v, state: Absent, leaving: a.leaving, last: a.last}
 	k.wake()
 	return k
 }
@@ -108,6 +111,14 @@ func (k *keeper) fenced(epoch uint64) {
 	}
 }
 
+// leave has nothing taken any more and, the last time, everything released.
+func (k *keeper) leave(last bool) {
+	k.mu.Lock()
+	k.s.leaving, k.s.last = true, last
+	k.look()
+	k.mu.Unlock()
+}
+
 func (k *keeper) now() State {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -145,17 +156,19 @@ func (k *keeper) run() {
 		k.mu.Lock()
 		at := k.retry
 		k.mu.Unlock()
-		if d := time.Until(at); !at.IsZero() && d > 0 {
+		stop := func() bool { return true }
+		if d := time.Until(at); d > 0 {
 			t := time.NewTimer(d)
-			defer t.Stop()
-			timer = t.C
+			timer, stop = t.C, t.Stop
 		}
 		select {
 		case <-k.a.ctx.Done():
+			stop()
 			return
 		case <-k.poked:
 		case <-timer:
 		}
+		stop()
 		for k.step() {
 		}
 	}
@@ -163,15 +176,13 @@ func (k *keeper) run() {
 
 // step does the next step; false: there is nothing to do now.
 func (k *keeper) step() bool {
-	k.a.mu.Lock()
-	leaving, last := k.a.leaving, k.a.last
-	k.a.mu.Unlock()
 	k.mu.Lock()
-	k.s.leaving, k.s.last = leaving, last
 	late := time.Now().Before(k.retry)
-	owes := k.owe
+	owes := k.owe != nil
+	k.s.open = k.unit != nil
 	st := decide(&k.s)
 	v := k.s.vip
+	idle := k.s.state == Failed && st.do == doNothing && !owes
 	k.mu.Unlock()
 	switch {
 	case st.do == doRelease:
@@ -182,7 +193,7 @@ func (k *keeper) step() bool {
 		return true
 	case late || k.a.ctx.Err() != nil:
 		return false
-	case owes != nil:
+	case owes:
 		k.settleOnce(k.a.ctx)
 		return true
 	}
@@ -197,6 +208,9 @@ func (k *keeper) step() bool {
 	case doAbandon:
 		err = k.abandon(&v)
 	default:
+		if idle { // what has failed is not wanted any more
+			k.become(Absent, "")
+		}
 		return false
 	}
 	k.outcome(st.do, err)
@@ -405,7 +419,9 @@ func (k *keeper) settle(ctx context.Context) bool {
 // drop closes listeners that are not needed any more.
 func (k *keeper) drop(why string) {
 	k.finish(k.a.ctx)
-	k.log.Info("no longer ready to take the address", "why", why)
+	if why != "" {
+		k.log.Info("no longer ready to take the address", "why", why)
+	}
 	k.become(Absent, "")
 }
 
@@ -436,5 +452,3 @@ func (k *keeper) listen() error {
 	k.become(Listening, "")
 	return nil
 }
-
-var _ = failover.Move
