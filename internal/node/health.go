@@ -13,7 +13,6 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/health"
-	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
 )
@@ -145,16 +144,6 @@ func (c *cluster) local() (l health.Local) {
 		}
 	}
 	return l
-}
-
-// serves enters a service address into what is told. Its caller serialises the calls.
-func (c *cluster) serves(v mgs.VIP) {
-	var l []health.VIP
-	if old := c.vips.Load(); old != nil {
-		l = slices.Clone(*old)
-	}
-	l = append(l, health.VIP{Index: v.Index, Epoch: v.Epoch})
-	c.vips.Store(&l)
 }
 
 // front is that of an MDT or OST that runs here, or nil.

@@ -145,9 +145,9 @@ func (p *Portmap) list() (l []netip.Addr) {
 // Close takes back what is still registered.
 func (p *Portmap) Close(ctx context.Context) error {
 	var errs []error
-	p.mu.Lock()
+	p.turn <- struct{}{}
 	addrs := p.list()
-	p.mu.Unlock()
+	<-p.turn
 	for _, a := range addrs {
 		errs = append(errs, p.remove(ctx, a))
 	}
