@@ -21,6 +21,7 @@ import (
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
@@ -48,6 +49,7 @@ type cluster struct {
 	lives  lives
 	paths  paths
 	asks   asks
+	agent  atomic.Pointer[vipagent.Agent] // of floating addresses, while they are served
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -94,6 +96,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
+	c.asks.handle(vipagent.MethodConns, c.answerConns)
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}

@@ -242,6 +242,8 @@ func (c *cluster) learn(events []health.Event) {
 			c.news.gone(e.Target, e.Peer)
 			n := c.paths.cut(e.Peer, e.Target, time.Now(), errStopped)
 			log.Info("node no longer runs a target", "target", e.Target, "instance", e.Instance, "connections", n)
+		case health.Serves:
+			c.superseded(e.VIP.Index, e.VIP.Epoch)
 		case health.Slow:
 			if e.Target == "" {
 				log.Warn("node answers beats and does not get on: its processor or memory is short, or it hangs")

@@ -17,7 +17,7 @@ func (n *Node) startLockd() (err error) {
 	if !n.cfg.Locks.Enabled {
 		return nil
 	}
-	if n.lockd, err = lockd.New(lockd.Config{Table: n.fs, Logger: n.log}); err != nil {
+	if n.lockd, err = lockd.New(lockd.Config{Table: n.fs, Logger: n.log, OnFenced: n.fenced}); err != nil {
 		return err
 	}
 	n.statd, err = statd.New(statd.Config{

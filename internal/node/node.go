@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/node/unit"
@@ -51,6 +52,11 @@ type Node struct {
 	lockd   *lockd.Server // nil without locks
 	statd   *statd.Server
 	names   *exports.NameCache
+	// Of floating addresses; nil without. testNet is taken instead of the machine's.
+	net     vip.Net
+	testNet vip.Net
+	events  *events.Log
+
 	deps    *unit.Deps
 	portmap *unit.Portmap
 	// svcMu guards units.
@@ -144,6 +150,9 @@ func (n *Node) Start(ctx context.Context) (err error) {
 // startCluster begins to run targets and to bring the frontend up. Both may wait for
 // other nodes, so it waits for neither.
 func (n *Node) startCluster() (err error) {
+	if err = n.prepareFloating(); err != nil {
+		return err
+	}
 	if n.cluster, err = newCluster(n.cfg, n.log, &n.clock); err != nil {
 		return err
 	}
@@ -151,7 +160,7 @@ func (n *Node) startCluster() (err error) {
 	n.cluster.boot()
 	ctx, cancel := context.WithCancel(n.run)
 	n.noFrontend = cancel
-	if len(n.cfg.Addrs()) == 0 {
+	if len(n.cfg.Addrs()) == 0 && !n.cfg.NFS.Floating {
 		return nil
 	}
 	n.frontend.Go(func() {
@@ -219,7 +228,8 @@ func (n *Node) startFrontend(ctx context.Context) error {
 	if err := n.serve(ctx, key); err != nil {
 		return err
 	}
-	n.log.Info("serving the service addresses", "addresses", n.cfg.NFS.Addresses)
+	n.startFloating()
+	n.log.Info("serving the service addresses", "addresses", n.cfg.NFS.Addresses, "floating", n.cfg.NFS.Floating)
 	return nil
 }
 
@@ -233,7 +243,8 @@ func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	n.nfs, err = nfsd.New(nfsd.Config{
 		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
 		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax),
-		RTPref: uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
+		OnFenced: n.fenced,
+		RTPref:   uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
 	})
 	if err != nil {
 		return err
@@ -420,6 +431,7 @@ func (n *Node) Stop(ctx context.Context) error {
 		n.noFrontend()
 		n.frontend.Wait()
 	}
+	ferr := n.stopFloating(ctx, true)
 	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 	defer cancel()
 	var wg sync.WaitGroup
@@ -431,7 +443,7 @@ func (n *Node) Stop(ctx context.Context) error {
 		n.cluster.vips.Store(nil)
 	}
 	n.orderly = true
-	return n.teardown(ctx)
+	return errors.Join(ferr, n.teardown(ctx))
 }
 
 // drain ends the service of a fixed address in an orderly way.
@@ -459,7 +471,7 @@ func (n *Node) teardown(ctx context.Context) error {
 		n.noFrontend()
 		n.frontend.Wait()
 	}
-	var errs []error
+	errs := []error{n.stopFloating(ctx, false)}
 	fixed := n.serving()
 	for _, u := range fixed {
 		errs = append(errs, u.Finish(ctx))

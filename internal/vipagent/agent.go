@@ -7,7 +7,6 @@ package vipagent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -74,6 +73,8 @@ const (
 	registryTime = 5 * time.Second        // a call of the registry
 	askTime      = 300 * time.Millisecond // a question to another node that a move waits for
 	tellPause    = 50 * time.Millisecond  // changes of connections are put together this long
+	beginTime    = 30 * time.Second       // targets may be in recovery when an address is taken
+	holdTime     = 10 * time.Minute       // listeners hold the ports for a cluster manager
 )
 
 // Agent is the agent of a node. Its methods are safe for concurrent use.
@@ -81,6 +82,8 @@ type Agent struct {
 	o    Options
 	log  *slog.Logger
 	book book
+	// runner does the moves.
+	runner *failover.Runner
 
 	ctx    context.Context // ends the following of the registry
 	cancel context.CancelFunc
@@ -106,7 +109,7 @@ func New(o Options) *Agent {
 	if o.RetryMax <= 0 {
 		o.RetryMax = 15 * time.Second
 	}
-	a := &Agent{o: o, log: o.Log, keepers: map[uint32]*keeper{}, changed: make(chan struct{})}
+	a := &Agent{o: o, log: o.Log, runner: &failover.Runner{Net: o.Net, Log: o.Events}, keepers: map[uint32]*keeper{}, changed: make(chan struct{})}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a
 }
@@ -335,11 +338,9 @@ func (a *Agent) Stop(ctx context.Context) (orderly bool) {
 	}
 	a.cancel()
 	a.wg.Wait()
+	a.runner.Close()
 	return orderly
 }
-
-// AskHandler answers a question of another node.
-type AskHandler func(ctx context.Context, from string, args json.RawMessage) (any, error)
 
 func (a *Agent) call(f func(ctx context.Context) (mgs.VIP, error)) error {
 	ctx, cancel := context.WithTimeout(a.ctx, registryTime)

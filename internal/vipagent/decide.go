@@ -29,7 +29,8 @@ type situation struct {
 
 	state State
 	epoch uint64 // Serving: of the period of service
-	move  uint64 // Listening: the assignment that the registry was told of, 0: none
+	move  uint64 // Listening: for this assignment
+	ready bool   // and the registry knows
 	began uint64 // the newest period of service that this process has begun
 
 	fence uint64 // somebody serves, or is to serve, with this epoch
@@ -37,8 +38,7 @@ type situation struct {
 	// release the address; 0: none.
 	barred  uint64
 	hold    bool // listen only
-	held    bool // released, but for listeners that hold the ports until told
-	open    bool // there are listeners, or were
+	held    bool // Releasing: all is done but for listeners that hold the ports
 	leaving bool // the node stops: nothing is taken any more
 	last    bool // the node stops now: everything is released
 }
@@ -88,13 +88,13 @@ func decide(s *situation) step {
 		return s.serving()
 	case Listening:
 		switch {
-		case !s.mine():
-			return step{do: doDrop, text: "the address is not assigned to this node (any more)"}
+		case !s.mine() || s.move != s.vip.MoveID:
+			return step{do: doDrop, text: "the address was assigned anew"}
 		case s.orphaned():
 			return step{do: doAbandon}
 		case s.ended() && !s.hold && s.fence <= s.vip.Epoch:
 			return step{do: doTake}
-		case s.move != s.vip.MoveID:
+		case !s.ready:
 			return step{do: doReady}
 		}
 	case Absent, Failed:
@@ -103,8 +103,6 @@ func decide(s *situation) step {
 			return step{do: doAbandon}
 		case s.mine():
 			return step{do: doListen}
-		case s.open && !s.held:
-			return step{do: doDrop}
 		}
 	}
 	return step{}

@@ -172,13 +172,13 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 	for {
 		changed := a.changes()
 		k.mu.Lock()
-		state, held, mine, owes := k.s.state, k.s.held, k.s.mine(), k.owe != nil
+		state, held, mine, owes := k.s.state, k.s.held && args.Stage == vipctl.StageDrain, k.s.mine(), k.owe != nil
 		k.mu.Unlock()
-		over := state == Absent || state == Failed
+		over := state == Absent || state == Failed || state == Releasing && held
 		switch {
 		case over && mine:
 			return vipctl.Result{}, fmt.Errorf("%s was assigned to this node again meanwhile", k.addr)
-		case over && before == Absent && !held:
+		case over && (before == Absent || before == Failed):
 			return k.result(vipctl.Absent, "nothing is served here")
 		case over && held:
 			return k.result(vipctl.Absent, "drained: nothing is answered, connections are closed, new ones are held")
@@ -214,16 +214,13 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 	k.mu.Lock()
 	v := k.s.vip
 	before = k.s.state
-	if k.s.held {
-		before = Releasing
-	}
 	k.given = k.given || args.Given
 	k.keepPorts = args.Given && args.Stage == vipctl.StageDrain
 	if args.To == "" {
 		k.s.barred = v.MoveID // whatever the registry answers
 	}
 	if args.Stage == vipctl.StageFinish {
-		k.s.held = false
+		k.letGo()
 	}
 	k.look()
 	k.mu.Unlock()

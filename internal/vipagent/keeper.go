@@ -38,17 +38,26 @@ type keeper struct {
 	useless func(*situation) bool
 	// fencing is closed when what is being released has a newer owner.
 	fencing chan struct{}
-	unit    Unit // while there is one
-	owe     *debt
-	retry   time.Time
-	pause   time.Duration
-	failed  uint64 // counts failures
+	// Listening.
+	taking    *failover.Taking
+	candidate *candidate
+	at        vip.Address // where it is, or is to be
+	// Serving, Releasing.
+	unit   Unit
+	teller *teller
+	letgo  chan struct{} // closed: listeners need not hold the ports any more
+
+	owe    *debt
+	retry  time.Time
+	pause  time.Duration
+	failed uint64 // counts failures
 }
 
 // debt is the end of a period of service that the registry does not know of yet.
 type debt struct {
 	epoch uint64
 	clean bool
+	stuck bool // the machine still has the address, which is to be removed first
 }
 
 // newKeeper makes the keeper of an address; the agent's lock is held.
@@ -89,6 +98,9 @@ func (k *keeper) look() {
 	if k.stop != nil && k.useless(&k.s) {
 		k.stop()
 	}
+	if k.s.held && k.s.mine() {
+		k.letGo()
+	}
 	if k.fencing != nil && k.s.state == Releasing && k.s.lost() {
 		close(k.fencing)
 		k.fencing = nil
@@ -115,6 +127,9 @@ func (k *keeper) fenced(epoch uint64) {
 func (k *keeper) leave(last bool) {
 	k.mu.Lock()
 	k.s.leaving, k.s.last = true, last
+	if last {
+		k.letGo()
+	}
 	k.look()
 	k.mu.Unlock()
 }
@@ -179,7 +194,6 @@ func (k *keeper) step() bool {
 	k.mu.Lock()
 	late := time.Now().Before(k.retry)
 	owes := k.owe != nil
-	k.s.open = k.unit != nil
 	st := decide(&k.s)
 	v := k.s.vip
 	idle := k.s.state == Failed && st.do == doNothing && !owes
@@ -256,45 +270,6 @@ func (k *keeper) doing(useless func(*situation) bool) (context.Context, func()) 
 	}
 }
 
-// address is the address with its place.
-func (k *keeper) address() vip.Address {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return vip.Address{Prefix: netip.PrefixFrom(k.addr, k.s.vip.Bits), Interface: k.s.vip.Interface}
-}
-
-// network is the machine's, or for an address that a cluster manager adds and removes
-// one that leaves it where it is.
-func (k *keeper) network() vip.Net {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.given {
-		return given{k.a.o.Net}
-	}
-	return k.a.o.Net
-}
-
-// given is a network on which somebody else adds and removes addresses.
-type given struct{ vip.Net }
-
-// Add implements vip.Net.
-func (g given) Add(_ context.Context, a vip.Address) error {
-	there, err := g.Has(a.Prefix.Addr())
-	if err == nil && !there {
-		err = fmt.Errorf("address %s is not there: the cluster manager is to add it before it has it served", a.Prefix.Addr())
-	}
-	return err
-}
-
-// Remove implements vip.Net.
-func (given) Remove(context.Context, vip.Address) error { return nil }
-
-func (k *keeper) setUnit(u Unit) {
-	k.mu.Lock()
-	k.unit = u
-	k.mu.Unlock()
-}
-
 // ready tells the registry that the listeners are open.
 func (k *keeper) ready(v *mgs.VIP) error {
 	if !v.Ready {
@@ -305,7 +280,7 @@ func (k *keeper) ready(v *mgs.VIP) error {
 		}
 	}
 	k.mu.Lock()
-	k.s.move = v.MoveID
+	k.s.ready = true
 	k.mu.Unlock()
 	return nil
 }
@@ -366,6 +341,12 @@ func (k *keeper) settleOnce(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, registryTime)
 	defer cancel()
+	if d.stuck {
+		if err := k.unstick(ctx); err != nil {
+			k.outcome(doRelease, err)
+			return false
+		}
+	}
 	err := k.tell(ctx, d)
 	if err == nil || isGone(err) {
 		k.mu.Lock()
@@ -380,6 +361,25 @@ func (k *keeper) settleOnce(ctx context.Context) bool {
 	}
 	k.outcome(doRelease, fmt.Errorf("the registry does not know that the address was given up: %w", err))
 	return false
+}
+
+// unstick removes the address, which could not be removed in time.
+func (k *keeper) unstick(ctx context.Context) error {
+	k.mu.Lock()
+	at, given, d := k.at, k.given, k.owe
+	k.mu.Unlock()
+	if !given {
+		if _, err := k.a.o.Net.Destroy(ctx, k.addr); err != nil {
+			k.log.Warn("sockets of an address that is not served here", "err", err)
+		}
+		if err := k.a.o.Net.Remove(ctx, at); err != nil {
+			return fmt.Errorf("the machine still has the address; remove it, or turn the machine off: %w", err)
+		}
+	}
+	k.mu.Lock()
+	d.stuck = false
+	k.mu.Unlock()
+	return nil
 }
 
 func (k *keeper) tell(ctx context.Context, d *debt) error {
@@ -414,41 +414,4 @@ func (k *keeper) settle(ctx context.Context) bool {
 			return false
 		}
 	}
-}
-
-// drop closes listeners that are not needed any more.
-func (k *keeper) drop(why string) {
-	k.finish(k.a.ctx)
-	if why != "" {
-		k.log.Info("no longer ready to take the address", "why", why)
-	}
-	k.become(Absent, "")
-}
-
-// finish ends the unit.
-func (k *keeper) finish(ctx context.Context) {
-	k.mu.Lock()
-	u := k.unit
-	k.unit, k.s.move, k.s.held = nil, 0, false
-	k.mu.Unlock()
-	if u == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, k.a.o.Deadlines.Finish)
-	defer cancel()
-	if err := u.Finish(ctx); err != nil {
-		k.log.Warn("services that are not used any more have not ended well", "err", err)
-	}
-}
-
-// listen opens the listeners while the machine does not have the address.
-func (k *keeper) listen() error {
-	k.finish(k.a.ctx) // what holds the ports after a release
-	u := k.a.o.New(k.addr)
-	if err := u.Listen(true); err != nil {
-		return err
-	}
-	k.setUnit(u)
-	k.become(Listening, "")
-	return nil
 }
