@@ -45,6 +45,8 @@ type fakeNode struct {
 
 	order      error         // result of orders for targets
 	startTakes time.Duration // the start of one
+
+	vips fakeVIPs
 }
 
 func (f *fakeNode) note(s string) {

@@ -35,6 +35,7 @@ type service interface {
 	targetAdmin
 	recoveryAdmin
 	vipctl.Mover
+	vipAdmin
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

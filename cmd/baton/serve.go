@@ -240,6 +240,7 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 	handleTargets(ctl, s.node)
 	vipctl.Register(ctl, s.node)
 	handleRecovery(ctl, s.node)
+	handleVIPs(ctl, s.node)
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
 	}

@@ -50,6 +50,8 @@ type cluster struct {
 	paths  paths
 	asks   asks
 	agent  atomic.Pointer[vipagent.Agent] // of floating addresses, while they are served
+	// sources are nil while this node has nothing to do with floating addresses.
+	sources atomic.Pointer[vipSources]
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -89,6 +91,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		c.hosted = append(c.hosted, h)
 		c.byName[t.Name] = h
 	}
+	c.asks.handle(askEvents, c.answerEvents)
 	so := tcp.ServerOptions{Node: c.name, Insecure: c.tls == nil, Logger: log, Allow: c.allow}
 	if c.tls != nil {
 		so.TLS = c.tls.Server()

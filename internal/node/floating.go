@@ -14,6 +14,7 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/node/unit"
+	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/vip"
@@ -172,6 +173,15 @@ func (n *Node) AddressReports() []vipagent.Report {
 		return nil
 	}
 	return a.Reports()
+}
+
+// localAddresses is AddressReports for displays, by index.
+func (n *Node) localAddresses() map[uint32]status.VIPLocal {
+	m := map[uint32]status.VIPLocal{}
+	for _, r := range n.AddressReports() {
+		m[r.Index] = status.VIPLocal{Node: n.cluster.name, Epoch: r.Epoch, State: string(r.State), Since: r.Since, Reason: r.Reason}
+	}
+	return m
 }
 
 var errNoFloating = errors.New("this node serves no floating addresses: set nfs.floating = true, or wait until it has found the registry and the MDT (\"baton status\")")

@@ -157,6 +157,9 @@ func (n *Node) startCluster() (err error) {
 		return err
 	}
 	n.reg = n.cluster.reg
+	if n.events != nil {
+		n.cluster.sources.Store(&vipSources{local: n.localAddresses, log: n.events})
+	}
 	n.cluster.boot()
 	ctx, cancel := context.WithCancel(n.run)
 	n.noFrontend = cancel

@@ -257,7 +257,7 @@ func (s *state) assign(index uint32, epoch uint64, node string) (VIP, error) {
 	case p.Next == node:
 		return *p, nil
 	}
-	if node != "" && (node != p.Node || p.Free()) {
+	if node != "" {
 		if err := s.may(p, node); err != nil {
 			return VIP{}, err
 		}
@@ -270,12 +270,15 @@ func (s *state) assign(index uint32, epoch uint64, node string) (VIP, error) {
 	return v, nil
 }
 
-// may tells why a node that does not serve the address is not to.
+// may tells why a node is not to serve the address. The one that does may stay whatever
+// is said about it.
 func (s *state) may(v *VIP, node string) error {
 	_, drained := slices.BinarySearch(s.Drained, node)
 	switch {
 	case v.Drained:
 		return &Error{Code: CodeDrained, Text: fmt.Sprintf("%s is drained: `baton vip undrain %s` first", v.Addr, v.Addr)}
+	case !v.Free() && v.Node == node:
+		return nil
 	case drained:
 		return &Error{Code: CodeDrained, Node: node, Text: fmt.Sprintf("node %s is drained: `baton node undrain %s` first", node, node)}
 	case len(v.Prefer) > 0 && !slices.Contains(v.Prefer, node):

@@ -285,13 +285,28 @@ func FuzzDocument(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
+	if _, err = s.addVIP(&counter{}, floatSpec(0)); err == nil {
+		_, err = s.assign(2, 1, "n1")
+	}
+	if err == nil {
+		err = s.setDrained("n2", true)
+	}
+	if err != nil {
+		f.Fatal(err)
+	}
+	if b, err = s.encode(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
 	f.Fuzz(func(t *testing.T, doc []byte) {
 		s, err := decode("fuzz", doc)
 		if err != nil {
 			return
 		}
 		for name, m := range methods {
-			for _, args := range []string{`{}`, `{"addr":"192.0.2.1"}`, `{"index":1,"epoch":1}`, `{"index":1,"epoch":6,"above":9}`, `{"osts":3}`, `{"indexes":[1]}`, `{"after":1}`} {
+			for _, args := range []string{`{}`, `{"addr":"192.0.2.1"}`, `{"index":1,"epoch":1}`, `{"index":1,"epoch":6,"above":9}`, `{"osts":3}`, `{"indexes":[1]}`, `{"after":1}`,
+				`{"addr":"192.0.2.50","bits":24}`, `{"addr":"192.0.2.50","bits":24,"drained":true}`, `{"index":2}`, `{"index":2,"epoch":1,"node":"n2"}`, `{"index":2,"epoch":1,"node":""}`,
+				`{"index":2,"move_id":1}`, `{"index":2,"move_id":0}`, `{"node":"n2","drained":true}`, `{"node":"n2"}`} {
 				before := encoded(t, s)
 				var failed bool
 				if m.changes {
