@@ -9,14 +9,18 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	nfs "github.com/willscott/go-nfs"
+	"golang.org/x/sys/unix"
 
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/mount3"
@@ -354,6 +358,246 @@ func TestMoveUnderLoad(t *testing.T) {
 	}
 }
 
-// prepareFor is for the network of a node that is killed.
-var _ = context.Background
-var _ vip.Net = (*viptest.Net)(nil)
+// An owner that is declared gone and lives gives the address up at once and answers
+// nothing more. The next one acts as after a crash: unstable data are sent again, locks
+// have to be confirmed, and a REMOVE that was executed is answered again, not executed
+// again. 004.3, 004.24, 004.26, 004.31, 004.32.
+func TestTakenOver(t *testing.T) {
+	c, a, b := upFloating(t)
+	k := &rpcClient{t: t, at: func() netip.AddrPort { return served(a, b) }}
+	defer k.close()
+	dir := k.mount()
+	fh := k.make(dir, "kept")
+	verf := k.write(fh, "unstable")
+	k.make(dir, "gone")
+	var w xdr.Writer
+	(&nfs3.DirOpArgs{FH: dir, Name: []byte("gone")}).Encode(&w)
+	rec := record(77<<16, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), w.Buf)
+	status := func() nfs.NFSStatus {
+		t.Helper()
+		out, err := k.once(rec, 77<<16)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return nfs.NFSStatus(binary.BigEndian.Uint32(out))
+	}
+	if st := status(); st != nfs.NFSStatusOk {
+		t.Fatal(st)
+	}
+	old := k.conn
+	k.conn = nil
+	defer old.Close()
+	state := c.vip(a).NSMState
+	c.net.Machine("a").Isolate(true) // else both have it on the network for a moment
+	c.abandon(b)
+	c.assign(b, "b")
+	c.become(b, vipagent.Serving)
+	c.become(a, vipagent.Absent)
+	old.SetDeadline(time.Now().Add(patience))
+	if n, err := old.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the old connection lives: %d bytes, %v", n, err)
+	}
+	if st := status(); st != nfs.NFSStatusOk {
+		t.Errorf("the REMOVE that was sent again: %v", st)
+	}
+	if v := c.vip(a); v.NSMState != state+2 || v.Node != "b" {
+		t.Errorf("%+v, the NSM state was %d", v, state)
+	}
+	if k.commit(fh) == verf {
+		t.Error("the write verifier is the old one")
+	}
+	if o := c.net.Owners(floatAddr); len(o) != 1 || o[0] != "b" {
+		t.Errorf("the address is at %v", o)
+	}
+}
+
+// What is served goes on without the registry; what was given up meanwhile is told when
+// it is back.
+func TestFloatingWithoutRegistry(t *testing.T) {
+	c, a, b := upFloating(t)
+	k := &rpcClient{t: t, at: func() netip.AddrPort { return served(a, b) }}
+	defer k.close()
+	dir := k.mount()
+	if err := c.nodes["c"].StopTarget(ctx, "MGS"); err != nil {
+		t.Fatal(err)
+	}
+	k.make(dir, "f")
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	r, err := a.ReleaseVIP(ctx, vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish})
+	if err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if o := c.net.Owners(floatAddr); len(o) != 0 {
+		t.Errorf("the address is at %v", o)
+	}
+	if err := c.nodes["c"].StartTarget(ctx, "MGS", ""); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the registry to know", func() bool { v := c.vip(b); return v.Free() })
+	if v := c.vip(b); !v.Clean && v.Node != "" {
+		t.Errorf("%+v", v)
+	}
+	c.assign(b, "b")
+	c.become(b, vipagent.Serving)
+	k.make(dir, "g")
+}
+
+// A start takes away what an earlier process has left on the machine, and serves again
+// what the registry gives to it, as after a crash.
+func TestRestartCleansUp(t *testing.T) {
+	c := newFloatCell(t)
+	left := netip.MustParseAddr("127.0.9.7")
+	c.net.Machine("a").Give(vip.Address{Prefix: netip.PrefixFrom(left, 32), Interface: "lo"})
+	if err := c.net.Machine("a").Add(ctx, vip.Address{Prefix: netip.PrefixFrom(floatAddr, 32), Interface: "lo"}); err != nil {
+		t.Fatal(err)
+	}
+	a := c.up("a")
+	if o := c.net.Owners(floatAddr); len(o) != 0 {
+		t.Errorf("the address is at %v", o)
+	}
+	if o := c.net.Owners(left); len(o) != 1 {
+		t.Errorf("an address that no baton has added is at %v", o)
+	}
+	c.up("c")
+	c.ready(a)
+	c.all(c.nodes["c"])
+	c.add(a)
+	c.assign(a, "a")
+	c.become(a, vipagent.Serving)
+	epoch := c.vip(a).Epoch
+	c.down("a", a)
+	a = c.up("a")
+	c.become(a, vipagent.Serving)
+	if v := c.vip(a); v.Epoch != epoch+1 || v.NSMState != 1 {
+		t.Errorf("after an orderly restart: %+v", v)
+	}
+}
+
+// An address that is removed is given up and forgotten.
+func TestRemoval(t *testing.T) {
+	c, a, _ := upFloating(t)
+	v := c.vip(a)
+	if _, err := c.reg(a).RemoveVIP(ctx, v.Index); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the address to be forgotten", func() bool { return addressState(a) == "" && c.vip(a).Bits == 0 })
+	if o := c.net.Owners(floatAddr); len(o) != 0 {
+		t.Errorf("the address is at %v", o)
+	}
+	if !c.vip(a).Clean {
+		t.Error("not given up in order")
+	}
+	// The same again: epochs do not go back.
+	c.add(a)
+	c.assign(a, "b")
+	c.become(c.nodes["b"], vipagent.Serving)
+	if n := c.vip(a); n.Epoch != v.Epoch+1 || n.Index != v.Index {
+		t.Errorf("%+v after %+v", n, v)
+	}
+}
+
+// The commands for hooks can be given again and at the same time; the last one counts.
+func TestHookCommands(t *testing.T) {
+	c, a, b := upFloating(t)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	take := vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageServe}
+	release := vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish}
+	if r, err := a.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	for range 2 {
+		if r, err := a.ReleaseVIP(ctx, release); err != nil || r.State != vipctl.Absent {
+			t.Fatalf("%+v, %v", r, err)
+		}
+	}
+	if r, err := a.CheckVIP(ctx, vipctl.CheckArgs{Addr: floatAddr}); err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	var wg sync.WaitGroup
+	for i := range 12 {
+		wg.Go(func() {
+			n := []*Node{a, b}[i%2]
+			if i%3 == 0 {
+				_, _ = n.ReleaseVIP(ctx, release) // broken off or not
+			} else {
+				_, _ = n.TakeVIP(ctx, take)
+			}
+		})
+	}
+	wg.Wait()
+	if r, err := b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if o := c.net.Owners(floatAddr); len(o) != 1 || o[0] != "b" {
+		t.Errorf("the address is at %v", o)
+	}
+	if r, err := b.ReleaseVIP(ctx, release); err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if r, _ := a.CheckVIP(ctx, vipctl.CheckArgs{Addr: netip.MustParseAddr("127.0.9.9")}); r.State != vipctl.Unknown {
+		t.Errorf("%+v", r)
+	}
+	if _, err := a.TakeVIP(ctx, vipctl.TakeArgs{Addr: netip.MustParseAddr("127.0.9.9"), Stage: vipctl.StageServe}); err == nil {
+		t.Error("an address was taken that is none")
+	}
+}
+
+// A cluster manager adds and removes the address itself.
+func TestGivenAddress(t *testing.T) {
+	c, a, b := upFloating(t)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	at := vip.Address{Prefix: netip.PrefixFrom(floatAddr, 32), Interface: "lo"}
+	r, err := a.ReleaseVIP(ctx, vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish})
+	if err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	take := vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageListen, Given: true}
+	if r, err = b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Listening {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if v := c.vip(a); !v.Free() {
+		t.Errorf("it is served before the address is there: %+v", v)
+	}
+	c.net.Machine("b").Give(at)
+	take.Stage = vipctl.StageServe
+	if r, err = b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	k := &rpcClient{t: t, at: func() netip.AddrPort { return served(a, b) }}
+	defer k.close()
+	k.make(k.mount(), "f")
+	port := served(b)
+	give := vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageDrain, Given: true}
+	for range 2 {
+		if r, err = b.ReleaseVIP(ctx, give); err != nil || r.State != vipctl.Absent {
+			t.Fatalf("%+v, %v", r, err)
+		}
+	}
+	if o := c.net.Owners(floatAddr); len(o) != 1 || o[0] != "b" {
+		t.Errorf("the address is at %v, though the cluster manager removes it", o)
+	}
+	if !c.vip(a).Clean {
+		t.Error("drained, and the registry does not know")
+	}
+	// New connections are held, not refused.
+	if conn, err := net.DialTimeout("tcp", port.String(), 200*time.Millisecond); err == nil {
+		conn.Close()
+		t.Error("connected to an address that is drained")
+	} else if !errors.Is(err, os.ErrDeadlineExceeded) && !strings.Contains(err.Error(), "timeout") {
+		t.Error(err)
+	}
+	give.Stage = vipctl.StageFinish
+	if r, err = b.ReleaseVIP(ctx, give); err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	until(t, "the ports to be closed", func() bool {
+		conn, err := net.DialTimeout("tcp", port.String(), 200*time.Millisecond)
+		if err == nil {
+			conn.Close()
+		}
+		return errors.Is(err, unix.ECONNREFUSED)
+	})
+}
