@@ -108,6 +108,7 @@ type Config struct {
 	OST      []OST    `toml:"ost"`
 	Recovery Recovery `toml:"recovery"`
 	Failover Failover `toml:"failover"`
+	Manager  Manager  `toml:"manager"`
 
 	Control Control `toml:"control"`
 	HTTP    HTTP    `toml:"http"`
@@ -305,6 +306,18 @@ func Default() *Config {
 			RemoveTimeout: Duration(500 * time.Millisecond),
 			FinishTimeout: Duration(500 * time.Millisecond),
 			StopWait:      Duration(5 * time.Second),
+		},
+		Manager: Manager{
+			Mode:          ManagerBuiltin,
+			Quorum:        QuorumAuto,
+			Confirm:       Duration(300 * time.Millisecond),
+			UnreadyAfter:  Duration(5 * time.Second),
+			StartTimeout:  Duration(5 * time.Second),
+			MoveTimeout:   Duration(15 * time.Second),
+			FailbackDelay: Delay(30 * time.Second),
+			HoldOff:       Duration(10 * time.Second),
+			HoldOffMax:    Duration(10 * time.Minute),
+			ParallelMoves: 4,
 		},
 		HTTP: HTTP{Address: "127.0.0.1:9633"},
 		Log:  Log{Level: "info", Format: "text"},

@@ -30,6 +30,7 @@ var sectionDocs = map[string]string{
 	"ost":           "The object storage targets, which hold file data. One table each.",
 	"recovery":      "How targets, and frontends as their clients, come through failures of each\nother. Of use in a cluster only.",
 	"failover":      "How floating addresses are given up and taken by this node. Each stage has a\ndeadline, so that no client can hold a move up.",
+	"manager":       "Who decides which node serves a floating address. The same on all nodes; of use\nin a cluster only.",
 	"cluster.nodes": "All nodes of the cluster, this one too. One table each.",
 	"control":       "The socket that the local commands talk to.",
 	"http":          "Metrics for Prometheus at /metrics, a health check at /healthz.",
@@ -133,6 +134,18 @@ var keyDocs = map[string]string{
 	"recovery.ir_factor":       "When the registry tells all clients that a target is back, the target waits\nthis many tenths (1 to 10) of its window for those that do not come. A small\nfactor evicts clients that are only slow to come (a busy network, a node\nthat starts itself), and they lose what was not durable: be careful below 3.\n10 leaves the window as it is.",
 	"recovery.ir_startup":      "How long after its own start the registry does not vouch for anybody, since\nthe nodes have to find it first. Targets that start meanwhile wait as usual.",
 
+	"manager.mode":           "builtin: the node with the registry decides, by beats and by what the nodes\nreport. external: a cluster manager does, through \"baton hook\". off: nobody,\naddresses move by \"baton vip move\" only.",
+	"manager.quorum":         "majority: nothing is decided unless more than half of all nodes answer the\none that decides. owner: it decides alone, which two nodes need; if it is cut\noff from the other one, it takes that one's addresses. auto: majority with\nthree nodes and more, else owner.",
+	"manager.confirm":        "How long a node whose beats are missing is suspected before it counts as\ndead. It is doubled when another node still hears it; when most do, it is\nunready_after.",
+	"manager.unready_after":  "A node that lives and cannot serve, or does not answer, has its addresses\nmoved after this time.",
+	"manager.slow_after":     "The same of a node that is slow, that is, does not get on with itself. 0s:\nnever; to be slow is no reason to move.",
+	"manager.start_timeout":  "A node that was to take an address and does not listen in this time is passed\nover for another one.",
+	"manager.move_timeout":   "A node that does not give an address up in this time is reported. If it does\nnot answer either, it is taken for frozen, and the address is taken away.",
+	"manager.failback_delay": "How long a preferred node has to be fit before an address returns to it.\n\"never\": addresses stay where they are served.",
+	"manager.hold_off":       "How long an address that was moved stays where it is if nothing forces it to\nmove. It doubles with every move.",
+	"manager.hold_off_max":   "The longest hold-off. An address that has stayed longer begins anew.",
+	"manager.parallel_moves": "Planned moves at the same time. Addresses of dead nodes do not wait.",
+
 	"control.socket": "Path, at most 107 bytes; made with mode 0600. Empty: DATA_DIR/control.sock.",
 
 	"http.address":      "IP address and port. Empty: off.",
@@ -200,6 +213,8 @@ func tomlValue(v any) string {
 		}
 		return x.String()
 	case Duration:
+		return strconv.Quote(x.String())
+	case Delay:
 		return strconv.Quote(x.String())
 	case []string:
 		q := make([]string, len(x))

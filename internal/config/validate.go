@@ -36,6 +36,7 @@ func (c *Config) Validate() error {
 	v.cluster()
 	v.recovery()
 	v.failover()
+	v.manager()
 	v.rest()
 	return errors.Join(v.errs...)
 }

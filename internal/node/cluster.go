@@ -52,6 +52,9 @@ type cluster struct {
 	agent  atomic.Pointer[vipagent.Agent] // of floating addresses, while they are served
 	// sources are nil while this node has nothing to do with floating addresses.
 	sources atomic.Pointer[vipSources]
+	// incarnation numbers this process among those of the node.
+	incarnation uint64
+	managing    managing
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -110,6 +113,10 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.ir, err = ir.NewClient(c.watchOptions()); err != nil {
 		return nil, err
 	}
+	c.answerManager()
+	if err := c.newManager(); err != nil {
+		return nil, err
+	}
 	l, err := net.Listen("tcp", cfg.Cluster.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen for the other nodes on cluster.listen: %w", err)
@@ -125,6 +132,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		}
 	})
 	c.background(func() { c.ir.Run(c.watching) })
+	c.startManager()
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
 }
@@ -225,6 +233,7 @@ func (c *cluster) keep(h *hosted) {
 // them, and the registry last. The registry is told of it, and beats tell of it until
 // nothing runs any more.
 func (c *cluster) close(ctx context.Context) error {
+	c.stopManager()
 	c.cancel()
 	var errs []error
 	for i := range c.hosted {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/baton-nfs/baton/failover"
 	"github.com/baton-nfs/baton/failover/events"
+	"github.com/baton-nfs/baton/failover/manager"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/node/unit"
@@ -42,8 +44,10 @@ func (n *Node) openNet() (vip.Net, error) {
 // prepareFloating takes away what an earlier process has left on the machine, before
 // anything listens: nobody serves it, and somebody else may.
 func (n *Node) prepareFloating() (err error) {
-	if !n.cfg.NFS.Floating {
-		return nil
+	// The node that decides who serves what may serve nothing itself.
+	n.events, err = events.Open(events.Options{Node: n.cfg.Cluster.Node, Path: filepath.Join(n.cfg.DataDir, eventsFile), Logger: n.log})
+	if err != nil || !n.cfg.NFS.Floating {
+		return err
 	}
 	if n.net, err = n.openNet(); err != nil {
 		return err
@@ -53,8 +57,41 @@ func (n *Node) prepareFloating() (err error) {
 	if err = vipagent.Clean(ctx, n.net, n.log); err != nil {
 		return fmt.Errorf("addresses that an earlier process has left on this machine: %w", err)
 	}
-	n.events, err = events.Open(events.Options{Node: n.cfg.Cluster.Node, Path: filepath.Join(n.cfg.DataDir, eventsFile), Logger: n.log})
-	return err
+	return nil
+}
+
+// attend connects what the cluster part asks with what this node knows of addresses.
+func (c *cluster) attend(n *Node) {
+	c.sources.Store(&vipSources{local: n.localAddresses, log: n.events})
+	vitals, addresses := n.vitals, n.reportAddresses
+	log := func(e manager.Event) {
+		n.events.Append(events.Event{
+			Kind: kindOf(e.Kind), Addr: e.Addr, VIP: e.Index, Epoch: e.Epoch, Move: e.Move, From: e.From, To: cmp.Or(e.To, e.Node), Reason: e.Text, Err: e.Err,
+		})
+	}
+	c.managing.vitals.Store(&vitals)
+	c.managing.addresses.Store(&addresses)
+	c.managing.onEvent.Store(&log)
+	if n.cfg.NFS.Floating {
+		c.managing.floating.Store(true)
+	}
+}
+
+// kindOf gives the log's kind of what the manager tells.
+func kindOf(k manager.EventKind) string {
+	if k == manager.NodeEvent || k == manager.QuorumEvent {
+		return events.Node
+	}
+	return events.Decision
+}
+
+// reportAddresses is AddressReports for the node that decides.
+func (n *Node) reportAddresses() (l []manager.Address) {
+	now := time.Now()
+	for _, r := range n.AddressReports() {
+		l = append(l, manager.Address{Index: r.Index, Epoch: r.Epoch, State: manager.AddressState(r.State), Since: max(now.Sub(r.Since), 0), Reason: r.Reason})
+	}
+	return l
 }
 
 // startFloating begins to serve the floating addresses that the registry gives to this
@@ -108,10 +145,9 @@ func (n *Node) stopFloating(ctx context.Context, wait bool) error {
 	if n.net == nil {
 		return nil
 	}
-	var errs []error
 	if n.cluster != nil {
 		if a := n.cluster.agent.Load(); a != nil {
-			if wait && n.cluster.othersLive() {
+			if wait && n.cfg.Manager.Mode == config.ManagerBuiltin && n.cluster.othersLive() {
 				wctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.Failover.StopWait))
 				a.Leave(wctx)
 				cancel()
@@ -122,12 +158,9 @@ func (n *Node) stopFloating(ctx context.Context, wait bool) error {
 			n.cluster.agent.Store(nil)
 		}
 	}
-	errs = append(errs, n.net.Close())
-	if n.events != nil {
-		errs = append(errs, n.events.Close())
-	}
+	err := n.net.Close()
 	n.net = nil
-	return errors.Join(errs...)
+	return err
 }
 
 // othersLive tells whether another node answers beats.

@@ -44,6 +44,7 @@ func newFloatCell(t *testing.T) *floatCell {
 	c.start = map[string][]string{"c": {"MGS", mdtName, ostName(0), ostName(1)}}
 	c.change = func(k *config.Config) {
 		k.NFS.Floating = k.Cluster.Node != "c"
+		k.Manager.Mode = config.ManagerOff
 		k.Failover.StopWait = config.Duration(100 * time.Millisecond)
 	}
 	c.prepare = func(n *Node) { n.testNet = c.net.Machine(n.cfg.Cluster.Node) }

@@ -74,6 +74,7 @@ func (c *cluster) startHealth() error {
 	if err != nil {
 		return fmt.Errorf("number this start: %w", err)
 	}
+	c.incarnation = n
 	o := health.Options{
 		Config: health.Config{Node: c.name, Incarnation: n}, Logger: c.log, Local: c.local, OnEvents: c.learn,
 		Dial: health.Dial(func(node string) tcp.DialOptions { return c.dialOptions(node, health.TargetName) }),
@@ -132,6 +133,7 @@ func (c *cluster) local() (l health.Local) {
 		fs.Holds(add)
 	}
 	c.paths.to(config.MGSName, add)
+	c.everybody(add)
 	delete(peers, c.name)
 	l.Peers = slices.Collect(maps.Keys(peers))
 	if vips := c.vips.Load(); vips != nil {
@@ -210,6 +212,9 @@ func (c *cluster) heard(target string, instance uint64, node string) {
 // made anew by who needs them, and that a target runs somewhere is believed when the
 // target says so itself.
 func (c *cluster) learn(events []health.Event) {
+	if c.managing.m != nil {
+		c.managing.m.Poke()
+	}
 	for i := range events {
 		e := &events[i]
 		log := c.log.With("peer", e.Peer)

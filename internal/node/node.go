@@ -86,6 +86,7 @@ type Node struct {
 	failed     chan error
 
 	rates rateKeeper
+	load  loadKeeper
 }
 
 // New checks what can be checked without starting anything.
@@ -157,9 +158,7 @@ func (n *Node) startCluster() (err error) {
 		return err
 	}
 	n.reg = n.cluster.reg
-	if n.events != nil {
-		n.cluster.sources.Store(&vipSources{local: n.localAddresses, log: n.events})
-	}
+	n.cluster.attend(n)
 	n.cluster.boot()
 	ctx, cancel := context.WithCancel(n.run)
 	n.noFrontend = cancel
@@ -499,6 +498,9 @@ func (n *Node) teardown(ctx context.Context) error {
 			// Everything is durable: the next start need not ask clients for their locks.
 			errs = append(errs, n.stopped(ctx, fixed))
 		}
+	}
+	if n.events != nil {
+		errs = append(errs, n.events.Close())
 	}
 	if n.unlock != nil {
 		n.unlock()
