@@ -98,7 +98,7 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	default:
 		return // it is on its way
 	}
-	to, rule := m.choose(now, a, "", true)
+	to, rule := m.choose(now, a, "", 0, true)
 	switch {
 	case to == nil:
 		m.tell(a, "", "cannot be served: no node that may serve it is fit", m.whyNone(a))
@@ -134,7 +134,12 @@ func (m *Machine) served(now time.Duration, a *addr, d *Decision, balance bool) 
 	case m.moves(now) >= m.cfg.ParallelMoves:
 		return
 	case need, leave != "" && now >= a.holdUntil:
-		to, rule := m.choose(now, a, d.From, false)
+		least := time.Duration(0)
+		if n.unready {
+			// When what all nodes were waiting for comes back, some notice it later.
+			least = m.cfg.UnreadyAfter
+		}
+		to, rule := m.choose(now, a, d.From, least, false)
 		if to == nil {
 			m.tell(a, "", leave+", but no other node that may serve it is fit", m.whyNone(a))
 			return
@@ -177,7 +182,7 @@ func (m *Machine) moving(now time.Duration, a *addr, d *Decision, leave string) 
 	}
 	d.Planned = true
 	if leave != "" {
-		if to, rule := m.choose(now, a, d.From, false); to != nil && to.name != a.v.Next {
+		if to, rule := m.choose(now, a, d.From, 0, false); to != nil && to.name != a.v.Next {
 			d.To, d.Reason = to.name, why+"; "+rule
 			return
 		}
@@ -247,13 +252,14 @@ func (m *Machine) may(a *addr) []*node {
 	return l
 }
 
-// choose finds the best node for an address, another one than not. Those that have
-// failed with it lately are left out, or with all come last.
-func (m *Machine) choose(now time.Duration, a *addr, not string, all bool) (to *node, rule string) {
+// choose finds the best node for an address, another one than not, that has been fit for
+// at least a time. Those that have failed with it lately are left out, or with all come
+// last.
+func (m *Machine) choose(now time.Duration, a *addr, not string, least time.Duration, all bool) (to *node, rule string) {
 	var l, again []*node
 	for _, n := range m.may(a) {
 		switch {
-		case !n.fit || n.name == not:
+		case !n.fit || n.name == not || now-n.fitSince < least:
 		case now < a.failed[n.name].until:
 			again = append(again, n)
 		default:

@@ -140,6 +140,10 @@ func (s *script) line(line string) {
 		var i uint32
 		fmt.Sscan(f[2], &i)
 		n.units[i].state, n.units[i].since = Failed, w.now
+	case "takes": // NODE INDEX: it takes the address still
+		var i uint32
+		fmt.Sscan(f[2], &i)
+		*n.units[i] = unit{state: Taking, next: 1 << 62, since: w.now}
 	case "load": // NODE CALLS
 		fmt.Sscan(f[2], &n.load)
 	case "mute": // answers beats and nothing else, as when it is out of memory

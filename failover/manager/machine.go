@@ -387,8 +387,8 @@ func (m *Machine) Report(now time.Duration, name string, asked time.Duration, r 
 		switch {
 		case x != nil && x.holds() && x.Epoch == a.v.Epoch:
 			a.of, a.absent = r.Incarnation, 0
-		case x != nil && x.State == Releasing:
-			a.absent = 0
+		case x != nil && (x.State == Releasing || x.State == Taking):
+			a.absent = 0 // it may not know its epoch yet; targets may take their time
 		case a.absent == 0:
 			a.absent = now
 		}

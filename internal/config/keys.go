@@ -135,11 +135,11 @@ var keyDocs = map[string]string{
 	"recovery.ir_startup":      "How long after its own start the registry does not vouch for anybody, since\nthe nodes have to find it first. Targets that start meanwhile wait as usual.",
 
 	"manager.mode":           "builtin: the node with the registry decides, by beats and by what the nodes\nreport. external: a cluster manager does, through \"baton hook\". off: nobody,\naddresses move by \"baton vip move\" only.",
-	"manager.quorum":         "majority: nothing is decided unless more than half of all nodes answer the\none that decides. owner: it decides alone, which two nodes need; if it is cut\noff from the other one, it takes that one's addresses. auto: majority with\nthree nodes and more, else owner.",
+	"manager.quorum":         "majority: nothing is decided unless more than half of all nodes answer the\none that decides. owner: it decides alone, which two nodes need; if it is\ncut off from the other one, it takes that one's addresses. auto: majority\nwith three nodes and more, else owner.",
 	"manager.confirm":        "How long a node whose beats are missing is suspected before it counts as\ndead. It is doubled when another node still hears it; when most do, it is\nunready_after.",
 	"manager.unready_after":  "A node that lives and cannot serve, or does not answer, has its addresses\nmoved after this time.",
 	"manager.slow_after":     "The same of a node that is slow, that is, does not get on with itself. 0s:\nnever; to be slow is no reason to move.",
-	"manager.start_timeout":  "A node that was to take an address and does not listen in this time is passed\nover for another one.",
+	"manager.start_timeout":  "A node that was to take an address and does not listen in this time is\npassed over for another one.",
 	"manager.move_timeout":   "A node that does not give an address up in this time is reported. If it does\nnot answer either, it is taken for frozen, and the address is taken away.",
 	"manager.failback_delay": "How long a preferred node has to be fit before an address returns to it.\n\"never\": addresses stay where they are served.",
 	"manager.hold_off":       "How long an address that was moved stays where it is if nothing forces it to\nmove. It doubles with every move.",
