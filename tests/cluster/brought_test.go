@@ -36,6 +36,7 @@ type street struct {
 	t     *testing.T
 	dir   string
 	bin   string
+	mode  string // manager.mode
 	hub   *bed.Node
 	nodes map[string]*bed.Node
 	procs map[string]*bed.Proc
@@ -47,13 +48,13 @@ var (
 	frontends = []string{"n1", "n2"}
 )
 
-func newStreet(t *testing.T) *street {
+func newStreet(t *testing.T, mode string) *street {
 	t.Helper()
 	bin, err := bed.Build("./cmd/baton")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &street{t: t, dir: bed.Dir(t), bin: bin, nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
+	s := &street{t: t, dir: bed.Dir(t), bin: bin, mode: mode, nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
 	node := func(name string) *bed.Node {
 		n, err := bed.NewNode(name)
 		if errors.Is(err, bed.ErrUnavailable) {
@@ -120,6 +121,8 @@ mode = "own"
 address = ""
 [fs]
 min_free = "1 MiB"
+[manager]
+mode = %q
 [recovery]
 window_min = "2s"
 window_max = "5s"
@@ -134,7 +137,7 @@ nodes = ["t"]
 [[ost]]
 dir = %q
 nodes = ["t"]
-`, name != "t", s.path("exports"), s.path(name, "s"), s.path("mgs"), s.path("mdt"), s.path("ost0"))
+`, name != "t", s.path("exports"), s.mode, s.path(name, "s"), s.path("mgs"), s.path("mdt"), s.path("ost0"))
 	s.ok(os.WriteFile(s.path(name, "baton.toml"), []byte(b.String()), 0o600))
 	log, err := os.OpenFile(s.path(name, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	s.ok(err)
@@ -325,12 +328,9 @@ func (k *caller) storm(dir []byte, stop <-chan struct{}) {
 	}
 }
 
-// A floating address with real machines: moved in order, after a power cut, while its
-// node is frozen, and while its cable is pulled. A client sees every call answered as
-// if it were executed once; only the owner has anything of the address. 004.1, 004.8,
-// 004.22, 004.24, 004.32.
-func TestBroughtAddress(t *testing.T) {
-	s := newStreet(t)
+// all starts all nodes and waits for the frontends.
+func (s *street) all() {
+	s.t.Helper()
 	for _, n := range []string{"t", "n1", "n2"} {
 		s.start(n)
 	}
@@ -340,37 +340,55 @@ func TestBroughtAddress(t *testing.T) {
 			return err == nil && strings.HasPrefix(strings.TrimSpace(out), "[")
 		})
 	}
-	must := func(args ...string) {
-		t.Helper()
-		if out, err := s.order("t", args...); err != nil {
-			t.Fatalf("baton %s: %v\n%s", strings.Join(args, " "), err, out)
-		}
+}
+
+func (s *street) must(args ...string) {
+	s.t.Helper()
+	began := time.Now()
+	if out, err := s.order("t", args...); err != nil {
+		s.t.Fatalf("baton %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
-	must("vip", "add", brought.String()+"/24")
-	must("vip", "move", brought.String(), "--to", "n1")
-	s.alone("n1")
-	k := &caller{s: s}
+	s.t.Logf("baton %s: %v", strings.Join(args, " "), time.Since(began).Round(time.Millisecond))
+}
+
+// client begins a storm of calls. What it gives is called after something has happened
+// to the address: it waits until the owner is alone with it and the client gets on.
+func (s *street) client() (k *caller, gone func(what, owner string)) {
+	k = &caller{s: s}
 	dir := k.mount()
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
 		k.storm(dir, stop)
 	}()
-	defer func() {
+	s.t.Cleanup(func() {
 		close(stop)
 		<-done
 		if k.conn != nil {
 			k.conn.Close()
 		}
-	}()
-	// gone is what happened while the client went on; it must have got on since.
-	gone := func(what, owner string) {
-		t.Helper()
+	})
+	return k, func(what, owner string) {
+		s.t.Helper()
 		s.alone(owner)
 		n := k.calls.Load()
 		s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
-		t.Logf("%s: longest call %v", what, k.pause().Round(time.Millisecond))
+		s.t.Logf("%s: longest call %v", what, k.pause().Round(time.Millisecond))
 	}
+}
+
+// A floating address with real machines: moved in order, after a power cut, while its
+// node is frozen, and while its cable is pulled. A client sees every call answered as
+// if it were executed once; only the owner has anything of the address. 004.1, 004.8,
+// 004.22, 004.24, 004.32.
+func TestBroughtAddress(t *testing.T) {
+	s := newStreet(t, "off")
+	s.all()
+	must := s.must
+	must("vip", "add", brought.String()+"/24")
+	must("vip", "move", brought.String(), "--to", "n1")
+	s.alone("n1")
+	k, gone := s.client()
 	gone("start", "n1")
 	for _, to := range []string{"n2", "n1", "n2"} {
 		must("vip", "move", brought.String(), "--to", to)
@@ -406,4 +424,25 @@ func TestBroughtAddress(t *testing.T) {
 	gone("cable", "n1")
 	must("vip", "move", brought.String(), "--to", "n2")
 	gone("planned move afterwards", "n2")
+}
+
+// The manager gives an address to its preferred node, to the other one when that loses
+// its power, and back when the other one stops in order: without any command.
+func TestManagedAddress(t *testing.T) {
+	s := newStreet(t, "builtin")
+	s.all()
+	s.must("vip", "add", brought.String()+"/24", "--prefer", "n1,n2")
+	s.alone("n1")
+	_, gone := s.client()
+	gone("start", "n1")
+	s.cable("n1", false)
+	s.procs["n1"].Kill()
+	s.until("n2 to serve", func() bool { return s.local("n2") == "serving" })
+	s.cable("n1", true)
+	s.start("n1")
+	gone("power cut", "n2")
+	if err := s.procs["n2"].Stop(patience); err != nil {
+		t.Error(err)
+	}
+	gone("n2 stopped", "n1")
 }
