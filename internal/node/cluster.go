@@ -21,6 +21,7 @@ import (
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
@@ -49,6 +50,7 @@ type cluster struct {
 	lives  lives
 	paths  paths
 	asks   asks
+	agent  atomic.Pointer[vipagent.Agent] // of floating addresses, while they are served
 	// sources are nil while this node has nothing to do with floating addresses.
 	sources atomic.Pointer[vipSources]
 	// incarnation numbers this process among those of the node.
@@ -103,6 +105,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
+	c.asks.handle(vipagent.MethodConns, c.answerConns)
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}

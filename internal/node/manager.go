@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -189,6 +188,8 @@ func (n *Node) vitals(r *manager.Report) {
 	r.Stopping = n.stopping.Load()
 	r.Load = n.load.now(time.Now(), n.calls)
 	switch w := n.waits.Load(); {
+	case n.up.Load() && n.cluster.agent.Load() == nil:
+		r.Reason = "it serves no floating addresses (nfs.floating)"
 	case n.up.Load() && n.fs.MDTImport().Ready():
 		r.Ready, r.Reason = true, ""
 	case n.up.Load():
@@ -198,20 +199,13 @@ func (n *Node) vitals(r *manager.Report) {
 	}
 }
 
-// calls counts the calls that were answered at all addresses. It is false when that
-// would have to wait: the lock is held while the registry is asked.
+// calls counts the calls that were answered at all addresses.
 func (n *Node) calls() (k uint64, ok bool) {
-	if !n.svcMu.TryLock() {
-		return 0, false
-	}
-	l := slices.Clone(n.services)
-	n.svcMu.Unlock()
-	for _, s := range l {
-		if s.rpc == nil {
-			continue
-		}
-		for _, a := range s.rpc.Stats().Addrs {
-			k += a.Calls
+	for _, u := range n.serving() {
+		for _, s := range u.Servers() {
+			for _, a := range s.Stats().Addrs {
+				k += a.Calls
+			}
 		}
 	}
 	return k, true

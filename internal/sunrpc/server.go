@@ -69,6 +69,9 @@ type Config struct {
 	RecordTimeout   time.Duration // without progress inside a record, default 30 s
 	DrainRecordWait time.Duration // for the rest of a begun record in Drain, default 100 ms
 
+	// OnOpen is called once for every connection, before anything is read of it. It must
+	// neither block nor use the Server.
+	OnOpen func(*Conn)
 	// OnClose is called once for every connection, after its last ServeRPC, on its reader goroutine.
 	// Calls of it may still be in progress.
 	OnClose func(*Conn)
@@ -454,6 +457,9 @@ func (s *Server) admit(ep *endpoint, nc *net.TCPConn) {
 			ep.conns.Add(1)
 			ep.accepted.Add(1)
 			s.wg.Add(1)
+			if s.cfg.OnOpen != nil {
+				s.cfg.OnOpen(c)
+			}
 			go c.serve()
 		}
 		s.mu.Unlock()
