@@ -38,6 +38,13 @@ func (n *Node) openNet() (vip.Net, error) {
 	if err != nil {
 		return nil, fmt.Errorf("floating addresses: %w", err)
 	}
+	wrong, err := k.Settings()
+	if err != nil {
+		n.log.Warn("the kernel's settings could not be read", "err", err)
+	}
+	for _, w := range wrong {
+		n.log.Warn("floating addresses: " + w.String())
+	}
 	return k, nil
 }
 

@@ -20,18 +20,6 @@ import (
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
 )
 
-// Leader tells whether this node is the one that decides for all.
-type Leader interface {
-	// Leads is true on one node at most at any time.
-	Leads() bool
-	// Term numbers the node's present time as leader; later ones of any node are
-	// higher. 0: it does not lead.
-	Term() uint64
-	// Changed returns a channel that is closed when Leads or Term may say something else
-	// than now.
-	Changed() <-chan struct{}
-}
-
 // EtcdPeers are the members of the embedded etcd.
 func EtcdPeers(cfg *config.Config) (l []etcd.Peer, err error) {
 	for _, n := range cfg.Registry.Members {

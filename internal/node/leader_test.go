@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/failover/manager"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -92,7 +93,7 @@ func TestRegistryInEtcd(t *testing.T) {
 		if l := n.ListTargets(); len(l) != 3 || l[0].Name != mdtName {
 			t.Errorf("targets %+v", l)
 		}
-		var elected Leader = n.cluster.etcd.election
+		var elected manager.Leader = n.cluster.etcd.election
 		if elected.Leads() != (n == lead) || (elected.Term() != 0) != (n == lead) || (n.cluster.table() != nil) != (n == lead) {
 			t.Errorf("node %s leads: %v, term %d", n.cluster.name, elected.Leads(), elected.Term())
 		}

@@ -102,6 +102,14 @@ func (c *cluster) hears() []manager.NodeHealth {
 	return l
 }
 
+// leader tells whether this node decides.
+func (c *cluster) leader() manager.Leader {
+	if c.etcd != nil {
+		return c.etcd.election
+	}
+	return leader{c.byName[config.MGSName]}
+}
+
 // leader tells that the node leads whose process runs the registry.
 type leader struct{ h *hosted }
 
@@ -125,7 +133,7 @@ func (c *cluster) newManager() error {
 		return nil
 	}
 	m, err := manager.New(manager.Options{
-		Config: managerConfig(c.cfg), Registry: c.reg, Leader: leader{c.byName[config.MGSName]}, Health: c.hears, Logger: c.log,
+		Config: managerConfig(c.cfg), Registry: c.reg, Leader: c.leader(), Health: c.hears, Logger: c.log,
 		Ask: func(ctx context.Context, node string, q *manager.Question) (*manager.Report, error) {
 			if node == c.name {
 				return c.report(q)
