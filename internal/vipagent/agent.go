@@ -73,6 +73,7 @@ const (
 	registryTime = 5 * time.Second        // a call of the registry
 	askTime      = 300 * time.Millisecond // a question to another node that a move waits for
 	tellPause    = 50 * time.Millisecond  // changes of connections are put together this long
+	tellAgain    = time.Second            // a node that was not told of connections is told again
 	beginTime    = 30 * time.Second       // targets may be in recovery when an address is taken
 	holdTime     = 10 * time.Minute       // listeners hold the ports for a cluster manager
 )

@@ -216,7 +216,8 @@ func (t *teller) keep(node string, box chan struct{}) {
 		}
 		if base = 0; err != nil {
 			wait(t.ctx, pause)
-			pause = min(2*pause, t.k.a.o.RetryMax)
+			// One that is back may be asked to take the address the next moment.
+			pause = min(2*pause, tellAgain)
 		}
 		again(box)
 	}
