@@ -1,0 +1,30 @@
+package rig
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// DefaultMover is what is tested if nothing else was asked for.
+const DefaultMover = "cold"
+
+// NewMover makes a network and, on it, the named service with the addresses. What
+// it stores is below dir. The caller closes the network after the service's Stop.
+func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
+	n, err := NewNet("a", "b", "c")
+	if err != nil {
+		return nil, nil, err
+	}
+	var m Mover
+	switch name {
+	case "cold":
+		m = NewCold(n, dir, vips...)
+	default:
+		err = fmt.Errorf("rig: unknown mover %q", name)
+	}
+	if err != nil {
+		n.Close()
+		return nil, nil, err
+	}
+	return n, m, nil
+}
