@@ -3,6 +3,7 @@ package rig
 import (
 	"fmt"
 	"net/netip"
+	"time"
 )
 
 // DefaultMover is what is tested if nothing else was asked for.
@@ -19,6 +20,10 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 	switch name {
 	case "cold":
 		m = NewCold(n, dir, vips...)
+	case "keepalived":
+		m, err = NewKeepalived(n, dir, 100*time.Millisecond, vips...)
+	case "keepalived-default":
+		m, err = NewKeepalived(n, dir, time.Second, vips...)
 	default:
 		err = fmt.Errorf("rig: unknown mover %q", name)
 	}
