@@ -28,6 +28,7 @@ type mover struct {
 	control, dir string
 	id           int
 	seed         uint64
+	lenient      bool
 
 	gate sync.RWMutex // held by who works, so that everybody pauses for a comparison
 	stop atomic.Bool
@@ -48,6 +49,9 @@ type moveWorker interface {
 	// verify compares everything with what the steps must have made.
 	verify() error
 }
+
+// A resetter can begin anew after a wrong result.
+type resetter interface{ reset() error }
 
 // did logs an operation that has just ended.
 func (m *mover) did(worker, op string, start time.Time) {
@@ -79,6 +83,7 @@ func moves(args []string) error {
 	seed := fl.Uint64("seed", 1, "seed")
 	with := fl.String("with", "seq,storm,lock", "workers: seq, storm, lock, idle, light")
 	counters := fl.String("counters", "", "counter files of the lock worker, absolute, separated by commas")
+	lenient := fl.Bool("lenient", false, "log wrong results as operations named WRONG, begin anew, and go on")
 	held := fl.String("held", "", "file whose first byte the idle worker locks for ever, and the lock workers try")
 	dir, err := parse(fl, args)
 	if err != nil {
@@ -94,7 +99,7 @@ func moves(args []string) error {
 		return err
 	}
 	defer out.Close()
-	m := &mover{control: *control, dir: dir, id: *id, seed: *seed, log: bufio.NewWriterSize(out, 1<<16), counts: map[string]uint64{}}
+	m := &mover{control: *control, dir: dir, id: *id, seed: *seed, lenient: *lenient, log: bufio.NewWriterSize(out, 1<<16), counts: map[string]uint64{}}
 	for i, kind := range strings.Split(*with, ",") {
 		r := rand.New(rand.NewPCG(*seed, uint64(*id*100+i)))
 		name := fmt.Sprintf("%s%d", kind, i)
@@ -144,7 +149,13 @@ func (m *mover) run() error {
 		wg.Go(func() {
 			for !m.stop.Load() {
 				m.gate.RLock()
+				start := time.Now()
 				err := w.step()
+				if x, ok := w.(resetter); ok && err != nil && m.lenient {
+					fmt.Printf("%s: WRONG: %v\n", w.name(), err)
+					m.did(w.name(), "WRONG", start)
+					err = x.reset()
+				}
 				m.gate.RUnlock()
 				if err != nil {
 					errs[i] = fmt.Errorf("%s: %w", w.name(), err)
@@ -294,6 +305,12 @@ func (w *seqWorker) step() error {
 		return err
 	}
 	w.m.did(w.id, "remove", start)
+	return nil
+}
+
+func (w *seqWorker) reset() error {
+	w.f.Close()
+	w.f = nil
 	return nil
 }
 

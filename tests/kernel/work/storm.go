@@ -18,9 +18,11 @@ import (
 type stormWorker struct {
 	m       *mover
 	id, dir string
+	base    string // the first dir
 	r       *rand.Rand
 	things  map[string]*thing
 	tokens  int
+	resets  int
 }
 
 // thing is what a name stands for; hard links share it.
@@ -34,7 +36,7 @@ type thing struct {
 const stormNames = 12
 
 func newStormWorker(m *mover, id, dir string, r *rand.Rand) *stormWorker {
-	return &stormWorker{m: m, id: id, dir: dir, r: r, things: map[string]*thing{}}
+	return &stormWorker{m: m, id: id, dir: dir, base: dir, r: r, things: map[string]*thing{}}
 }
 
 func (w *stormWorker) name() string { return w.id }
@@ -182,6 +184,14 @@ func (w *stormWorker) look(name string) error {
 		}
 	}
 	return nil
+}
+
+// reset begins in another directory: late executions may still change this one.
+func (w *stormWorker) reset() error {
+	w.resets++
+	clear(w.things)
+	w.dir = fmt.Sprintf("%s.r%d", w.base, w.resets)
+	return os.Mkdir(w.dir, 0o755)
 }
 
 func (w *stormWorker) verify() error {

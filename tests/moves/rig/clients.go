@@ -284,6 +284,20 @@ func (c *Client) Longest(from, to time.Time) (longest Op, err error) {
 	return longest, nil
 }
 
+// Wrong is the number of wrong results so far, of a lenient client.
+func (c *Client) Wrong() (n int) {
+	c.log.mu.Lock()
+	defer c.log.mu.Unlock()
+	for _, ops := range c.log.ops {
+		for _, o := range ops {
+			if o.Op == "WRONG" {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // Ops is the number of operations so far.
 func (c *Client) Ops() (n int) {
 	c.log.mu.Lock()

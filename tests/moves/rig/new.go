@@ -33,3 +33,6 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 	}
 	return n, m, nil
 }
+
+// Compared are the services of the benchmark.
+var Compared = []string{"keepalived", "keepalived-default"}

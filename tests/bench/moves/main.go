@@ -1,0 +1,228 @@
+// Moves measures how long clients wait when a floating address moves, in order and
+// after a power cut, of baton and of others on the same bed: three machines on a
+// bridge (namespaces), real Linux kernel clients, real keepalived and CTDB.
+//
+// Two kernel clients have mounted the address: a light one with one small call every
+// 10 ms, and a loaded one that writes with fsync and makes and removes
+// names as fast as it can. A pause is the longest call of a client that was under way
+// between the order to move (or the power cut) and the time at which each of its
+// threads has done something that it began afterwards. Wrong results are those of
+// the loaded client's operations that show that one was not executed exactly once.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/baton-nfs/baton/tests/bed"
+	"github.com/baton-nfs/baton/tests/moves/rig"
+)
+
+func main() {
+	services := flag.String("services", strings.Join(rig.Compared, ","), "services, separated by commas")
+	n := flag.Int("n", 50, "moves and power cuts of each row")
+	conns := flag.String("conns", "1,500", "numbers of connections to the address: beside the kernel clients' this many less one of a load generator, each with a call twice a second")
+	kinds := flag.String("kinds", "planned,crash", "what is measured")
+	settle := flag.Duration("settle", 500*time.Millisecond, "time between everybody's going on and the next move")
+	verbose := flag.Bool("v", false, "print each pause on standard error")
+	flag.Parse()
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := table(ctx, os.Stdout, options{*services, *conns, *kinds, *n, *settle, *verbose})
+	cancel()
+	bed.Cleanup()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "moves:", err)
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	services, conns, kinds string
+	n                      int
+	settle                 time.Duration
+	verbose                bool
+}
+
+// patience is how long a client may be held up before the run fails.
+const patience = 5 * time.Minute
+
+// table measures all rows and writes each when it is complete.
+func table(ctx context.Context, w io.Writer, o options) error {
+	fmt.Fprintf(w, "Command: `go run ./tests/bench/moves %s`; %s; %d CPUs; load average %s. Pauses in ms, median / worst.\n\n",
+		strings.Join(os.Args[1:], " "), time.Now().UTC().Format("2006-01-02 15:04 UTC"), runtime.NumCPU(), loadavg())
+	fmt.Fprintln(w, "| service | move | moves | connections | light client | loaded client | the other connections | wrong results |")
+	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|---:|")
+	for s := range strings.SplitSeq(o.services, ",") {
+		for c := range strings.SplitSeq(o.conns, ",") {
+			k, err := strconv.Atoi(c)
+			if err != nil || k < 1 || k > 5000 {
+				return fmt.Errorf("-conns: %q is not a number from 1 to 5000", c)
+			}
+			if err := run(ctx, w, o, s, k); err != nil {
+				return fmt.Errorf("%s, %d connections: %w", s, k, err)
+			}
+		}
+	}
+	return nil
+}
+
+func loadavg() string {
+	b, _ := os.ReadFile("/proc/loadavg")
+	f := strings.Fields(string(b))
+	if len(f) < 3 {
+		return "unknown"
+	}
+	return strings.Join(f[:3], " ")
+}
+
+// pauses are those of one kind of move.
+type pauses struct {
+	light, loaded, others []time.Duration
+	wrong                 int // results that cannot be if each operation is executed once
+}
+
+func cell(d []time.Duration) string {
+	if len(d) == 0 {
+		return "–"
+	}
+	d = slices.Sorted(slices.Values(d))
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	return fmt.Sprintf("%.0f / %.0f", (ms(d[(len(d)-1)/2])+ms(d[len(d)/2]))/2, ms(d[len(d)-1]))
+}
+
+// run measures one service with one number of connections.
+func run(ctx context.Context, out io.Writer, o options, service string, conns int) error {
+	scratch, err := bed.Scratch()
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp(scratch, "moves")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return err
+	}
+	a := rig.VIP(0)
+	net, mover, err := rig.NewMover(service, filepath.Join(dir, "service"), a)
+	if err != nil {
+		return err
+	}
+	defer net.Close()
+	short, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := mover.Start(short); err != nil {
+		return err
+	}
+	defer mover.Stop(ctx)
+	if err := net.Answers(short, a); err != nil {
+		return err
+	}
+	cs := []rig.ClientConfig{{Name: "light", VIP: a, With: "light"}, {Name: "loaded", VIP: a, With: "seq,storm,storm"}}
+	var clients []*rig.Client
+	for i, c := range cs {
+		c.Options, c.Seed, c.Flags = "vers=3,nolock", 1, "-lenient"
+		cl, err := net.StartClient(short, i, filepath.Join(dir, c.Name), c)
+		if err != nil {
+			return err
+		}
+		defer cl.Kill()
+		clients = append(clients, cl)
+	}
+	others, err := newOthers(short, net.Hub, a, conns-1)
+	if err != nil {
+		return err
+	}
+	defer others.close()
+
+	results, seen := map[string]*pauses{}, 0
+	measure := func(kind string, do func(ctx context.Context) error) error {
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		time.Sleep(o.settle)
+		t0 := time.Now()
+		if err := do(ctx); err != nil {
+			return fmt.Errorf("%s: %w", kind, err)
+		}
+		t1 := time.Now()
+		var d [2]time.Duration
+		for i, c := range clients {
+			if err := c.Moving(ctx, t1); err != nil {
+				return fmt.Errorf("%s: %w\n%s", kind, err, mover.Log())
+			}
+			op, err := c.Longest(t0, time.Now())
+			if err != nil {
+				return err
+			}
+			d[i] = op.Took
+		}
+		x, err := others.longest(ctx, t0, t1)
+		if err != nil {
+			return fmt.Errorf("%s: %w", kind, err)
+		}
+		p := results[kind]
+		if p == nil {
+			p = &pauses{}
+			results[kind] = p
+		}
+		wrong := clients[0].Wrong() + clients[1].Wrong()
+		p.wrong += wrong - seen
+		seen = wrong
+		p.light, p.loaded = append(p.light, d[0]), append(p.loaded, d[1])
+		if conns > 1 {
+			p.others = append(p.others, x)
+		}
+		if o.verbose {
+			fmt.Fprintf(os.Stderr, "%s, %d connections, %s: took %v; light %v, loaded %v, others %v\n", mover.Name(), conns, kind, t1.Sub(t0), d[0], d[1], x)
+		}
+		return nil
+	}
+	for i := range o.n {
+		for kind := range strings.SplitSeq(o.kinds, ",") {
+			from := mover.Owner(a)
+			rest := slices.DeleteFunc(mover.Nodes(), func(n string) bool { return n == from })
+			to := rest[i%len(rest)]
+			switch kind {
+			case "planned":
+				err = measure(kind, func(ctx context.Context) error { return mover.Move(ctx, a, to) })
+			case "crash":
+				err = measure(kind, func(ctx context.Context) error {
+					if err := mover.Kill(ctx, from); err != nil {
+						return err
+					}
+					return mover.TakeOver(ctx, a, to)
+				})
+				if err == nil {
+					err = mover.Restart(ctx, from)
+				}
+			default:
+				err = fmt.Errorf("-kinds: %q", kind)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	for kind := range strings.SplitSeq(o.kinds, ",") {
+		p := results[kind]
+		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d |\n", mover.Name(), kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.wrong)
+	}
+	for _, c := range clients {
+		if _, err := c.Finish(short); err != nil {
+			return err
+		}
+	}
+	return nil
+}
