@@ -35,10 +35,11 @@ func main() {
 	conns := flag.String("conns", "1,500", "numbers of connections to the address: beside the kernel clients' this many less one of a load generator, each with a call twice a second")
 	kinds := flag.String("kinds", "planned,crash", "what is measured")
 	settle := flag.Duration("settle", 500*time.Millisecond, "time between everybody's going on and the next move")
+	limit := flag.Duration("limit", 20*time.Second, "longest pause that is waited for; then all machines' sockets of the address are destroyed, so that the client gets on, and the pause counts as this long")
 	verbose := flag.Bool("v", false, "print each pause on standard error")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := table(ctx, os.Stdout, options{*services, *conns, *kinds, *n, *settle, *verbose})
+	err := table(ctx, os.Stdout, options{*services, *conns, *kinds, *n, *settle, *limit, *verbose})
 	cancel()
 	bed.Cleanup()
 	if err != nil {
@@ -50,7 +51,7 @@ func main() {
 type options struct {
 	services, conns, kinds string
 	n                      int
-	settle                 time.Duration
+	settle, cap            time.Duration
 	verbose                bool
 }
 
@@ -61,8 +62,8 @@ const patience = 5 * time.Minute
 func table(ctx context.Context, w io.Writer, o options) error {
 	fmt.Fprintf(w, "Command: `go run ./tests/bench/moves %s`; %s; %d CPUs; load average %s. Pauses in ms, median / worst.\n\n",
 		strings.Join(os.Args[1:], " "), time.Now().UTC().Format("2006-01-02 15:04 UTC"), runtime.NumCPU(), loadavg())
-	fmt.Fprintln(w, "| service | move | moves | connections | light client | loaded client | the other connections | wrong results |")
-	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|---:|")
+	fmt.Fprintln(w, "| service | move | moves | connections | light client | loaded client | the other connections | hung | wrong results |")
+	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|---:|---:|")
 	for s := range strings.SplitSeq(o.services, ",") {
 		for c := range strings.SplitSeq(o.conns, ",") {
 			k, err := strconv.Atoi(c)
@@ -89,6 +90,7 @@ func loadavg() string {
 // pauses are those of one kind of move.
 type pauses struct {
 	light, loaded, others []time.Duration
+	hung                  int // moves after which somebody waited until the limit
 	wrong                 int // results that cannot be if each operation is executed once
 }
 
@@ -157,6 +159,33 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 			return fmt.Errorf("%s: %w", kind, err)
 		}
 		t1 := time.Now()
+		p := results[kind]
+		if p == nil {
+			p = &pauses{}
+			results[kind] = p
+		}
+		// A connection that a machine has kept from an earlier time hangs the client.
+		cut, stop := context.WithDeadline(ctx, t0.Add(o.cap))
+		hung := false
+		for _, c := range clients {
+			hung = hung || c.Moving(cut, t1) != nil
+		}
+		_, err := others.longest(cut, t0, t1)
+		hung = hung || err != nil
+		stop()
+		if hung {
+			p.hung++
+			if o.verbose {
+				fmt.Fprintf(os.Stderr, "%s, %d connections, %s: somebody hangs; the machines' sockets are destroyed\n", mover.Name(), conns, kind)
+			}
+			for _, m := range net.Machines {
+				if b := m.Node(); b != nil {
+					if out, err := b.Run(ctx, "ss", "-K", "-n", "-t", "src", a.String()); err != nil {
+						return fmt.Errorf("%w\n%s", err, out)
+					}
+				}
+			}
+		}
 		var d [2]time.Duration
 		for i, c := range clients {
 			if err := c.Moving(ctx, t1); err != nil {
@@ -166,17 +195,13 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 			if err != nil {
 				return err
 			}
-			d[i] = op.Took
+			d[i] = min(op.Took, o.cap)
 		}
 		x, err := others.longest(ctx, t0, t1)
 		if err != nil {
 			return fmt.Errorf("%s: %w", kind, err)
 		}
-		p := results[kind]
-		if p == nil {
-			p = &pauses{}
-			results[kind] = p
-		}
+		x = min(x, o.cap)
 		wrong := clients[0].Wrong() + clients[1].Wrong()
 		p.wrong += wrong - seen
 		seen = wrong
@@ -217,7 +242,7 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 	}
 	for kind := range strings.SplitSeq(o.kinds, ",") {
 		p := results[kind]
-		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d |\n", mover.Name(), kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.wrong)
+		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d | %d |\n", mover.Name(), kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.hung, p.wrong)
 	}
 	for _, c := range clients {
 		if _, err := c.Finish(short); err != nil {

@@ -42,9 +42,10 @@ type Machine struct {
 	hub *bed.Node
 	i   int
 
-	mu   sync.Mutex
-	node *bed.Node // nil without power
-	cut  bool
+	mu     sync.Mutex
+	node   *bed.Node // nil without power
+	cut    bool
+	frozen bool
 }
 
 // NewNet makes a network with a machine for each name.
@@ -126,7 +127,7 @@ func (m *Machine) On() error {
 		b.Close()
 		return err
 	}
-	m.node, m.cut = b, false
+	m.node, m.cut, m.frozen = b, false, false
 	if err := b.SetMAC("eth0", m.MAC()); err != nil {
 		return err
 	}
@@ -161,6 +162,20 @@ func (m *Machine) Mend() error {
 	defer m.mu.Unlock()
 	m.cut = false
 	return m.hub.SetLink(m.port(), true)
+}
+
+// SetFrozen notes that the machine's processes stand still, or go on.
+func (m *Machine) SetFrozen(frozen bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.frozen = frozen
+}
+
+// Frozen tells whether they stand still.
+func (m *Machine) Frozen() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.frozen
 }
 
 // IsCut tells whether the cable is pulled.

@@ -3,6 +3,7 @@ package rig
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -12,7 +13,11 @@ const DefaultMover = "cold"
 // NewMover makes a network and, on it, the named service with the addresses. What
 // it stores is below dir. The caller closes the network after the service's Stop.
 func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
-	n, err := NewNet("a", "b", "c")
+	names := []string{"a", "b", "c"}
+	if strings.HasPrefix(name, "baton") {
+		names = append(names, store)
+	}
+	n, err := NewNet(names...)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -20,6 +25,10 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 	switch name {
 	case "cold":
 		m = NewCold(n, dir, vips...)
+	case "baton":
+		m, err = NewBaton(n, dir, false, vips...)
+	case "baton-manual":
+		m, err = NewBaton(n, dir, true, vips...)
 	case "keepalived":
 		m, err = NewKeepalived(n, dir, 100*time.Millisecond, vips...)
 	case "keepalived-default":
