@@ -177,6 +177,8 @@ func (k *Keepalived) prio(node string, i int) string {
 }
 
 func (k *Keepalived) config(node string) string {
+	// Different ones: of two equal nodes both become master for a moment.
+	base := 150 - 50*k.net.Machine(node).i
 	var b strings.Builder
 	fmt.Fprintf(&b, "global_defs {\n router_id %s\n vrrp_version 3\n}\n", node)
 	for i := range k.vips {
@@ -187,7 +189,7 @@ func (k *Keepalived) config(node string) string {
  state BACKUP
  interface eth0
  virtual_router_id %d
- priority 100
+ priority %d
  advert_int %g
  virtual_ipaddress {
   %v/%d dev eth0
@@ -196,7 +198,7 @@ func (k *Keepalived) config(node string) string {
   prio%d
  }
 }
-`, i, 51+i, k.Advert.Seconds(), a, Bits, i)
+`, i, 51+i, base, k.Advert.Seconds(), a, Bits, i)
 	}
 	return b.String()
 }
@@ -232,7 +234,7 @@ func (k *Keepalived) prefer(i int, node string) error {
 	for _, m := range k.net.Machines {
 		v := "0\n"
 		if m.Name == node {
-			v = "100\n"
+			v = "103\n"
 		}
 		// keepalived looks when the file is closed after writing.
 		if err := os.WriteFile(k.prio(m.Name, i), []byte(v), 0o644); err != nil {
