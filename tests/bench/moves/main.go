@@ -211,6 +211,9 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 		}
 		if o.verbose {
 			fmt.Fprintf(os.Stderr, "%s, %d connections, %s: took %v; light %v, loaded %v, others %v\n", mover.Name(), conns, kind, t1.Sub(t0), d[0], d[1], x)
+			for _, c := range clients {
+				fmt.Fprintf(os.Stderr, "clock of %s: %v\n", c.Name, c.Ahead())
+			}
 		}
 		return nil
 	}

@@ -55,12 +55,31 @@ type opLog struct {
 	mu   sync.Mutex
 	f    *os.File
 	rest []byte
+	// clock is the file by which the guest's clock is compared with the host's, by
+	// how much it was ahead lately.
+	clock string
+	ahead time.Duration
 	ops  map[string][]Op // of a worker
+}
+
+// compare looks at the clock file. What is being written is looked at the next time.
+func (l *opLog) compare() {
+	if l.clock == "" {
+		return
+	}
+	before, err1 := os.Stat(l.clock)
+	b, err2 := os.ReadFile(l.clock)
+	after, err3 := os.Stat(l.clock)
+	us, err4 := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	if errors.Join(err1, err2, err3, err4) == nil && bytes.HasSuffix(b, []byte("\n")) && before.ModTime().Equal(after.ModTime()) {
+		l.ahead = time.UnixMicro(us).Sub(after.ModTime())
+	}
 }
 
 func (l *opLog) read() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.compare()
 	b, err := io.ReadAll(l.f)
 	if err != nil {
 		return err
@@ -73,6 +92,7 @@ func (l *opLog) read() error {
 		if err != nil {
 			return err
 		}
+		o.Start = o.Start.Add(-l.ahead)
 		l.ops[o.Worker] = append(l.ops[o.Worker], o)
 	}
 	return nil
@@ -125,6 +145,7 @@ func (n *Net) StartClient(ctx context.Context, i int, dir string, c ClientConfig
 		return nil, err
 	}
 	cl.guest = g
+	cl.log.clock = g.Path("clock")
 	if err := cl.await(ctx, "working"); err != nil {
 		out, _ := os.ReadFile(g.Path("guest.log"))
 		g.Kill()
@@ -296,6 +317,13 @@ func (c *Client) Wrong() (n int) {
 		}
 	}
 	return n
+}
+
+// Ahead is by how much the guest's clock is before the host's.
+func (c *Client) Ahead() time.Duration {
+	c.log.mu.Lock()
+	defer c.log.mu.Unlock()
+	return c.log.ahead
 }
 
 // Ops is the number of operations so far.

@@ -33,6 +33,10 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 		m, err = NewKeepalived(n, dir, 100*time.Millisecond, vips...)
 	case "keepalived-default":
 		m, err = NewKeepalived(n, dir, time.Second, vips...)
+	case "ctdb":
+		m, err = NewCTDB(n, dir, true, vips...)
+	case "ctdb-default":
+		m, err = NewCTDB(n, dir, false, vips...)
 	default:
 		err = fmt.Errorf("rig: unknown mover %q", name)
 	}
@@ -44,4 +48,7 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 }
 
 // Compared are the services of the benchmark.
-var Compared = []string{"keepalived", "keepalived-default"}
+var Compared = []string{"keepalived", "keepalived-default", "ctdb"}
+
+// Names are the services that NewMover makes.
+var Names = []string{"cold", "baton", "baton-manual", "keepalived", "keepalived-default", "ctdb", "ctdb-default"}

@@ -19,7 +19,7 @@ func TestMain(m *testing.M) { bed.Main(m) }
 // TestMovers moves an address of each service that is compared, and cuts the power of
 // its owner, with a probe that reads what it wrote before.
 func TestMovers(t *testing.T) {
-	for _, name := range []string{"cold", "keepalived"} {
+	for _, name := range []string{"cold", "keepalived", "ctdb"} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 			defer cancel()
@@ -185,6 +185,20 @@ func TestOpLog(t *testing.T) {
 		if got := longest(x.from, x.to); got != x.want {
 			t.Errorf("between %d and %d: %q, want %q", x.from, x.to, got, x.want)
 		}
+	}
+	// A guest whose clock is 2 s late began this 100 µs after it was 5 s.
+	c.log.clock = filepath.Join(t.TempDir(), "clock")
+	if err := os.WriteFile(c.log.clock, []byte("8000000\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(c.log.clock, us(10e6), us(10e6)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("seq0 late 3000100 7000\n"); err != nil {
+		t.Fatal(err)
+	}
+	if got := longest(5e6, 6e6); got != "late" || c.Ahead() != -2*time.Second {
+		t.Errorf("a late clock: %q, ahead %v", got, c.Ahead())
 	}
 	for _, bad := range []string{"", "a b c d", "a b 1", "a b 1 2 3"} {
 		if o, err := parseOp(bad); err == nil {
