@@ -15,6 +15,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -36,10 +37,11 @@ func main() {
 	kinds := flag.String("kinds", "planned,crash", "what is measured")
 	settle := flag.Duration("settle", 500*time.Millisecond, "time between everybody's going on and the next move")
 	limit := flag.Duration("limit", 20*time.Second, "longest pause that is waited for; then all machines' sockets of the address are destroyed, so that the client gets on, and the pause counts as this long")
+	clean := flag.Bool("clean", false, "destroy what machines without the address keep of its sockets before each move, as a script of the administrator's may")
 	verbose := flag.Bool("v", false, "print each pause on standard error")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := table(ctx, os.Stdout, options{*services, *conns, *kinds, *n, *settle, *limit, *verbose})
+	err := table(ctx, os.Stdout, options{*services, *conns, *kinds, *n, *settle, *limit, *clean, *verbose})
 	cancel()
 	bed.Cleanup()
 	if err != nil {
@@ -52,7 +54,7 @@ type options struct {
 	services, conns, kinds string
 	n                      int
 	settle, cap            time.Duration
-	verbose                bool
+	clean, verbose         bool
 }
 
 // patience is how long a client may be held up before the run fails.
@@ -103,6 +105,18 @@ func cell(d []time.Duration) string {
 	return fmt.Sprintf("%.0f / %.0f", (ms(d[(len(d)-1)/2])+ms(d[len(d)/2]))/2, ms(d[len(d)-1]))
 }
 
+// destroy destroys all TCP sockets of the address, but not those of a machine.
+func destroy(ctx context.Context, net *rig.Net, a netip.Addr, but string) error {
+	for _, m := range net.Machines {
+		if b := m.Node(); b != nil && m.Name != but {
+			if out, err := b.Run(ctx, "ss", "-K", "-n", "-t", "src", a.String()); err != nil {
+				return fmt.Errorf("%w\n%s", err, out)
+			}
+		}
+	}
+	return nil
+}
+
 // run measures one service with one number of connections.
 func run(ctx context.Context, out io.Writer, o options, service string, conns int) error {
 	scratch, err := bed.Scratch()
@@ -149,11 +163,20 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 	}
 	defer others.close()
 
+	name := mover.Name()
+	if o.clean {
+		name += ", stale sockets destroyed before"
+	}
 	results, seen := map[string]*pauses{}, 0
 	measure := func(kind string, do func(ctx context.Context) error) error {
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		time.Sleep(o.settle)
+		if o.clean {
+			if err := destroy(ctx, net, a, mover.Owner(a)); err != nil {
+				return err
+			}
+		}
 		t0 := time.Now()
 		if err := do(ctx); err != nil {
 			return fmt.Errorf("%s: %w", kind, err)
@@ -178,12 +201,8 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 			if o.verbose {
 				fmt.Fprintf(os.Stderr, "%s, %d connections, %s: somebody hangs; the machines' sockets are destroyed\n", mover.Name(), conns, kind)
 			}
-			for _, m := range net.Machines {
-				if b := m.Node(); b != nil {
-					if out, err := b.Run(ctx, "ss", "-K", "-n", "-t", "src", a.String()); err != nil {
-						return fmt.Errorf("%w\n%s", err, out)
-					}
-				}
+			if err := destroy(ctx, net, a, ""); err != nil {
+				return err
 			}
 		}
 		var d [2]time.Duration
@@ -245,7 +264,7 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 	}
 	for kind := range strings.SplitSeq(o.kinds, ",") {
 		p := results[kind]
-		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d | %d |\n", mover.Name(), kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.hung, p.wrong)
+		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d | %d |\n", name, kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.hung, p.wrong)
 	}
 	for _, c := range clients {
 		if _, err := c.Finish(short); err != nil {

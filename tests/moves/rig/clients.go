@@ -59,7 +59,7 @@ type opLog struct {
 	// how much it was ahead lately.
 	clock string
 	ahead time.Duration
-	ops  map[string][]Op // of a worker
+	ops   map[string][]Op // of a worker
 }
 
 // compare looks at the clock file. What is being written is looked at the next time.

@@ -78,8 +78,8 @@ mkdir -p /var/lib/ctdb/volatile /var/lib/ctdb/persistent /var/lib/ctdb/state`, e
 		return fmt.Errorf("rig: ctdb: %w\n%s", err, out)
 	}
 	for name, text := range map[string]string{
-		"ctdb.conf": fmt.Sprintf("[logging]\nlocation = file:%s\nlog level = NOTICE\n[cluster]\nrecovery lock = %s\n[legacy]\nrealtime scheduling = false\n",
-			filepath.Join(dir, "ctdb.log"), filepath.Join(c.dir, "reclock")),
+		"ctdb.conf": fmt.Sprintf("[logging]\nlog level = NOTICE\n[cluster]\nrecovery lock = %s\n[legacy]\nrealtime scheduling = false\n",
+			filepath.Join(c.dir, "reclock")),
 		"nodes":                           nodes.String(),
 		"public_addresses":                public.String(),
 		"ctdb.tunables":                   tunables,
@@ -89,7 +89,13 @@ mkdir -p /var/lib/ctdb/volatile /var/lib/ctdb/persistent /var/lib/ctdb/state`, e
 			return err
 		}
 	}
+	log, err := os.OpenFile(filepath.Join(dir, "ctdb.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
 	cmd := bed.Command("ctdbd", "-i")
+	cmd.Stdout, cmd.Stderr = log, log
 	if n.proc, err = m.Node().Spawn(cmd); err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) { bed.Main(m) }
 func TestMovers(t *testing.T) {
 	for _, name := range []string{"cold", "keepalived", "ctdb"} {
 		t.Run(name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+			ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 			defer cancel()
 			a := VIP(0)
 			n, m, err := NewMover(name, bed.Dir(t), a)
