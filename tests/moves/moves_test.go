@@ -260,9 +260,15 @@ func (w *world) finish(ctx context.Context) {
 	errs := make([]error, len(w.clients))
 	var wg sync.WaitGroup
 	for i, c := range w.clients {
-		wg.Go(func() { rs[i], errs[i] = c.Finish(ctx) })
+		if c != w.idle {
+			wg.Go(func() { rs[i], errs[i] = c.Finish(ctx) })
+		}
 	}
 	wg.Wait()
+	// Its lock is tried by the others until they end.
+	if i := slices.Index(w.clients, w.idle); i >= 0 {
+		rs[i], errs[i] = w.idle.Finish(ctx)
+	}
 	for i, c := range w.clients {
 		if errs[i] != nil {
 			w.t.Error(errs[i])
