@@ -100,17 +100,17 @@ func (x *pinned) send(round int) {
 	}()
 }
 
-// reconnect makes a new connection to the same machine, if it takes one.
-func (x *pinned) reconnect(ctx context.Context) error {
+// again makes a new connection to the same machine, if it takes one.
+func (x *pinned) again(ctx context.Context) (*pinned, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	c, err := x.node.DialContext(ctx, "tcp", netip.AddrPortFrom(x.addr, bed.NFSPort).String())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	x.p.Close()
-	x.p.Conn = nfsload.NewConn(c, nfsload.ProgNFS)
-	return nil
+	x.t.Cleanup(func() { c.Close() })
+	p := &rig.Probe{Conn: nfsload.NewConn(c, nfsload.ProgNFS), Root: x.p.Root}
+	return &pinned{t: x.t, node: x.node, p: p, addr: x.addr, answers: make(chan error, 16)}, nil
 }
 
 // refused waits for the outcome of each call: an error, or an answer other than success.
@@ -192,7 +192,7 @@ func TestFrozenNode(t *testing.T) {
 	splitBrain(t, func(w *world, node string) error { return w.mover.Freeze(node) }, func(w *world, node string) error { return w.mover.Thaw(node) })
 }
 
-// TestCableNode pulls the cable of the node that has an address, and plugs it in when
+// TestCablePulled pulls the cable of the node that has an address, and plugs it in when
 // another one has taken it.
 func TestCablePulled(t *testing.T) {
 	splitBrain(t, func(w *world, node string) error { return w.mover.Cut(node) }, func(w *world, node string) error { return w.mover.Mend(node) })
@@ -220,10 +220,10 @@ func splitBrain(t *testing.T, stop, goOn func(w *world, node string) error) {
 			if err := stop(w, node); err != nil {
 				t.Fatal(err)
 			}
+			t.Cleanup(func() { goOn(w, node) })
 			x.send(0) // arrives before anybody else has the address
 			w.takenOver(ctx, node, to)
-			second := &pinned{t: t, node: x.node, addr: a, answers: make(chan error, 16), p: &rig.Probe{Root: x.p.Root}}
-			late := second.reconnect(ctx)
+			second, late := x.again(ctx)
 			if late == nil {
 				second.send(1) // arrives when another one has it
 			}
@@ -243,6 +243,7 @@ func splitBrain(t *testing.T, stop, goOn func(w *world, node string) error) {
 			if err := stop(w, node); err != nil {
 				t.Fatal(err)
 			}
+			t.Cleanup(func() { goOn(w, node) })
 			w.takenOver(ctx, node, to)
 			if err := goOn(w, node); err != nil {
 				t.Fatal(err)
