@@ -168,6 +168,11 @@ func (w *world) check() {
 			w.t.Fatal(err)
 		}
 	}
+	if e, ok := w.mover.(interface{ Ended() string }); ok {
+		if node := e.Ended(); node != "" {
+			w.t.Fatalf("%s has ended by itself", node)
+		}
+	}
 	if f := w.watch.Found(); len(f) > 0 {
 		w.t.FailNow() // the watch tells what at the end
 	}

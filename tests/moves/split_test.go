@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"testing"
 	"time"
@@ -19,6 +20,7 @@ type pinned struct {
 	t    *testing.T
 	node *bed.Node
 	p    *rig.Probe
+	conn io.Closer // p's
 	addr netip.Addr
 	// answers of the calls that were sent, in their order.
 	answers chan error
@@ -43,6 +45,7 @@ func (w *world) pin(ctx context.Context, a netip.Addr) *pinned {
 	if x.p, err = rig.NewProbe(ctx, n, a); err != nil {
 		w.t.Fatal(err)
 	}
+	x.conn = x.p
 	w.t.Cleanup(func() { x.p.Close() })
 	// It is served as anybody is.
 	if _, err := x.p.Mkdir(x.p.Root, "pinned"); err != nil {
@@ -110,12 +113,14 @@ func (x *pinned) again(ctx context.Context) (*pinned, error) {
 	}
 	x.t.Cleanup(func() { c.Close() })
 	p := &rig.Probe{Conn: nfsload.NewConn(c, nfsload.ProgNFS), Root: x.p.Root}
-	return &pinned{t: x.t, node: x.node, p: p, addr: x.addr, answers: make(chan error, 16)}, nil
+	return &pinned{t: x.t, node: x.node, p: p, conn: c, addr: x.addr, answers: make(chan error, 16)}, nil
 }
 
 // refused waits for the outcome of each call: an error, or an answer other than success.
 func (x *pinned) refused(ctx context.Context) {
 	x.t.Helper()
+	end := time.AfterFunc(time.Second, func() { x.conn.Close() }) // after what is on its way
+	defer end.Stop()
 	for ; x.sent > 0; x.sent-- {
 		select {
 		case err := <-x.answers:
@@ -233,6 +238,7 @@ func splitBrain(t *testing.T, stop, goOn func(w *world, node string) error) {
 			}
 			w.gone(ctx, node, a)
 			w.watch.Excuse(node, false)
+			// Nothing of the address is left there, so what was not answered never will be.
 			x.refused(ctx)
 			if late == nil {
 				second.refused(ctx)

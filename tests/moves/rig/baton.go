@@ -5,10 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
-	"path/filepath"
-	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -22,8 +19,6 @@ type Baton struct {
 	cluster *bed.Cluster
 	vips    []netip.Addr
 	force   bool // nobody but the test decides, and says who is gone
-
-	mu      sync.Mutex
 	members map[string]*bed.Member
 }
 
@@ -265,6 +260,16 @@ func (b *Baton) Registry(ctx context.Context, on bool) error {
 	return nil
 }
 
+// Ended is a node whose process has ended without being killed; "" if all run.
+func (b *Baton) Ended() string {
+	for name, x := range b.members {
+		if x.Ended() {
+			return name
+		}
+	}
+	return ""
+}
+
 // Events are what all nodes have logged about addresses, a line each.
 func (b *Baton) Events(ctx context.Context) (string, error) {
 	return b.Command(ctx, "events")
@@ -290,13 +295,4 @@ func (b *Baton) Log() string {
 		fmt.Fprintf(&s, "--- baton %s: %v\n%s\n", strings.Join(args, " "), err, strings.Join(lines[max(0, len(lines)-40):], "\n"))
 	}
 	return s.String()
-}
-
-// LogFiles are the paths of all nodes' logs.
-func (b *Baton) LogFiles() (paths []string) {
-	for _, x := range b.members {
-		paths = append(paths, filepath.Join(filepath.Dir(b.cluster.ConfigFile(x)), "baton.log"))
-	}
-	slices.Sort(paths)
-	return paths
 }
