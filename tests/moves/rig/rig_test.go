@@ -19,6 +19,9 @@ func TestMain(m *testing.M) { bed.Main(m) }
 // TestMovers moves an address of each service that is compared, and cuts the power of
 // its owner, with a probe that reads what it wrote before.
 func TestMovers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("SKIPPED, reason: CTDB alone needs most of a minute")
+	}
 	for _, name := range []string{"cold", "keepalived", "ctdb"} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
