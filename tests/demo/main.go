@@ -110,10 +110,6 @@ func demo(ctx context.Context, w io.Writer, service string, verbose bool) (err e
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		l.say("%s", what)
-		seen := ""
-		if e, ok := mover.(eventer); ok && verbose {
-			seen, _ = e.Events(ctx)
-		}
 		t0 := time.Now()
 		if err := do(ctx); err != nil {
 			return err
@@ -130,8 +126,12 @@ func demo(ctx context.Context, w io.Writer, service string, verbose bool) (err e
 		worst = max(worst, o.Took)
 		if e, ok := mover.(eventer); ok && verbose {
 			if now, err := e.Events(ctx); err == nil {
-				for line := range strings.SplitSeq(strings.TrimSpace(strings.TrimPrefix(now, seen)), "\n") {
-					fmt.Fprintln(w, "             |", line)
+				// Lines begin with their time.
+				since := t0.UTC().Format("2006-01-02T15:04:05.000Z")
+				for line := range strings.Lines(now) {
+					if line >= since && line[0] >= '0' && line[0] <= '9' {
+						fmt.Fprint(w, "             | ", line)
+					}
 				}
 			}
 		}
