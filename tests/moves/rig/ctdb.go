@@ -37,11 +37,15 @@ func (c *CTDB) Name() string {
 	return "ganesha + CTDB (defaults)"
 }
 
-// ctdbScript tells CTDB of the connections to NFS, as its script for the kernel's server does.
+// ctdbScript tells CTDB of the connections to NFS, as its script for the kernel's server
+// does. It also resets those of an address that is about to be taken away: CTDB's own
+// way of doing that does not find sockets that have IPv4 addresses inside IPv6 ones, as
+// Ganesha's do.
 const ctdbScript = `#!/bin/sh
 [ -n "$CTDB_BASE" ] || CTDB_BASE=/etc/ctdb
 . "${CTDB_BASE}/functions"
 case "$1" in
+releaseip) ss -K -n -t src "$3" >/dev/null ;;
 monitor) update_tickles 2049 ;;
 esac
 exit 0
@@ -83,7 +87,7 @@ mkdir -p /var/lib/ctdb/volatile /var/lib/ctdb/persistent /var/lib/ctdb/state`, e
 		"nodes":                           nodes.String(),
 		"public_addresses":                public.String(),
 		"ctdb.tunables":                   tunables,
-		"events/legacy/60.ganesha.script": ctdbScript,
+		"events/legacy/09.ganesha.script": ctdbScript,
 	} {
 		if err := os.WriteFile(filepath.Join(etc, name), []byte(text), 0o755); err != nil {
 			return err
