@@ -266,8 +266,10 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 		p := results[kind]
 		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d | %d |\n", name, kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.hung, p.wrong)
 	}
+	end, stop := context.WithTimeout(ctx, patience)
+	defer stop()
 	for _, c := range clients {
-		if _, err := c.Finish(short); err != nil {
+		if _, err := c.Finish(end); err != nil {
 			return err
 		}
 	}
