@@ -2,6 +2,7 @@
 # make check    fast tests, about three minutes on two cores, no privileges needed
 # make test     everything: unit tests, real kernel client, libnfs, benchmark smoke test (root)
 # make bench    compare with nfs-ganesha (root), tables on standard output
+# make demo     a floating address moves under a real kernel client: a timeline (root)
 # make fuzz     all fuzz targets, FUZZTIME each
 
 GO          ?= go
@@ -18,9 +19,9 @@ REST = $(filter-out $(shell $(GO) list $(RACE)),$(shell $(GO) list ./...))
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)
 # Suites that must not end without a passed test.
-SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim
+SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim,tests/moves,tests/moves/rig
 
-.PHONY: build run check lint test bench bench-quick fuzz fuzz-short clean
+.PHONY: build run check lint test bench bench-quick demo fuzz fuzz-short clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o baton ./cmd/baton
@@ -55,6 +56,10 @@ bench:
 
 bench-quick:
 	$(GO) run ./tests/bench -rounds 1 -seconds 0.5
+
+demo:
+	sh tests/install.sh
+	$(GO) run ./tests/demo
 
 # Every fuzz target for FUZZTIME (fuzz) or a moment (fuzz-short): `go test` takes
 # one target at a time.

@@ -8,10 +8,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
-// Member is one node of a Cluster. All of them are processes in the same Node.
+// Member is one node of a Cluster. Without a Node of their own all of them are processes
+// in the cluster's.
 type Member struct {
 	Name string
 	// Addr is where its targets listen; any address of 127.0.0.0/8 will do.
@@ -20,6 +22,10 @@ type Member struct {
 	Serve netip.Addr
 	// Start are the targets that it starts by itself.
 	Start []string
+	// Node runs it; nil: the cluster's.
+	Node *Node
+	// Floating lets it serve addresses that the registry gives it.
+	Floating bool
 
 	proc *Proc
 	log  *os.File
@@ -109,14 +115,17 @@ func (s *Cluster) config(m *Member) string {
 	for i := range s.OSTs {
 		fmt.Fprintf(&b, "[[ost]]\ndir = %q\nnodes = %s\n", filepath.Join(s.c.Dir, fmt.Sprint("ost", i)), all)
 	}
-	if m.Serve.IsValid() {
+	switch {
+	case m.Floating:
+		fmt.Fprintf(&b, "[nfs]\naddresses = []\nfloating = true\nport = %d\nmount_port = %d\n", s.c.NFSPort, s.c.MountPort)
+	case m.Serve.IsValid():
 		fmt.Fprintf(&b, "[nfs]\naddresses = [%q]\nport = %d\nmount_port = %d\n", m.Serve, s.c.NFSPort, s.c.MountPort)
-	} else {
+	default:
 		b.WriteString("[nfs]\naddresses = []\n")
 	}
 	fmt.Fprintf(&b, "[exports]\nfile = %q\n", filepath.Join(s.c.Dir, "exports"))
 	fmt.Fprintf(&b, "[rpcbind]\nmode = %q\n[http]\naddress = \"\"\n%s%s",
-		map[bool]string{true: "own", false: "off"}[m.Serve.IsValid() && s.c.NFSPort == NFSPort], s.c.locks(), s.Extra)
+		map[bool]string{true: "own", false: "off"}[(m.Serve.IsValid() || m.Floating) && s.c.NFSPort == NFSPort], s.c.locks(), s.Extra)
 	return b.String()
 }
 
@@ -170,12 +179,19 @@ func (s *Cluster) StartMember(ctx context.Context, m *Member) error {
 	}
 	cmd := Command(s.bin, "serve", "--config", s.ConfigFile(m))
 	cmd.Stdout, cmd.Stderr = m.log, m.log
-	p, err := s.c.Node.Spawn(cmd)
+	p, err := s.node(m).Spawn(cmd)
 	if err != nil {
 		return err
 	}
 	m.proc = p
 	return nil
+}
+
+func (s *Cluster) node(m *Member) *Node {
+	if m.Node != nil {
+		return m.Node
+	}
+	return s.c.Node
 }
 
 // Start starts the members that do not run, and waits until those that serve NFS do.
@@ -201,7 +217,7 @@ func (s *Cluster) Start(ctx context.Context) error {
 	}
 	for _, m := range s.members {
 		if m.Serve.IsValid() {
-			if err := waitAnswers(ctx, s.c.Node, m.Serve, s.c.NFSPort, s.c.MountPort, m.proc); err != nil {
+			if err := waitAnswers(ctx, s.node(m), m.Serve, s.c.NFSPort, s.c.MountPort, m.proc); err != nil {
 				return fmt.Errorf("%w (%w)\n%s", err, context.Cause(ctx), s.Log())
 			}
 		}
@@ -215,6 +231,14 @@ func (m *Member) Kill() {
 		m.proc.Kill()
 		m.proc = nil
 	}
+}
+
+// Signal sends a signal to the member's processes.
+func (m *Member) Signal(sig syscall.Signal) error {
+	if m.proc == nil {
+		return nil
+	}
+	return m.proc.Signal(sig)
 }
 
 // Running tells whether the member runs.
@@ -261,7 +285,7 @@ func (s *Cluster) Stop() error {
 
 // Baton runs a command of the program for a member, and returns what it printed.
 func (s *Cluster) Baton(ctx context.Context, m *Member, args ...string) (string, error) {
-	out, err := s.c.Node.Run(ctx, s.bin, append(args, "--config", s.ConfigFile(m))...)
+	out, err := s.node(m).Run(ctx, s.bin, append(args, "--config", s.ConfigFile(m))...)
 	return string(out), err
 }
 
@@ -280,7 +304,7 @@ func (s *Cluster) Log() string {
 
 // Check runs `baton fsck` on the stopped cluster's stores.
 func (s *Cluster) Check(ctx context.Context) error {
-	if out, err := s.Baton(ctx, s.members[0], "fsck"); err != nil {
+	if out, err := s.c.Node.Run(ctx, s.bin, "fsck", "--config", s.ConfigFile(s.members[0])); err != nil {
 		return fmt.Errorf("bed: baton fsck: %w\n%s", err, out)
 	}
 	return nil

@@ -80,3 +80,31 @@ func (n *Node) Plug(hub *Node, master, port, dev string, addr netip.Prefix) erro
 	}
 	return n.ip("link set " + dev + " up")
 }
+
+// SetMAC gives an interface of the node a hardware address.
+func (n *Node) SetMAC(dev, mac string) error { return n.ip("link set " + dev + " address " + mac) }
+
+// SetLink switches an interface of the node on or off. Off, on the hub's side of a
+// Plug, is a pulled cable.
+func (n *Node) SetLink(dev string, up bool) error {
+	return n.ip("link set " + dev + map[bool]string{true: " up", false: " down"}[up])
+}
+
+// DelLink removes an interface of the node, and with it the other end of a Plug.
+func (n *Node) DelLink(dev string) error { return n.ip("link del " + dev) }
+
+// DelAddr takes an address from an interface of the node.
+func (n *Node) DelAddr(dev string, addr netip.Prefix) error {
+	return n.ip(fmt.Sprintf("addr del %s dev %s", addr, dev))
+}
+
+// Retransmit makes TCP to the network of an address retransmit after 5 ms, as
+// AddBridge does.
+func (n *Node) Retransmit(dev string, addr netip.Prefix) error {
+	return n.ip(fmt.Sprintf("route replace %s dev %s src %s rto_min 5ms", addr.Masked(), dev, addr.Addr()))
+}
+
+// Neighbour tells the node for good which hardware address an address has.
+func (n *Node) Neighbour(dev string, addr netip.Addr, mac string) error {
+	return n.ip(fmt.Sprintf("neigh replace %s lladdr %s nud permanent dev %s", addr, mac, dev))
+}

@@ -338,6 +338,16 @@ func (p *Proc) Kill() {
 	<-p.done
 }
 
+// Signal sends a signal to the process group.
+func (p *Proc) Signal(sig syscall.Signal) error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("bed: %s has ended", p.cmd.Path)
+	default:
+	}
+	return syscall.Kill(-p.cmd.Process.Pid, sig)
+}
+
 // Stop sends SIGTERM and waits for the process; after grace it is killed and
 // an error returned.
 func (p *Proc) Stop(grace time.Duration) error {

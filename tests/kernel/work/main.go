@@ -43,6 +43,7 @@ func init() {
 		"agent":    {agent, "-listen ADDR: run programs for the lock suite"},
 		"owner":    {owner, "[DIR]: internal: one lock owner, driven over standard input"},
 		"crash":    {crash, "-control DIR DIR: work against a model while the server crashes"},
+		"moves":    {moves, "-control DIR -id I -with WORKERS DIR: work while the address moves"},
 		"share":    {share, "-control DIR -id I -peer ADDR DIR: the same files as another guest, under locks, while servers crash"},
 	}
 }
