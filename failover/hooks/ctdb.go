@@ -135,7 +135,7 @@ func ctdbMonitor(ctx context.Context, e *Env, addrs []netip.Addr) Exit {
 		return x
 	}
 	x := each(addrs, func(a netip.Addr) Exit {
-		r, err := settle(ctx, e, a)
+		r, err := settle(ctx, e, a, vipctl.Taking, vipctl.Releasing)
 		if err != nil {
 			return failed("%s", why(a, "check", err))
 		}

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/control"
@@ -185,11 +186,11 @@ func Health(ctx context.Context, e *Env) Exit {
 	return done("baton runs")
 }
 
-// settle looks at an address until nothing is about to change there, or until
-// the context ends: then the last state counts.
-func settle(ctx context.Context, e *Env, addr netip.Addr) (vipctl.Result, error) {
+// settle looks at an address until it is in none of the states in which it is about
+// to change, or until the context ends: then the last state counts.
+func settle(ctx context.Context, e *Env, addr netip.Addr, changing ...string) (vipctl.Result, error) {
 	last, err := e.Baton.Check(ctx, vipctl.CheckArgs{Addr: addr})
-	for err == nil && (last.State == vipctl.Taking || last.State == vipctl.Releasing) && ctx.Err() == nil {
+	for err == nil && slices.Contains(changing, last.State) && ctx.Err() == nil {
 		e.Sleep(ctx, poll)
 		r, err := e.Baton.Check(ctx, vipctl.CheckArgs{Addr: addr})
 		if err != nil {

@@ -122,12 +122,19 @@ func ocfStop(ctx context.Context, e *Env, addr netip.Addr, role string) Exit {
 }
 
 func ocfMonitor(ctx context.Context, e *Env, addr netip.Addr, role string) Exit {
-	if role == RolePost {
+	switch role {
+	case RolePost:
 		// It is there from the listeners' opening to their end.
 		r, err := e.Baton.Check(ctx, vipctl.CheckArgs{Addr: addr})
 		return ocfState(e, addr, role, r, err, r.State == vipctl.Serving || r.State == vipctl.Listening || r.State == vipctl.Taking || r.State == vipctl.Releasing)
+	case RolePre:
+		r, err := settle(ctx, e, addr, vipctl.Taking)
+		if err == nil && r.State == vipctl.Releasing {
+			return Exit{ocfNotRunning, line(addr, r)} // drained; the rest is post's
+		}
+		return ocfState(e, addr, role, r, err, r.State == vipctl.Serving)
 	}
-	r, err := settle(ctx, e, addr)
+	r, err := settle(ctx, e, addr, vipctl.Taking, vipctl.Releasing)
 	return ocfState(e, addr, role, r, err, r.State == vipctl.Serving)
 }
 
