@@ -1,18 +1,19 @@
 #!/bin/sh
 # Makes a tree of Debian 12 with the cluster managers and systemd that suites run
 # in namespaces, and prints its path. Tests put an overlay over it: the tree
-# itself is never written to. Made once, about a minute, and again when this file
+# itself is never written to. Made once, about two minutes, and again when this file
 # changes. Needs root, debootstrap and a Debian mirror.
 #
 #   sh tests/debtree.sh [DIRECTORY]        default: /var/cache/baton-tests
 set -eu
 cache=${1:-${BATON_DEBTREE_CACHE:-/var/cache/baton-tests}}
 suite=bookworm
-packages="systemd systemd-sysv dbus iproute2 iputils-ping procps keepalived pacemaker pacemaker-cli-utils corosync resource-agents libxml2-utils ctdb nftables netcat-openbsd"
+packages="systemd systemd-sysv dbus iproute2 iputils-ping procps keepalived pacemaker pacemaker-cli-utils corosync resource-agents libxml2-utils ctdb nftables iptables ethtool netcat-openbsd"
 version=$(cksum <"$0" | cut -d' ' -f1)
 tree=$cache/debian-$suite-$version
 
 if [ -e "$tree/.complete" ]; then
+	touch -c "$tree/.complete" 2>/dev/null || :
 	echo "$tree"
 	exit 0
 fi
@@ -31,8 +32,9 @@ if [ -e "$tree/.complete" ]; then
 	echo "$tree"
 	exit 0
 fi
-# Trees of earlier versions of this file, and what was broken off.
-rm -rf "$cache"/debian-"$suite"-*
+# What was broken off, and trees of other versions of this file that nobody uses.
+rm -rf "$cache"/debian-*.new
+find "$cache" -mindepth 2 -maxdepth 2 -name .complete -mtime +14 -exec sh -c 'rm -rf "${1%/*}"' sh {} \;
 mirror=
 for f in /etc/apt/sources.list /etc/apt/sources.list.d/*; do
 	[ -f "$f" ] || continue

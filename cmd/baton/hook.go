@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/syslog"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -79,6 +80,27 @@ func (t *hookTarget) run(ctx context.Context, a *app, f func(context.Context, *h
 	}
 	defer cancel()
 	return a.hookExit(f(ctx, e))
+}
+
+// syslogFlag is of the hooks whose output keepalived throws away.
+func syslogFlag(cmd *cobra.Command, on *bool) {
+	cmd.Flags().BoolVar(on, "syslog", false, "say what was done to the system's log, too")
+}
+
+// logged sends a line to the system's log, if that is wanted and there is one.
+func logged(on bool, x hooks.Exit) hooks.Exit {
+	if !on || x.Text == "" {
+		return x
+	}
+	level := syslog.LOG_INFO
+	if x.Code != hooks.OK {
+		level = syslog.LOG_ERR
+	}
+	if w, err := syslog.New(syslog.LOG_DAEMON|level, "baton-hook"); err == nil {
+		fmt.Fprintln(w, x.Text)
+		w.Close()
+	}
+	return x
 }
 
 // hookExit prints the line and gives the exit code.
@@ -292,6 +314,7 @@ func (a *app) hookFifoCmd() *cobra.Command {
 	var t hookTarget
 	var o hooks.KeeperOptions
 	var instances, groups []string
+	var toSyslog bool
 	cmd := &cobra.Command{
 		Use:   "fifo --instance NAME=ADDRESS[,ADDRESS...] FIFO",
 		Short: "Follow keepalived's notify fifo",
@@ -345,13 +368,14 @@ stay short. One that leaves (FAULT, STOP) gives it up after --handover even so.`
 			defer stop()
 			// keepalived ends it by a signal, right after the last lines.
 			context.AfterFunc(ctx, func() { f.SetReadDeadline(time.Now().Add(100 * time.Millisecond)) })
-			hooks.Follow(cmd.Context(), e, f, m, o, o.Handover+10*time.Second, func(x hooks.Exit) { a.hookExit(x) })
+			hooks.Follow(cmd.Context(), e, f, m, o, o.Handover+10*time.Second, func(x hooks.Exit) { a.hookExit(logged(toSyslog, x)) })
 			return nil
 		},
 	}
 	cmd.Flags().StringArrayVar(&instances, "instance", nil, "`NAME=ADDRESS[,...]` of a vrrp_instance (repeat)")
 	cmd.Flags().StringArrayVar(&groups, "group", nil, "`NAME=ADDRESS[,...]` of a vrrp_sync_group (repeat)")
 	keeperFlags(cmd, &o)
+	syslogFlag(cmd, &toSyslog)
 	cmd.Flags().DurationVar(&o.Recheck, "recheck", 2*time.Second, "look again at settled addresses after this `TIME`; 0: never")
 	t.add(cmd, 0)
 	return cmd
@@ -361,6 +385,7 @@ func (a *app) hookNotifyCmd() *cobra.Command {
 	var t hookTarget
 	var o hooks.KeeperOptions
 	var addr, dir string
+	var toSyslog bool
 	cmd := &cobra.Command{
 		Use:   "notify --address ADDRESS {INSTANCE | GROUP} NAME STATE PRIORITY",
 		Short: "Handle a change of state that keepalived tells by a script",
@@ -392,13 +417,14 @@ between them that starts others).`,
 				return err
 			}
 			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit {
-				return hooks.Notify(ctx, e, dir, order, ip, role, o)
+				return logged(toSyslog, hooks.Notify(ctx, e, dir, order, ip, role, o))
 			})
 		},
 	}
 	cmd.Flags().StringVar(&addr, "address", "", "the floating `ADDRESS`")
 	cmd.Flags().StringVar(&dir, "state-dir", "/run/baton-keepalived", "`DIR` in which processes tell each other who is the latest")
 	keeperFlags(cmd, &o)
+	syslogFlag(cmd, &toSyslog)
 	t.add(cmd, 30*time.Second)
 	return cmd
 }
