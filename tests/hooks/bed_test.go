@@ -19,7 +19,7 @@ import (
 func TestMain(m *testing.M) { bed.Main(m) }
 
 // patience is what nothing may take: only a hang exceeds it.
-const patience = 25 * time.Second
+const patience = 60 * time.Second
 
 // record is a line of the stub's log; see there.
 type record struct {

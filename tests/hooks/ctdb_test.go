@@ -79,7 +79,10 @@ func TestCTDB(t *testing.T) {
 		name    string
 		callout bool
 	}{{"script", false}, {"callout", true}} {
-		t.Run(c.name, func(t *testing.T) { testCTDB(t, c.callout) })
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			testCTDB(t, c.callout)
+		})
 	}
 }
 
@@ -115,11 +118,27 @@ func testCTDB(t *testing.T, callout bool) {
 	moved("move", s.step("move", addr, to), owner, to)
 	owner = to
 
+	if !callout { // it is the same from here on, but for the shutdown
+		owner = s.deaths(owner, addr)
+	}
+
+	// CTDB's shutdown tells nobody of a release; the script drains before the address
+	// is dropped.
+	s.m[owner].sh("ctdb shutdown")
+	s.wait("another owner", func() bool { a := s.answers(s.addrs[0]); return a != "" && a != owner })
+	rs = s.step("shutdown", addr, s.answers(s.addrs[0]))
+	s.sequence("shutdown", of(rs, owner, addr, "release"), owner+" release drain given had has -> releasing", owner+" release finish given")
+	t.Logf("all after %v", time.Since(begin).Round(100*time.Millisecond))
+}
+
+// deaths kills baton and then a node, which returns and gets the address back.
+func (s *site) deaths(owner, addr string) string {
+	s.t.Helper()
 	// baton dies: the node becomes unhealthy, and the address goes.
 	s.m[owner].stub.Kill()
 	s.wait("another owner", func() bool { a := s.answers(s.addrs[0]); return a != "" && a != owner })
-	to = s.answers(s.addrs[0])
-	rs = s.step("baton killed", addr, to)
+	to := s.answers(s.addrs[0])
+	rs := s.step("baton killed", addr, to)
 	s.sequence("baton killed", of(rs, to, addr, "take"), to+" take listen given force -> listening", to+" take serve given force had has -> serving")
 	s.m[owner].serve()
 	s.healthy(3)
@@ -134,20 +153,13 @@ func testCTDB(t *testing.T, callout bool) {
 	s.sequence("node killed", of(rs, owner, addr, "take"), owner+" take listen given force -> listening", owner+" take serve given force had has -> serving")
 
 	// It returns, and the address is ordered back.
-	m := s.boot(pnn[dead] + 1)
-	m.ctdb(callout)
+	i := int(dead[1] - '0')
+	s.boot(i).ctdb(false)
 	s.healthy(3)
 	if a := s.answers(s.addrs[0]); a != dead {
-		s.moveTo(a, addr, pnn[dead])
+		s.moveTo(a, addr, i-1)
 	}
 	rs = s.step("failback", addr, dead)
 	s.sequence("failback", of(rs, dead, addr, "take"), dead+" take listen given force -> listening", dead+" take serve given force had has -> serving")
-
-	// CTDB's shutdown tells nobody of a release; the script drains before the address
-	// is dropped.
-	m.sh("ctdb shutdown")
-	s.wait("another owner", func() bool { a := s.answers(s.addrs[0]); return a != "" && a != dead })
-	rs = s.step("shutdown", addr, s.answers(s.addrs[0]))
-	s.sequence("shutdown", of(rs, dead, addr, "release"), dead+" release drain given had has -> releasing", dead+" release finish given")
-	t.Logf("all after %v", time.Since(begin).Round(100*time.Millisecond))
+	return dead
 }

@@ -51,6 +51,7 @@ func (s *site) planned(what string, rs []record, from, to string) {
 // TestKeepalived moves the address by real keepalived, whose notify fifo is followed:
 // demotion, return, the death of a node and of baton, a stop.
 func TestKeepalived(t *testing.T) {
+	t.Parallel()
 	const addr = "192.0.2.50"
 	s := newSite(t, addr)
 	s.boot(1)
@@ -112,6 +113,7 @@ func TestKeepalived(t *testing.T) {
 
 // TestKeepalivedNotify does with a script for each change of state.
 func TestKeepalivedNotify(t *testing.T) {
+	t.Parallel()
 	const addr, conf = "192.0.2.50", "keepalived-notify.conf"
 	s := newSite(t, addr)
 	s.boot(1)

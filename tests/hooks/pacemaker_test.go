@@ -144,6 +144,7 @@ func TestOCF(t *testing.T) {
 // TestPacemaker moves addresses by a real cluster of three nodes: an order of the
 // administrator, the death of baton, the death of a node, its return.
 func TestPacemaker(t *testing.T) {
+	t.Parallel()
 	const whole, group = "192.0.2.50", "192.0.2.60"
 	s := newSite(t, whole, group)
 	begin := time.Now()
