@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/control"
@@ -80,7 +81,7 @@ func line(addr netip.Addr, r vipctl.Result) string {
 	if r.Text == "" {
 		return fmt.Sprintf("%s: %s", addr, r.State)
 	}
-	return fmt.Sprintf("%s: %s", addr, r.Text)
+	return fmt.Sprintf("%s: %s", addr, strings.TrimPrefix(r.Text, addr.String()+": "))
 }
 
 // why makes one line of an error.
@@ -97,11 +98,9 @@ func Take(ctx context.Context, e *Env, a vipctl.TakeArgs) Exit {
 	if err != nil {
 		return Exit{Failure, why(a.Addr, "take", err)}
 	}
-	want := vipctl.Serving
-	if a.Stage == vipctl.StageListen {
-		want = vipctl.Listening
-	}
-	if r.State != want && r.State != vipctl.Serving {
+	// One that goes on by itself has its listeners, too.
+	listens := a.Stage == vipctl.StageListen && (r.State == vipctl.Listening || r.State == vipctl.Taking)
+	if r.State != vipctl.Serving && !listens {
 		return failed("%s: take: %s (%s)", a.Addr, r.State, r.Text)
 	}
 	return Exit{OK, line(a.Addr, r)}

@@ -29,6 +29,8 @@ var sectionDocs = map[string]string{
 	"mdt":           "The metadata target: names, inodes, reply records.",
 	"ost":           "The object storage targets, which hold file data. One table each.",
 	"recovery":      "How targets, and frontends as their clients, come through failures of each\nother. Of use in a cluster only.",
+	"failover":      "How floating addresses are given up and taken by this node. Each stage has a\ndeadline, so that no client can hold a move up.",
+	"manager":       "Who decides which node serves a floating address. The same on all nodes; of use\nin a cluster only.",
 	"cluster.nodes": "All nodes of the cluster, this one too. One table each.",
 	"control":       "The socket that the local commands talk to.",
 	"http":          "Metrics for Prometheus at /metrics, a health check at /healthz.",
@@ -42,6 +44,7 @@ var keyDocs = map[string]string{
 	"cluster_key_file": "The key that signs file handles: 32 random bytes, made at the first start,\nmode 0600. Keep a copy: without it all handles that clients hold become\nstale. Empty: DATA_DIR/cluster.key.",
 
 	"nfs.addresses":       "Service addresses, IPv4 or IPv6, one listener for each. Wildcards are\nrefused: an address must be able to move to another node alone.",
+	"nfs.floating":        "Let this node serve floating addresses, too: those that \"baton vip add\"\nenters and that move between nodes. It adds them to the machine and takes\nthem away, which needs root or CAP_NET_ADMIN and CAP_NET_RAW. Only in a\ncluster.",
 	"nfs.port":            "Port of NFS, TCP (and UDP if udp is true).",
 	"nfs.mount_port":      "Port of MOUNT, TCP and UDP. It may be the same as port.",
 	"nfs.udp":             "Serve NFS over UDP, too. Fragmented datagrams can be put together wrongly\non fast networks; leave it off unless an old client needs it.",
@@ -76,6 +79,17 @@ var keyDocs = map[string]string{
 	"locks.max_per_client":         "The same of one client.",
 	"locks.max_waiting_per_client": "Waiting requests of one client.",
 	"locks.max_hosts":              "Clients that are to be told of restarts.",
+
+	"failover.refuse":         "What becomes of new connections while an address is given up. hold: they\nwait, in the end for the next owner. reset: they are refused, after which\nLinux clients wait 3 s.",
+	"failover.close":          "How drained connections end. auto: without a packet, if a node that may be\nnext knows them and can wake their clients up; else, and with half-close,\nby FIN, after which busy clients wait 1 s.",
+	"failover.refuse_timeout": "Deadline of stopping new connections.",
+	"failover.drain_timeout":  "Deadline of calls in progress and their replies. What is left is cut off,\nand its clients send it again.",
+	"failover.commit_timeout": "Deadline of making durable what was acknowledged. If it is missed, the move\ngoes on as after a crash: clients send unstable data again.",
+	"failover.close_timeout":  "How long FIN waits for the clients' FIN.",
+	"failover.clear_timeout":  "Deadline of destroying what is left of an address's sockets.",
+	"failover.remove_timeout": "Deadline of taking the address off the machine.",
+	"failover.finish_timeout": "Deadline of closing the rest.",
+	"failover.stop_wait":      "How long a node that stops waits for others to take its addresses.",
 
 	"fs.stripe_count": "OSTs that a new file is spread over, 1 to 16.",
 	"fs.stripe_size":  "Bytes that go to one OST before the next follows. Multiple of 64 KiB.",
@@ -119,6 +133,18 @@ var keyDocs = map[string]string{
 	"recovery.imperative":      "\"on\": the registry tells this node where targets have started, so that it\nconnects to them at once, and tells others of the targets that start here.\n\"off\": this node takes no part, and since it must find out by itself, no\ntarget waits any shorter; on the node of the MGS: nobody is told anything.",
 	"recovery.ir_factor":       "When the registry tells all clients that a target is back, the target waits\nthis many tenths (1 to 10) of its window for those that do not come. A small\nfactor evicts clients that are only slow to come (a busy network, a node\nthat starts itself), and they lose what was not durable: be careful below 3.\n10 leaves the window as it is.",
 	"recovery.ir_startup":      "How long after its own start the registry does not vouch for anybody, since\nthe nodes have to find it first. Targets that start meanwhile wait as usual.",
+
+	"manager.mode":           "builtin: the node with the registry decides, by beats and by what the nodes\nreport. external: a cluster manager does, through \"baton hook\". off: nobody,\naddresses move by \"baton vip move\" only.",
+	"manager.quorum":         "majority: nothing is decided unless more than half of all nodes answer the\none that decides. owner: it decides alone, which two nodes need; if it is\ncut off from the other one, it takes that one's addresses. auto: majority\nwith three nodes and more, else owner.",
+	"manager.confirm":        "How long a node whose beats are missing is suspected before it counts as\ndead. It is doubled when another node still hears it; when most do, it is\nunready_after.",
+	"manager.unready_after":  "A node that lives and cannot serve, or does not answer, has its addresses\nmoved after this time.",
+	"manager.slow_after":     "The same of a node that is slow, that is, does not get on with itself. 0s:\nnever; to be slow is no reason to move.",
+	"manager.start_timeout":  "A node that was to take an address and does not listen in this time is\npassed over for another one.",
+	"manager.move_timeout":   "A node that does not give an address up in this time is reported. If it does\nnot answer either, it is taken for frozen, and the address is taken away.",
+	"manager.failback_delay": "How long a preferred node has to be fit before an address returns to it.\n\"never\": addresses stay where they are served.",
+	"manager.hold_off":       "How long an address that was moved stays where it is if nothing forces it to\nmove. It doubles with every move.",
+	"manager.hold_off_max":   "The longest hold-off. An address that has stayed longer begins anew.",
+	"manager.parallel_moves": "Planned moves at the same time. Addresses of dead nodes do not wait.",
 
 	"control.socket": "Path, at most 107 bytes; made with mode 0600. Empty: DATA_DIR/control.sock.",
 
@@ -187,6 +213,8 @@ func tomlValue(v any) string {
 		}
 		return x.String()
 	case Duration:
+		return strconv.Quote(x.String())
+	case Delay:
 		return strconv.Quote(x.String())
 	case []string:
 		q := make([]string, len(x))

@@ -21,6 +21,7 @@ import (
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
@@ -48,6 +49,12 @@ type cluster struct {
 	lives  lives
 	paths  paths
 	asks   asks
+	agent  atomic.Pointer[vipagent.Agent] // of floating addresses, while they are served
+	// sources are nil while this node has nothing to do with floating addresses.
+	sources atomic.Pointer[vipSources]
+	// incarnation numbers this process among those of the node.
+	incarnation uint64
+	managing    managing
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -87,6 +94,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		c.hosted = append(c.hosted, h)
 		c.byName[t.Name] = h
 	}
+	c.asks.handle(askEvents, c.answerEvents)
 	so := tcp.ServerOptions{Node: c.name, Insecure: c.tls == nil, Logger: log, Allow: c.allow}
 	if c.tls != nil {
 		so.TLS = c.tls.Server()
@@ -94,6 +102,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
+	c.asks.handle(vipagent.MethodConns, c.answerConns)
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}
@@ -102,6 +111,10 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		return nil, err
 	}
 	if c.ir, err = ir.NewClient(c.watchOptions()); err != nil {
+		return nil, err
+	}
+	c.answerManager()
+	if err := c.newManager(); err != nil {
 		return nil, err
 	}
 	l, err := net.Listen("tcp", cfg.Cluster.Listen)
@@ -119,6 +132,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		}
 	})
 	c.background(func() { c.ir.Run(c.watching) })
+	c.startManager()
 	log.Info("listening for the other nodes", "listen", cfg.Cluster.Listen)
 	return c, nil
 }
@@ -219,6 +233,7 @@ func (c *cluster) keep(h *hosted) {
 // them, and the registry last. The registry is told of it, and beats tell of it until
 // nothing runs any more.
 func (c *cluster) close(ctx context.Context) error {
+	c.stopManager()
 	c.cancel()
 	var errs []error
 	for i := range c.hosted {

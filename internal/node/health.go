@@ -13,7 +13,6 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/health"
-	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
 )
@@ -75,6 +74,7 @@ func (c *cluster) startHealth() error {
 	if err != nil {
 		return fmt.Errorf("number this start: %w", err)
 	}
+	c.incarnation = n
 	o := health.Options{
 		Config: health.Config{Node: c.name, Incarnation: n}, Logger: c.log, Local: c.local, OnEvents: c.learn,
 		Dial: health.Dial(func(node string) tcp.DialOptions { return c.dialOptions(node, health.TargetName) }),
@@ -133,6 +133,7 @@ func (c *cluster) local() (l health.Local) {
 		fs.Holds(add)
 	}
 	c.paths.to(config.MGSName, add)
+	c.everybody(add)
 	delete(peers, c.name)
 	l.Peers = slices.Collect(maps.Keys(peers))
 	if vips := c.vips.Load(); vips != nil {
@@ -145,16 +146,6 @@ func (c *cluster) local() (l health.Local) {
 		}
 	}
 	return l
-}
-
-// serves enters a service address into what is told. Its caller serialises the calls.
-func (c *cluster) serves(v mgs.VIP) {
-	var l []health.VIP
-	if old := c.vips.Load(); old != nil {
-		l = slices.Clone(*old)
-	}
-	l = append(l, health.VIP{Index: v.Index, Epoch: v.Epoch})
-	c.vips.Store(&l)
 }
 
 // front is that of an MDT or OST that runs here, or nil.
@@ -221,6 +212,9 @@ func (c *cluster) heard(target string, instance uint64, node string) {
 // made anew by who needs them, and that a target runs somewhere is believed when the
 // target says so itself.
 func (c *cluster) learn(events []health.Event) {
+	if c.managing.m != nil {
+		c.managing.m.Poke()
+	}
 	for i := range events {
 		e := &events[i]
 		log := c.log.With("peer", e.Peer)
@@ -253,6 +247,8 @@ func (c *cluster) learn(events []health.Event) {
 			c.news.gone(e.Target, e.Peer)
 			n := c.paths.cut(e.Peer, e.Target, time.Now(), errStopped)
 			log.Info("node no longer runs a target", "target", e.Target, "instance", e.Instance, "connections", n)
+		case health.Serves:
+			c.superseded(e.VIP.Index, e.VIP.Epoch)
 		case health.Slow:
 			if e.Target == "" {
 				log.Warn("node answers beats and does not get on: its processor or memory is short, or it hangs")

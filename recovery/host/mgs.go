@@ -100,6 +100,12 @@ func (m *MGS) Instance() uint64 {
 	return m.own.Record().Generation
 }
 
+// Valid tells whether the registry is this process's still: nobody else can have taken
+// its directory. It does not wait.
+func (m *MGS) Valid() bool {
+	return m.fail.get() == nil && (m.own == nil || m.own.Valid())
+}
+
 // Err is why the registry has failed, or nil.
 func (m *MGS) Err() error { return m.fail.get() }
 

@@ -1,0 +1,409 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	nfs "github.com/willscott/go-nfs"
+
+	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/xdr"
+	"github.com/baton-nfs/baton/nfsd/mount3"
+	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/wire"
+	"github.com/baton-nfs/baton/tests/bed"
+)
+
+// street is three machines on a bridge: t runs the targets, n1 and n2 serve a floating
+// address. The client is at the bridge.
+type street struct {
+	t     *testing.T
+	dir   string
+	bin   string
+	hub   *bed.Node
+	nodes map[string]*bed.Node
+	procs map[string]*bed.Proc
+}
+
+var (
+	brought   = netip.MustParseAddr("10.77.0.100")
+	streetOf  = map[string]string{"t": "10.77.0.10", "n1": "10.77.0.11", "n2": "10.77.0.12"}
+	frontends = []string{"n1", "n2"}
+)
+
+func newStreet(t *testing.T) *street {
+	t.Helper()
+	bin, err := bed.Build("./cmd/baton")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &street{t: t, dir: bed.Dir(t), bin: bin, nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
+	node := func(name string) *bed.Node {
+		n, err := bed.NewNode(name)
+		if errors.Is(err, bed.ErrUnavailable) {
+			t.Skip(err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { n.Close() })
+		return n
+	}
+	s.hub = node("hub")
+	s.ok(s.hub.AddBridge("br0", netip.MustParsePrefix("10.77.0.1/24")))
+	for name, addr := range streetOf {
+		n := node(name)
+		s.nodes[name] = n
+		s.ok(n.Plug(s.hub, "br0", "p"+name, "eth0", netip.MustParsePrefix(addr+"/24")))
+	}
+	s.ok(os.WriteFile(s.path("exports"), []byte("/disk *(rw,insecure,no_root_squash,dir=/)\n"), 0o600))
+	t.Cleanup(func() {
+		for name, p := range s.procs {
+			p.Kill()
+			if t.Failed() {
+				b, _ := os.ReadFile(s.path(name, "log"))
+				t.Logf("end of the log of %s:\n%s", name, b[max(0, len(b)-6000):])
+			}
+		}
+	})
+	return s
+}
+
+func (s *street) ok(err error) {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *street) path(elem ...string) string {
+	return filepath.Join(append([]string{s.dir}, elem...)...)
+}
+
+// start starts a node's baton.
+func (s *street) start(name string) {
+	s.t.Helper()
+	s.ok(os.MkdirAll(s.path(name), 0o700))
+	start := "[]"
+	if name == "t" {
+		start = `["MGS", "MDT0000", "OST0000"]`
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "data_dir = %q\ncluster_key_file = %q\n[cluster]\nnode = %q\ntls = \"off\"\nstart = %s\n", s.path(name), s.path("cluster.key"), name, start)
+	for n, addr := range streetOf {
+		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = %q\n", n, addr)
+	}
+	fmt.Fprintf(&b, `[nfs]
+addresses = []
+floating = %v
+[exports]
+file = %q
+[rpcbind]
+mode = "own"
+[http]
+address = ""
+[fs]
+min_free = "1 MiB"
+[recovery]
+window_min = "2s"
+window_max = "5s"
+[control]
+socket = %q
+[mgs]
+dir = %q
+nodes = ["t"]
+[mdt]
+dir = %q
+nodes = ["t"]
+[[ost]]
+dir = %q
+nodes = ["t"]
+`, name != "t", s.path("exports"), s.path(name, "s"), s.path("mgs"), s.path("mdt"), s.path("ost0"))
+	s.ok(os.WriteFile(s.path(name, "baton.toml"), []byte(b.String()), 0o600))
+	log, err := os.OpenFile(s.path(name, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	s.ok(err)
+	defer log.Close()
+	cmd := bed.Command(s.bin, "serve", "--config", s.path(name, "baton.toml"))
+	cmd.Stdout, cmd.Stderr = log, log
+	s.procs[name], err = s.nodes[name].Spawn(cmd)
+	s.ok(err)
+}
+
+func (s *street) order(name string, args ...string) (string, error) {
+	x, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	out, err := exec.CommandContext(x, s.bin, append(args, "--socket", s.path(name, "s"))...).CombinedOutput()
+	return string(out), err
+}
+
+func (s *street) until(what string, ok func() bool) {
+	s.t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			s.t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// cable cuts a machine off the bridge, or plugs it in again.
+func (s *street) cable(name string, up bool) {
+	s.t.Helper()
+	state := map[bool]string{true: "up", false: "down"}[up]
+	if out, err := s.hub.Run(ctx, "ip", "link", "set", "p"+name, state); err != nil {
+		s.t.Fatalf("%v: %s", err, out)
+	}
+}
+
+// local is how the address is at a node.
+func (s *street) local(name string) string {
+	out, err := s.order(name, "vip", "list", "--json")
+	var l []status.VIP
+	if err != nil || json.Unmarshal([]byte(out), &l) != nil || len(l) != 1 || l[0].Floating == nil || l[0].Floating.Local == nil {
+		return ""
+	}
+	return l[0].Floating.Local.State
+}
+
+// has tells whether a machine has the address.
+func (s *street) has(name string) bool {
+	s.t.Helper()
+	out, err := s.nodes[name].Run(ctx, "ip", "-o", "addr", "show")
+	s.ok(err)
+	return strings.Contains(string(out), " "+brought.String()+"/")
+}
+
+// sockets are those of the address on a machine, listeners and datagrams too.
+func (s *street) sockets(name string) string {
+	s.t.Helper()
+	out, err := s.nodes[name].Run(ctx, "ss", "-Htuan", "src", brought.String())
+	s.ok(err)
+	return string(out)
+}
+
+// alone waits until the owner has the address and nobody else anything of it.
+func (s *street) alone(owner string) {
+	s.t.Helper()
+	s.until(owner+" to serve", func() bool { return s.local(owner) == "serving" })
+	for _, n := range frontends {
+		if n == owner {
+			if !s.has(n) {
+				s.t.Errorf("%s serves and does not have the address", n)
+			}
+			continue
+		}
+		s.until(n+" to have nothing of the address", func() bool { return !s.has(n) && s.sockets(n) == "" })
+	}
+}
+
+// caller is a client that repeats a call with its XID until it is answered.
+type caller struct {
+	s       *street
+	conn    net.Conn
+	xid     uint32
+	mu      sync.Mutex
+	longest time.Duration
+	calls   atomic.Int64
+}
+
+func (k *caller) once(rec []byte, xid uint32) ([]byte, error) {
+	if k.conn == nil {
+		x, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		var err error
+		if k.conn, err = k.s.hub.DialContext(x, "tcp", brought.String()+":2049"); err != nil {
+			k.conn = nil
+			return nil, err
+		}
+	}
+	k.conn.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := k.conn.Write(rec); err != nil {
+		return nil, err
+	}
+	for {
+		var mark [4]byte
+		if _, err := io.ReadFull(k.conn, mark[:]); err != nil {
+			return nil, err
+		}
+		b := make([]byte, binary.BigEndian.Uint32(mark[:])&^(1<<31))
+		if _, err := io.ReadFull(k.conn, b); err != nil {
+			return nil, err
+		}
+		if binary.BigEndian.Uint32(b) == xid {
+			if len(b) < 24 || binary.BigEndian.Uint32(b[8:]) != 0 || binary.BigEndian.Uint32(b[20:]) != 0 {
+				return nil, fmt.Errorf("refused: %x", b)
+			}
+			return b[24:], nil
+		}
+	}
+}
+
+func (k *caller) call(prog, vers, proc uint32, args func(*xdr.Writer), res interface{ Decode(*xdr.Reader) error }) {
+	k.xid++
+	var w xdr.Writer
+	// AUTH_SYS as root, without a machine's name and groups.
+	for _, v := range []uint32{0, k.xid, 0, 2, prog, vers, proc, 1, 20, 0, 0, 0, 0, 0, 0, 0} {
+		w.Uint32(v)
+	}
+	args(&w)
+	binary.BigEndian.PutUint32(w.Buf, 1<<31|uint32(len(w.Buf)-4))
+	began := time.Now()
+	for {
+		out, err := k.once(w.Buf, k.xid)
+		if err == nil {
+			if err := res.Decode(xdr.NewReader(bytes.Clone(out))); err != nil {
+				k.s.t.Error(err)
+			}
+			break
+		}
+		if k.conn != nil {
+			k.conn.Close()
+			k.conn = nil
+		}
+		if time.Since(began) > patience {
+			k.s.t.Errorf("no answer: %v", err)
+			return
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+	k.calls.Add(1)
+	k.mu.Lock()
+	k.longest = max(k.longest, time.Since(began))
+	k.mu.Unlock()
+}
+
+// pause is the longest time of a call since the last question.
+func (k *caller) pause() time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d := k.longest
+	k.longest = 0
+	return d
+}
+
+func (k *caller) mount() []byte {
+	var res mount3.MntRes
+	k.call(mount3.Program, mount3.Version, uint32(nfs.MountProcMount), func(w *xdr.Writer) { mount3.EncodePath(w, "/disk") }, &res)
+	if res.Status != nfs.MountStatusOk {
+		k.s.t.Fatal("mount:", res.Status)
+	}
+	return bytes.Clone(res.FH)
+}
+
+// storm makes and removes files until stop; each call has to be executed exactly once.
+func (k *caller) storm(dir []byte, stop <-chan struct{}) {
+	for i := 0; ; i++ {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		name := []byte(fmt.Sprintf("s%d", i))
+		var cr nfs3.CreateRes
+		k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureCreate), (&nfs3.CreateArgs{FH: dir, Name: name, How: wire.Guarded}).Encode, &cr)
+		var rm nfs3.WccRes
+		k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), (&nfs3.DirOpArgs{FH: dir, Name: name}).Encode, &rm)
+		if cr.Status != nfs.NFSStatusOk || rm.Status != nfs.NFSStatusOk {
+			k.s.t.Errorf("%s: create %v, remove %v", name, cr.Status, rm.Status)
+			return
+		}
+	}
+}
+
+// A floating address with real machines: moved in order, after a power cut, while its
+// node is frozen, and while its cable is pulled. A client sees every call answered as
+// if it were executed once; only the owner has anything of the address. 004.1, 004.8,
+// 004.22, 004.24, 004.32.
+func TestBroughtAddress(t *testing.T) {
+	s := newStreet(t)
+	for _, n := range []string{"t", "n1", "n2"} {
+		s.start(n)
+	}
+	for _, n := range frontends {
+		s.until(n+" to be ready", func() bool {
+			out, err := s.order(n, "vip", "list", "--json")
+			return err == nil && strings.HasPrefix(strings.TrimSpace(out), "[")
+		})
+	}
+	must := func(args ...string) {
+		t.Helper()
+		if out, err := s.order("t", args...); err != nil {
+			t.Fatalf("baton %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	must("vip", "add", brought.String()+"/24")
+	must("vip", "move", brought.String(), "--to", "n1")
+	s.alone("n1")
+	k := &caller{s: s}
+	dir := k.mount()
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		k.storm(dir, stop)
+	}()
+	defer func() {
+		close(stop)
+		<-done
+		if k.conn != nil {
+			k.conn.Close()
+		}
+	}()
+	// gone is what happened while the client went on; it must have got on since.
+	gone := func(what, owner string) {
+		t.Helper()
+		s.alone(owner)
+		n := k.calls.Load()
+		s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
+		t.Logf("%s: longest call %v", what, k.pause().Round(time.Millisecond))
+	}
+	gone("start", "n1")
+	for _, to := range []string{"n2", "n1", "n2"} {
+		must("vip", "move", brought.String(), "--to", to)
+		gone("planned move", to)
+	}
+	force := func(to string) {
+		t.Helper()
+		must("vip", "move", brought.String(), "--to", to, "--force")
+	}
+	s.cable("n2", false)
+	s.procs["n2"].Kill()
+	force("n1")
+	s.until("n1 to serve", func() bool { return s.local("n1") == "serving" })
+	t.Logf("power cut: longest call so far %v", k.pause().Round(time.Millisecond))
+	s.cable("n2", true)
+	s.start("n2")
+	gone("power cut, and back", "n1")
+
+	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGSTOP))
+	force("n2")
+	s.until("n2 to serve", func() bool { return s.local("n2") == "serving" })
+	n := k.calls.Load()
+	s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
+	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGCONT))
+	gone("freeze and thaw", "n2")
+
+	s.cable("n2", false)
+	force("n1")
+	s.until("n1 to serve", func() bool { return s.local("n1") == "serving" })
+	n = k.calls.Load()
+	s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
+	s.cable("n2", true)
+	gone("cable", "n1")
+	must("vip", "move", brought.String(), "--to", "n2")
+	gone("planned move afterwards", "n2")
+}
