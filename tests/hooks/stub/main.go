@@ -62,8 +62,7 @@ type server struct {
 	bits                int
 	log                 *os.File
 
-	mu    sync.Mutex
-	units map[netip.Addr]*unit
+	units map[netip.Addr]*unit // fixed
 }
 
 // unit is an address on this node.
