@@ -19,7 +19,7 @@ REST = $(filter-out $(shell $(GO) list $(RACE)),$(shell $(GO) list ./...))
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)
 # Suites that must not end without a passed test.
-SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim,tests/moves,tests/moves/rig
+SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim,tests/moves,tests/moves/rig,tests/hooks
 
 .PHONY: build run check lint test bench bench-quick demo fuzz fuzz-short clean
 

@@ -3,12 +3,17 @@
 # are missing. Without root or apt-get it says what is missing and goes on: the
 # suites then skip with a reason.
 set -u
-packages="user-mode-linux nfs-common rpcbind libnfs-utils nfs-ganesha nfs-ganesha-vfs iproute2 fio dbench stress-ng git gcc libc6-dev e2fsprogs procps util-linux keepalived ctdb ethtool etcd-server"
+packages="user-mode-linux nfs-common rpcbind libnfs-utils nfs-ganesha nfs-ganesha-vfs iproute2 fio dbench stress-ng git gcc libc6-dev e2fsprogs procps util-linux keepalived ctdb ethtool etcd-server debootstrap"
 missing=
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"
 done
-[ -z "$missing" ] && exit 0
+# The Debian tree of the suites that run cluster managers and systemd.
+tree() {
+	[ "$(id -u)" = 0 ] && sh "$(dirname "$0")/debtree.sh" >/dev/null
+	exit 0
+}
+[ -z "$missing" ] && tree
 if ! command -v apt-get >/dev/null 2>&1; then
 	echo "tests/install.sh: no apt-get here; not installed:$missing" >&2
 	exit 0
@@ -35,4 +40,4 @@ if [ $status != 0 ]; then
 fi
 rm -f /tmp/baton-install.$$
 [ -n "$made" ] && rm -f $policy
-exit 0
+tree
