@@ -23,6 +23,7 @@ import (
 	"github.com/baton-nfs/baton/nfsd"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/statd"
 	"github.com/baton-nfs/baton/vip"
 )
@@ -61,14 +62,14 @@ type Unit struct {
 	// changed gets a value when a connection has come or gone.
 	changed chan struct{}
 
-	// Set by Begin, which Begun follows.
+	// Set by Begin, which Begun follows, under mu.
 	vip   mgs.VIP
 	nfs   *nfsd.Address
 	locks *Locks
 	hosts int // clients to be told that they have to reclaim their locks
-	begun bool
 
 	mu       sync.Mutex
+	begun    bool // Begun was called
 	served   bool
 	quiet    bool // Drain was called
 	finished bool
@@ -219,7 +220,7 @@ func listenError(ap netip.AddrPort, network, name string, err error) error {
 
 // Begin begins the period of service that the registry has given v for: all targets
 // refuse earlier ones from now on, and the lock table knows in which state the locks
-// are.
+// are. It may still run when Finish is called, and has no effect here after that.
 func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	if err := u.d.FS.RaiseEpoch(ctx, client.Owner{VIP: v.Index, Epoch: v.Epoch}); err != nil {
 		return err
@@ -227,6 +228,29 @@ func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	in, forgotten, err := u.d.beginLocks(ctx, &v, forget)
 	if err != nil {
 		return err
+	}
+	if err := u.enter(v, &in, forgotten); err != nil {
+		return err
+	}
+	err = u.d.Begun(ctx, u)
+	u.mu.Lock()
+	u.begun = true
+	over := u.finished
+	u.mu.Unlock()
+	if over {
+		u.d.Ended(u)
+	}
+	return err
+}
+
+var errFinished = errors.New("the address was given up meanwhile")
+
+// enter makes what serves v, unless the unit is finished already.
+func (u *Unit) enter(v mgs.VIP, in *wire.LockServiceInfo, forgotten uint64) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.finished {
+		return errFinished
 	}
 	u.vip = v
 	u.nfs = u.d.NFS.Address(v.Index, v.Epoch, v.VerifierBytes())
@@ -239,8 +263,7 @@ func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	if v.Crashed || in.Grace {
 		u.hosts = int(in.Hosts)
 	}
-	u.begun = true
-	return u.d.Begun(ctx, u)
+	return nil
 }
 
 // Serve has calls answered from now on, those too that have waited.
@@ -357,7 +380,7 @@ func (u *Unit) Close(ctx context.Context, how failover.Closing) (failover.Closed
 // be called at any time and more than once.
 func (u *Unit) Finish(ctx context.Context) error {
 	u.mu.Lock()
-	done := u.finished
+	done, begun := u.finished, u.begun
 	u.finished = true
 	u.mu.Unlock()
 	if done {
@@ -369,7 +392,7 @@ func (u *Unit) Finish(ctx context.Context) error {
 	wg.Go(func() { perr = u.d.Portmap.remove(ctx, u.addr) })
 	err := u.closeServers(ctx)
 	wg.Wait()
-	if u.begun {
+	if begun {
 		u.d.Ended(u)
 	}
 	return errors.Join(err, lerr, perr)
