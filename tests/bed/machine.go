@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -134,25 +133,4 @@ func (m *Machine) Share(ctx context.Context, outside, path string) error {
 	}
 	_, err = m.Run(ctx, "sh", "-c", make+` && mount --bind "$1" "$2"`, "sh", outside, filepath.Join(m.Root, path))
 	return err
-}
-
-// Has tells whether an interface of the node has the address.
-func (n *Node) Has(ctx context.Context, addr netip.Addr) (bool, error) {
-	out, err := n.Run(ctx, "ip", "-o", "address", "show", "to", addr.String())
-	return len(strings.TrimSpace(string(out))) > 0, err
-}
-
-// Cable connects or cuts a port of a bridge of the node.
-func (n *Node) Cable(port string, connected bool) error {
-	state := "down"
-	if connected {
-		state = "up"
-	}
-	return n.ip("link set " + port + " " + state)
-}
-
-// RemovePort takes a port away, with its other end wherever that is. One that is
-// gone is no error.
-func (n *Node) RemovePort(port string) {
-	n.ip("link del " + port)
 }

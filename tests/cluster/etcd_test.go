@@ -44,7 +44,7 @@ func TestRegistryInEtcd(t *testing.T) {
 	}
 	c.untilUp("c", "MDT0000", "OST0000")
 	c.untilUp("d", "OST0001")
-	a, b := c.dial("a", "/disk"), c.dial("b", "/disk")
+	a := c.dial("a", "/disk")
 	la := a.load("a")
 	la.more(3)
 	watched := func(nodes ...string) func() bool {
@@ -92,7 +92,7 @@ func TestRegistryInEtcd(t *testing.T) {
 	c.until("its table at those that live", watched("a", "b", "d"))
 
 	// Without a majority.
-	b = c.dial("b", "/disk")
+	b := c.dial("b", "/disk")
 	if _, err := b.create("of b"); err != nil {
 		t.Fatal(err)
 	}

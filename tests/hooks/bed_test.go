@@ -200,11 +200,11 @@ func (m *machine) write(path, text string) {
 // kill ends a machine as a power cut does: the cable first.
 func (m *machine) kill() {
 	m.s.t.Helper()
-	if err := m.s.hub.Cable(m.port, false); err != nil {
+	if err := m.s.hub.SetLink(m.port, false); err != nil {
 		m.s.t.Fatal(err)
 	}
 	m.Close()
-	m.s.hub.RemovePort(m.port)
+	_ = m.s.hub.DelLink(m.port) // one that is gone is no error
 }
 
 // wait waits until ok, and fails the test after a while.
@@ -285,7 +285,7 @@ func (s *site) holders(a netip.Addr) string {
 	var names []string
 	for _, name := range []string{"n1", "n2", "n3"} {
 		if m := s.m[name]; m != nil {
-			if has, err := m.Has(s.ctx, a); err == nil && has {
+			if has, err := m.Has(a); err == nil && has {
 				names = append(names, name)
 			}
 		}
