@@ -282,7 +282,7 @@ func Default() *Config {
 		Cluster: Cluster{TLS: TLSMutual, TLSDir: DefaultTLSDir, FileLocks: true},
 		Registry: Registry{
 			Kind: RegistryMGS, Prefix: "/baton", MaxDocument: 1520 * KiB, ClientPort: 7989, PeerPort: 7990,
-			Heartbeat: Duration(100 * time.Millisecond), ElectionTimeout: Duration(time.Second), Lease: Duration(3 * time.Second),
+			Heartbeat: Duration(100 * time.Millisecond), ElectionTimeout: Duration(500 * time.Millisecond), Lease: Duration(3 * time.Second),
 		},
 		MDT: MDT{BlockCache: 64 * MiB, InodeCache: 100000},
 		Recovery: Recovery{
