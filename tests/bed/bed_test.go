@@ -167,3 +167,34 @@ func TestStatFields(t *testing.T) {
 		t.Errorf("VmRSS = %d", kb)
 	}
 }
+
+// A machine has the tree's files, its own name, and takes with it what it wrote.
+func TestMachine(t *testing.T) {
+	if testing.Short() || os.Getenv("BATON_KERNEL") == "" {
+		t.Skip("SKIPPED, reason: set BATON_KERNEL=1 for suites that make a Debian tree")
+	}
+	tree, err := DebTree()
+	Need(t, err)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	dir := Dir(t)
+	m, err := NewMachine("m1", tree, filepath.Join(dir, "m1"))
+	Need(t, err)
+	defer m.Close()
+	if err := m.Write(ctx, "/etc/new/file", "text\n", 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Share(ctx, dir, "/srv/shared"); err != nil {
+		t.Fatal(err)
+	}
+	out, err := m.Sh(ctx, "uname -n; cat /etc/new/file /etc/debian_version; stat -c %a /etc/new/file; echo out >/srv/shared/out; echo /dev/shm/*; ls /dev/null")
+	if err != nil || !strings.HasPrefix(out, "m1\ntext\n12.") || !strings.Contains(out, "\n640\n/dev/shm/*\n/dev/null\n") {
+		t.Errorf("%q, %v", out, err)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "out")); err != nil || string(b) != "out\n" {
+		t.Errorf("shared: %q, %v", b, err)
+	}
+	if _, err := os.Stat(filepath.Join(tree, "etc/new")); err == nil {
+		t.Error("the tree was written to")
+	}
+}

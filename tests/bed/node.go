@@ -61,6 +61,7 @@ type Node struct {
 	net    *os.File
 	mnt    *os.File
 	pid    *os.File
+	more   []*os.File    // of a Machine: UTS and IPC namespaces
 	gone   chan struct{} // closed when the first process has been waited for
 
 	// host, of a node without namespaces, takes what must run on the thread
@@ -165,6 +166,9 @@ func (n *Node) Close() error {
 		n.net.Close()
 		n.mnt.Close()
 		n.pid.Close()
+		for _, f := range n.more {
+			f.Close()
+		}
 	})
 	return nil
 }
@@ -232,6 +236,11 @@ func (n *Node) onThread(all bool, f func() error) error {
 				}
 				if err := unix.Setns(int(n.pid.Fd()), unix.CLONE_NEWPID); err != nil {
 					return fmt.Errorf("bed: join processes of %s: %w", n.name, err)
+				}
+				for _, f := range n.more {
+					if err := unix.Setns(int(f.Fd()), 0); err != nil {
+						return fmt.Errorf("bed: join %s of %s: %w", f.Name(), n.name, err)
+					}
 				}
 			}
 			return f()
