@@ -61,6 +61,9 @@ type Config struct {
 	// error means that nothing was sent. Default: sunrpc.Dial from a reserved port
 	// if the process may use one, with AUTH_SYS as root.
 	Dial func(ctx context.Context, network string, local netip.Addr, remote netip.AddrPort, vers uint32) (Caller, error)
+	// OnFenced is called when the table says that a service address has a newer owner
+	// than this epoch, once for each Address. It must not block.
+	OnFenced func(vip uint32, epoch uint64)
 	// Now and AfterFunc are the clock of retries and of the hand-over statistics.
 	// AfterFunc runs f on a goroutine of its own after d, unless stop comes first.
 	Now       func() time.Time
@@ -203,6 +206,9 @@ func (a *Address) Stop(ctx context.Context) error {
 func (a *Address) fenced() {
 	if a.count.fenced.Add(1) == 1 {
 		a.srv.log.Error("this service address has a newer owner; its lock calls are no longer answered here", "vip", a.owner.VIP, "address", a.addr)
+		if f := a.srv.cfg.OnFenced; f != nil {
+			f(a.owner.VIP, a.owner.Epoch)
+		}
 	}
 }
 

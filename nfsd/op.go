@@ -211,6 +211,9 @@ func (o *op) dropped(st wire.Status) bool {
 	}
 	if o.a.Fenced.Add(1) == 1 {
 		o.a.srv.log.Error("this service address has a newer owner; calls to it are no longer answered here", "vip", o.a.vip)
+		if f := o.a.srv.cfg.OnFenced; f != nil {
+			f(o.a.vip, o.a.epoch.Load())
+		}
 	}
 	o.release()
 	o.c.Drop()

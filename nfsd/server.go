@@ -35,6 +35,9 @@ type Config struct {
 	// when the data are in memory; longer ones go to a worker so that one stream
 	// does not hold up the connection's other calls. Default 64 KiB.
 	InlineRead uint32
+	// OnFenced is called when a target says that a service address has a newer owner
+	// than this epoch, once for each Address. It must not block.
+	OnFenced func(vip uint32, epoch uint64)
 }
 
 // Server serves exports of one file system on any number of addresses.

@@ -18,16 +18,18 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/datadriven"
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/internal/control/lockctl"
 	"github.com/baton-nfs/baton/internal/control/lockctl/lockctltest"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/metrics"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/internal/status/statustest"
 	"github.com/baton-nfs/baton/recovery/client"
-	"github.com/cockroachdb/datadriven"
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // fakeNode notes what is done to it.
@@ -43,6 +45,8 @@ type fakeNode struct {
 
 	order      error         // result of orders for targets
 	startTakes time.Duration // the start of one
+
+	vips fakeVIPs
 }
 
 func (f *fakeNode) note(s string) {
@@ -129,6 +133,18 @@ func (f *fakeNode) EvictClient(name, client string) error {
 func (f *fakeNode) Deactivate(name string, activate bool) error {
 	f.note(fmt.Sprint("activate ", name, " ", activate))
 	return f.order
+}
+
+func (f *fakeNode) TakeVIP(_ context.Context, a vipctl.TakeArgs) (vipctl.Result, error) {
+	return vipctl.Result{State: vipctl.Serving, Text: a.Addr.String() + ": " + a.Stage}, nil
+}
+
+func (f *fakeNode) ReleaseVIP(_ context.Context, a vipctl.ReleaseArgs) (vipctl.Result, error) {
+	return vipctl.Result{State: vipctl.Absent, Text: a.Addr.String() + ": " + a.Stage}, nil
+}
+
+func (f *fakeNode) CheckVIP(_ context.Context, a vipctl.CheckArgs) (vipctl.Result, error) {
+	return vipctl.Result{State: vipctl.Absent, Text: a.Addr.String()}, nil
 }
 
 func (f *fakeNode) RecoveryStatus(context.Context) status.Recovery { return *statustest.Recovery() }

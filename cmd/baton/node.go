@@ -4,12 +4,14 @@ import (
 	"context"
 	"log/slog"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control/lockctl"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/node"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/client"
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // service is what the daemon needs of a *node.Node.
@@ -32,6 +34,8 @@ type service interface {
 	Failed() <-chan error
 	targetAdmin
 	recoveryAdmin
+	vipctl.Mover
+	vipAdmin
 	// Probe goes the way of a client's call through frontend and targets.
 	Probe(ctx context.Context) error
 }

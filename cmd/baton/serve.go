@@ -11,13 +11,15 @@ import (
 	"sync"
 	"time"
 
+	sd "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/internal/control/lockctl"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/metrics"
 	"github.com/baton-nfs/baton/internal/status"
-	sd "github.com/coreos/go-systemd/v22/daemon"
-	"github.com/spf13/cobra"
 )
 
 // closeTime is how long a stop may go on after the drain's deadline, for the
@@ -236,7 +238,9 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 	handleFiles(ctl, s.node.FS)
 	lockctl.Register(ctl, s.node.Locks)
 	handleTargets(ctl, s.node)
+	vipctl.Register(ctl, s.node)
 	handleRecovery(ctl, s.node)
+	handleVIPs(ctl, s.node)
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
 		return nil, err
 	}

@@ -269,7 +269,7 @@ func (v *validator) roles() {
 			v.bad("cluster.start", s, "listed twice", "remove one")
 		}
 	}
-	if len(v.c.NFS.Addresses) > 0 {
+	if len(v.c.NFS.Addresses) > 0 || v.c.NFS.Floating {
 		return
 	}
 	for _, may := range mine {
@@ -277,7 +277,7 @@ func (v *validator) roles() {
 			return
 		}
 	}
-	v.bad("cluster.node", k.Node, "the node has neither service addresses nor targets", "give it nfs.addresses, or list it as a node of a target")
+	v.bad("cluster.node", k.Node, "the node has neither service addresses nor targets", "give it nfs.addresses or nfs.floating, or list it as a node of a target")
 }
 
 func (v *validator) recovery() {

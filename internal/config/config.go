@@ -107,6 +107,7 @@ type Config struct {
 	MDT      MDT      `toml:"mdt"`
 	OST      []OST    `toml:"ost"`
 	Recovery Recovery `toml:"recovery"`
+	Failover Failover `toml:"failover"`
 
 	Control Control `toml:"control"`
 	HTTP    HTTP    `toml:"http"`
@@ -125,6 +126,7 @@ type Config struct {
 // NFS configures the frontend.
 type NFS struct {
 	Addresses      []string `toml:"addresses"`
+	Floating       bool     `toml:"floating"`
 	Port           int      `toml:"port"`
 	MountPort      int      `toml:"mount_port"`
 	UDP            bool     `toml:"udp"`
@@ -291,6 +293,18 @@ func Default() *Config {
 			Imperative:   ImperativeOn,
 			IRFactor:     5,
 			IRStartup:    Duration(30 * time.Second),
+		},
+		Failover: Failover{
+			Refuse:        RefuseHold,
+			Close:         CloseAuto,
+			RefuseTimeout: Duration(100 * time.Millisecond),
+			DrainTimeout:  Duration(2 * time.Second),
+			CommitTimeout: Duration(2 * time.Second),
+			CloseTimeout:  Duration(300 * time.Millisecond),
+			ClearTimeout:  Duration(300 * time.Millisecond),
+			RemoveTimeout: Duration(500 * time.Millisecond),
+			FinishTimeout: Duration(500 * time.Millisecond),
+			StopWait:      Duration(5 * time.Second),
 		},
 		HTTP: HTTP{Address: "127.0.0.1:9633"},
 		Log:  Log{Level: "info", Format: "text"},

@@ -29,6 +29,7 @@ var sectionDocs = map[string]string{
 	"mdt":           "The metadata target: names, inodes, reply records.",
 	"ost":           "The object storage targets, which hold file data. One table each.",
 	"recovery":      "How targets, and frontends as their clients, come through failures of each\nother. Of use in a cluster only.",
+	"failover":      "How floating addresses are given up and taken by this node. Each stage has a\ndeadline, so that no client can hold a move up.",
 	"cluster.nodes": "All nodes of the cluster, this one too. One table each.",
 	"control":       "The socket that the local commands talk to.",
 	"http":          "Metrics for Prometheus at /metrics, a health check at /healthz.",
@@ -42,6 +43,7 @@ var keyDocs = map[string]string{
 	"cluster_key_file": "The key that signs file handles: 32 random bytes, made at the first start,\nmode 0600. Keep a copy: without it all handles that clients hold become\nstale. Empty: DATA_DIR/cluster.key.",
 
 	"nfs.addresses":       "Service addresses, IPv4 or IPv6, one listener for each. Wildcards are\nrefused: an address must be able to move to another node alone.",
+	"nfs.floating":        "Let this node serve floating addresses, too: those that \"baton vip add\"\nenters and that move between nodes. It adds them to the machine and takes\nthem away, which needs root or CAP_NET_ADMIN and CAP_NET_RAW. Only in a\ncluster.",
 	"nfs.port":            "Port of NFS, TCP (and UDP if udp is true).",
 	"nfs.mount_port":      "Port of MOUNT, TCP and UDP. It may be the same as port.",
 	"nfs.udp":             "Serve NFS over UDP, too. Fragmented datagrams can be put together wrongly\non fast networks; leave it off unless an old client needs it.",
@@ -76,6 +78,17 @@ var keyDocs = map[string]string{
 	"locks.max_per_client":         "The same of one client.",
 	"locks.max_waiting_per_client": "Waiting requests of one client.",
 	"locks.max_hosts":              "Clients that are to be told of restarts.",
+
+	"failover.refuse":         "What becomes of new connections while an address is given up. hold: they\nwait, in the end for the next owner. reset: they are refused, after which\nLinux clients wait 3 s.",
+	"failover.close":          "How drained connections end. auto: without a packet, if a node that may be\nnext knows them and can wake their clients up; else, and with half-close,\nby FIN, after which busy clients wait 1 s.",
+	"failover.refuse_timeout": "Deadline of stopping new connections.",
+	"failover.drain_timeout":  "Deadline of calls in progress and their replies. What is left is cut off,\nand its clients send it again.",
+	"failover.commit_timeout": "Deadline of making durable what was acknowledged. If it is missed, the move\ngoes on as after a crash: clients send unstable data again.",
+	"failover.close_timeout":  "How long FIN waits for the clients' FIN.",
+	"failover.clear_timeout":  "Deadline of destroying what is left of an address's sockets.",
+	"failover.remove_timeout": "Deadline of taking the address off the machine.",
+	"failover.finish_timeout": "Deadline of closing the rest.",
+	"failover.stop_wait":      "How long a node that stops waits for others to take its addresses.",
 
 	"fs.stripe_count": "OSTs that a new file is spread over, 1 to 16.",
 	"fs.stripe_size":  "Bytes that go to one OST before the next follows. Multiple of 64 KiB.",

@@ -35,6 +35,7 @@ func (c *Config) Validate() error {
 	v.targets()
 	v.cluster()
 	v.recovery()
+	v.failover()
 	v.rest()
 	return errors.Join(v.errs...)
 }
@@ -225,7 +226,7 @@ func (v *validator) exports() {
 	c := v.c
 	if c.Exports.File != "" {
 		v.abs("exports.file", c.Exports.File, "the exports file, or \"\" for none")
-	} else if len(c.Export) == 0 && (len(c.NFS.Addresses) > 0 || !c.Clustered()) {
+	} else if len(c.Export) == 0 && (len(c.NFS.Addresses) > 0 || c.NFS.Floating || !c.Clustered()) {
 		v.bad("exports.file", "", "nothing is exported", "name an exports file or add an [[export]]")
 	}
 	seen := map[string]bool{}

@@ -21,6 +21,7 @@ import (
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
@@ -48,6 +49,9 @@ type cluster struct {
 	lives  lives
 	paths  paths
 	asks   asks
+	agent  atomic.Pointer[vipagent.Agent] // of floating addresses, while they are served
+	// sources are nil while this node has nothing to do with floating addresses.
+	sources atomic.Pointer[vipSources]
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -87,6 +91,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 		c.hosted = append(c.hosted, h)
 		c.byName[t.Name] = h
 	}
+	c.asks.handle(askEvents, c.answerEvents)
 	so := tcp.ServerOptions{Node: c.name, Insecure: c.tls == nil, Logger: log, Allow: c.allow}
 	if c.tls != nil {
 		so.TLS = c.tls.Server()
@@ -94,6 +99,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
+	c.asks.handle(vipagent.MethodConns, c.answerConns)
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}

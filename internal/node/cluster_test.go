@@ -52,6 +52,8 @@ type cell struct {
 	nodes map[string]*Node
 	// change is applied to the configuration of every node, if set.
 	change func(*config.Config)
+	// prepare is called with every node before it starts, if set.
+	prepare func(*Node)
 }
 
 func newCell(t *testing.T) *cell {
@@ -100,6 +102,9 @@ func (c *cell) up(name string) *Node {
 	n, err := New(c.conf(name), slog.New(slog.NewTextHandler(c.t.Output(), nil)).With("node", name))
 	if err != nil {
 		c.t.Fatal(err)
+	}
+	if c.prepare != nil {
+		c.prepare(n)
 	}
 	if err := n.Start(ctx); err != nil {
 		c.t.Fatal(err)

@@ -13,7 +13,6 @@ import (
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/health"
-	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/target/front"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
 )
@@ -147,16 +146,6 @@ func (c *cluster) local() (l health.Local) {
 	return l
 }
 
-// serves enters a service address into what is told. Its caller serialises the calls.
-func (c *cluster) serves(v mgs.VIP) {
-	var l []health.VIP
-	if old := c.vips.Load(); old != nil {
-		l = slices.Clone(*old)
-	}
-	l = append(l, health.VIP{Index: v.Index, Epoch: v.Epoch})
-	c.vips.Store(&l)
-}
-
 // front is that of an MDT or OST that runs here, or nil.
 func (h *hosted) front() *front.Front {
 	h.mu.Lock()
@@ -253,6 +242,8 @@ func (c *cluster) learn(events []health.Event) {
 			c.news.gone(e.Target, e.Peer)
 			n := c.paths.cut(e.Peer, e.Target, time.Now(), errStopped)
 			log.Info("node no longer runs a target", "target", e.Target, "instance", e.Instance, "connections", n)
+		case health.Serves:
+			c.superseded(e.VIP.Index, e.VIP.Epoch)
 		case health.Slow:
 			if e.Target == "" {
 				log.Warn("node answers beats and does not get on: its processor or memory is short, or it hangs")

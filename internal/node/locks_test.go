@@ -130,7 +130,7 @@ func TestNoLocks(t *testing.T) {
 	c := conf(t, t.TempDir())
 	c.Locks.Enabled = false
 	n := start(t, c)
-	if n.Locks() != nil || len(n.Status().Locks) != 0 || len(n.lockMappings()) != 0 {
+	if n.Locks() != nil || len(n.Status().Locks) != 0 {
 		t.Error("a lock service without locks")
 	}
 	d := config.Default()

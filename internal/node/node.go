@@ -18,18 +18,20 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
-	"github.com/baton-nfs/baton/internal/rpcbind"
-	"github.com/baton-nfs/baton/internal/sunrpc"
+	"github.com/baton-nfs/baton/internal/node/unit"
 	"github.com/baton-nfs/baton/lockd"
 	"github.com/baton-nfs/baton/nfsd"
 	"github.com/baton-nfs/baton/nfsd/exports"
-	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/client"
+	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/statd"
+	"github.com/baton-nfs/baton/vip"
 )
 
 // Node is one running node. New makes it, Start brings it up, Stop takes it
@@ -50,12 +52,16 @@ type Node struct {
 	lockd   *lockd.Server // nil without locks
 	statd   *statd.Server
 	names   *exports.NameCache
-	// svcMu guards services, and the order of new verifiers and new services.
-	svcMu    sync.Mutex
-	services []*service
-	rpcTable *rpcbind.Table
-	rpcMode  string
-	rpcReg   *rpcbind.Registrar
+	// Of floating addresses; nil without. testNet is taken instead of the machine's.
+	net     vip.Net
+	testNet vip.Net
+	events  *events.Log
+
+	deps    *unit.Deps
+	portmap *unit.Portmap
+	// svcMu guards units.
+	svcMu sync.Mutex
+	units []*unit.Unit // whose period of service has begun
 
 	// run ends, by cancel, when nothing is served any more.
 	run      context.Context
@@ -64,7 +70,9 @@ type Node struct {
 	stopping atomic.Bool
 	orderly  bool          // Stop has drained all addresses
 	verifier atomic.Uint64 // changes of write verifiers since the start
-	verMu    sync.Mutex    // held while they change
+	// verTurn, which has room for one, is held while they change, and while a unit gets
+	// its own.
+	verTurn chan struct{}
 	// stale: data were lost and the verifiers could not be changed before the end.
 	stale atomic.Bool
 
@@ -80,16 +88,6 @@ type Node struct {
 	rates rateKeeper
 }
 
-// service is what runs on one service address.
-type service struct {
-	vip mgs.VIP
-	rpc *sunrpc.Server
-	nfs *nfsd.Address
-	// locks is nil without locks and on the portmapper's services.
-	locks *lockService
-	port  map[netip.AddrPort]string // what listens where
-}
-
 // New checks what can be checked without starting anything.
 func New(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	if log == nil {
@@ -98,7 +96,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Node, error) {
 	if len(cfg.Addrs()) == 0 && !cfg.Clustered() {
 		return nil, errors.New("no service address: set nfs.addresses")
 	}
-	return &Node{cfg: cfg, log: log, failed: make(chan error, 1)}, nil
+	return &Node{cfg: cfg, log: log, failed: make(chan error, 1), verTurn: make(chan struct{}, 1)}, nil
 }
 
 // Failed tells, once and after Start, that the node cannot serve its addresses.
@@ -152,14 +150,20 @@ func (n *Node) Start(ctx context.Context) (err error) {
 // startCluster begins to run targets and to bring the frontend up. Both may wait for
 // other nodes, so it waits for neither.
 func (n *Node) startCluster() (err error) {
+	if err = n.prepareFloating(); err != nil {
+		return err
+	}
 	if n.cluster, err = newCluster(n.cfg, n.log, &n.clock); err != nil {
 		return err
 	}
 	n.reg = n.cluster.reg
+	if n.events != nil {
+		n.cluster.sources.Store(&vipSources{local: n.localAddresses, log: n.events})
+	}
 	n.cluster.boot()
 	ctx, cancel := context.WithCancel(n.run)
 	n.noFrontend = cancel
-	if len(n.cfg.Addrs()) == 0 {
+	if len(n.cfg.Addrs()) == 0 && !n.cfg.NFS.Floating {
 		return nil
 	}
 	n.frontend.Go(func() {
@@ -227,7 +231,8 @@ func (n *Node) startFrontend(ctx context.Context) error {
 	if err := n.serve(ctx, key); err != nil {
 		return err
 	}
-	n.log.Info("serving the service addresses", "addresses", n.cfg.NFS.Addresses)
+	n.startFloating()
+	n.log.Info("serving the service addresses", "addresses", n.cfg.NFS.Addresses, "floating", n.cfg.NFS.Floating)
 	return nil
 }
 
@@ -241,7 +246,8 @@ func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	n.nfs, err = nfsd.New(nfsd.Config{
 		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
 		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax),
-		RTPref: uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
+		OnFenced: n.fenced,
+		RTPref:   uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
 	})
 	if err != nil {
 		return err
@@ -254,48 +260,65 @@ func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	if err = n.startLockd(); err != nil {
 		return err
 	}
-	if err = n.listen(ctx); err != nil {
-		return err
+	n.portmap = unit.NewPortmap(ctx, n.cfg, n.log)
+	n.deps = &unit.Deps{
+		Config: n.cfg, Log: n.log, FS: n.fs, NFS: n.nfs, Lockd: n.lockd, Statd: n.statd, Registry: n.reg, Portmap: n.portmap,
+		MaxConns: n.maxConns(), Begun: n.begun, Ended: n.ended, Silence: vip.CloseQuietly,
 	}
-	if err = n.startRpcbind(ctx); err != nil {
+	if err = n.serveFixed(ctx); err != nil {
 		return err
-	}
-	// Clients look for the ports when they are called, so they are called last.
-	for _, s := range n.serving() {
-		if s.locks != nil {
-			s.locks.start()
-		}
 	}
 	n.up.Store(true)
 	return nil
 }
 
-// addService enters a service and, if it serves NFS, gives it its verifier as it is
-// now: data may have been lost since the address was registered.
-func (n *Node) addService(ctx context.Context, s *service) error {
+// begun enters a unit and gives it its verifier as it is now: data may have been lost
+// since the address was registered.
+func (n *Node) begun(ctx context.Context, u *unit.Unit) error {
+	select {
+	case n.verTurn <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-n.verTurn }()
 	n.svcMu.Lock()
-	defer n.svcMu.Unlock()
-	n.services = append(n.services, s)
-	if s.nfs == nil {
-		return nil
-	}
-	if n.cluster != nil {
-		n.cluster.serves(s.vip)
-	}
+	n.units = append(n.units, u)
+	n.tellServed()
+	n.svcMu.Unlock()
 	vips, err := n.reg.VIPs(ctx)
 	for _, v := range vips {
-		if v.Index == s.vip.Index {
-			s.nfs.SetVerifier(v.VerifierBytes())
+		if v.Index == u.VIP().Index {
+			u.NFS().SetVerifier(v.VerifierBytes())
 		}
 	}
 	return err
 }
 
-// serving lists the services there are.
-func (n *Node) serving() []*service {
+// ended forgets a unit.
+func (n *Node) ended(u *unit.Unit) {
 	n.svcMu.Lock()
 	defer n.svcMu.Unlock()
-	return slices.Clone(n.services)
+	n.units = slices.DeleteFunc(slices.Clone(n.units), func(x *unit.Unit) bool { return x == u })
+	n.tellServed()
+}
+
+// tellServed has beats tell what is served. svcMu is held.
+func (n *Node) tellServed() {
+	if n.cluster == nil {
+		return
+	}
+	l := make([]health.VIP, 0, len(n.units))
+	for _, u := range n.units {
+		l = append(l, health.VIP{Index: u.VIP().Index, Epoch: u.VIP().Epoch})
+	}
+	n.cluster.vips.Store(&l)
+}
+
+// serving lists the units there are.
+func (n *Node) serving() []*unit.Unit {
+	n.svcMu.Lock()
+	defer n.svcMu.Unlock()
+	return slices.Clone(n.units)
 }
 
 // lostData gives all write verifiers new values, because an OST has lost data
@@ -304,8 +327,8 @@ func (n *Node) serving() []*service {
 // COMMIT, so it stops answering at all; one of a cluster tries until it stops
 // serving, and then its next start changes them.
 func (n *Node) lostData(reg mgs.Registry) {
-	n.verMu.Lock()
-	defer n.verMu.Unlock()
+	n.verTurn <- struct{}{}
+	defer func() { <-n.verTurn }()
 	var vips []mgs.VIP
 	for told := false; ; told = true {
 		var err error
@@ -329,13 +352,10 @@ func (n *Node) lostData(reg mgs.Registry) {
 		}
 	}
 	n.verifier.Add(1)
-	n.svcMu.Lock()
-	defer n.svcMu.Unlock()
-	for _, s := range n.services {
+	for _, u := range n.serving() {
 		for i := range vips {
-			// The portmapper's services have no verifier.
-			if s.nfs != nil && vips[i].Index == s.vip.Index {
-				s.nfs.SetVerifier(vips[i].VerifierBytes())
+			if vips[i].Index == u.VIP().Index {
+				u.NFS().SetVerifier(vips[i].VerifierBytes())
 			}
 		}
 	}
@@ -346,8 +366,17 @@ func (n *Node) lostData(reg mgs.Registry) {
 // clients have to send them again.
 func (n *Node) takeAddress(ctx context.Context, addr netip.Addr) (mgs.VIP, error) {
 	v, err := n.reg.Serve(ctx, addr, n.cfg.Cluster.Node)
-	if err != nil || n.cluster == nil || !v.Crashed {
+	if err != nil {
 		return v, err
+	}
+	return n.afterCrash(ctx, v)
+}
+
+// afterCrash gives an address whose last period of service did not end in order, in a
+// cluster, another write verifier.
+func (n *Node) afterCrash(ctx context.Context, v mgs.VIP) (mgs.VIP, error) {
+	if n.cluster == nil || !v.Crashed {
+		return v, nil
 	}
 	l, err := n.reg.NewVerifiers(ctx, n.cfg.Cluster.Node, v.Index)
 	if err != nil {
@@ -361,159 +390,40 @@ func (n *Node) takeAddress(ctx context.Context, addr netip.Addr) (mgs.VIP, error
 	return v, nil
 }
 
-// listen opens the services of every address.
-func (n *Node) listen(ctx context.Context) error {
+// serveFixed serves the addresses that the configuration gives to this node.
+func (n *Node) serveFixed(ctx context.Context) error {
+	var l []*unit.Unit
 	for _, addr := range n.cfg.Addrs() {
-		vip, err := n.takeAddress(ctx, addr)
-		if err != nil {
+		u := n.deps.New(addr)
+		if err := n.beginFixed(ctx, u, addr); err != nil {
+			u.Finish(ctx)
 			return err
 		}
-		if err := n.fs.RaiseEpoch(ctx, client.Owner{VIP: vip.Index, Epoch: vip.Epoch}); err != nil {
-			return err
-		}
-		forgotten, err := n.beginLocks(ctx, &vip, n.cfg.ForgetLocks)
-		if err != nil {
-			return err
-		}
-		s := &service{vip: vip, nfs: n.nfs.Address(vip.Index, vip.Epoch, vip.VerifierBytes()), port: map[netip.AddrPort]string{}}
-		programs := []sunrpc.Program{s.nfs.NFSProgram(), s.nfs.MountProgram()}
-		if n.lockd != nil {
-			s.locks = &lockService{
-				nlm: n.lockd.Address(addr, vip.Index, vip.Epoch, s.nfs),
-				nsm: n.statd.Address(addr, vip.Index, vip.Epoch, vip.NSMState), forgotten: forgotten,
-			}
-			programs = append(programs, s.locks.programs()...)
-		}
-		s.rpc = sunrpc.NewServer(sunrpc.Config{
-			Programs:                programs,
-			Logger:                  n.log,
-			MaxRecord:               int(n.cfg.NFS.Wtmax) + 64<<10,
-			MaxConns:                n.maxConns(),
-			MaxInflightBytesPerConn: int(n.cfg.NFS.ConnInflight),
-			MaxInflightBytes:        int(n.cfg.NFS.Inflight),
-			Workers:                 n.cfg.NFS.Workers,
-			OnClose:                 n.nfs.ConnClosed,
-		})
-		if err := n.addService(ctx, s); err != nil {
-			return err
-		}
-		if err := n.openPorts(s); err != nil {
-			return err
-		}
-		n.log.Info("listening", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", vip.Index, "epoch", vip.Epoch)
+		l = append(l, u)
+		n.log.Info("listening", "address", addr, "port", n.cfg.NFS.Port, "mount_port", n.cfg.NFS.MountPort, "vip", u.VIP().Index, "epoch", u.VIP().Epoch)
 	}
-	return nil
-}
-
-// openPorts opens the listeners of a service. All programs are served on every
-// port; programs with the same port share a listener.
-func (n *Node) openPorts(s *service) error {
-	type port struct {
-		name string
-		port int
-		udp  bool
-	}
-	ports := []port{{"nfs", n.cfg.NFS.Port, n.cfg.NFS.UDP}, {"mountd", n.cfg.NFS.MountPort, true}}
-	if s.locks != nil {
-		ports = append(ports, port{"nlm", n.cfg.Locks.NLMPort, true}, port{"statd", n.cfg.Locks.StatdPort, true})
-	}
-	udp := map[netip.AddrPort]bool{}
-	for _, l := range ports {
-		ap := netip.AddrPortFrom(s.vip.Addr, uint16(l.port))
-		if _, shared := s.port[ap]; !shared {
-			bound, err := s.rpc.ListenTCP(ap, sunrpc.ListenOptions{})
-			if err != nil {
-				return listenError(ap, "tcp", l.name, err)
-			}
-			ap = bound
-			s.port[ap] = l.name
+	for _, u := range l {
+		if err := u.Serve(); err != nil {
+			return err
 		}
-		if l.udp && !udp[ap] {
-			if _, err := s.rpc.ListenUDP(ap, sunrpc.ListenOptions{}); err != nil {
-				return listenError(ap, "udp", l.name, err)
-			}
-			udp[ap] = true
+	}
+	for _, u := range l {
+		if _, err := u.Notify(ctx); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func listenError(ap netip.AddrPort, network, name string, err error) error {
-	switch {
-	case errors.Is(err, unix.EADDRINUSE):
-		return fmt.Errorf("%s on %s/%s: the port is in use, perhaps by the kernel's NFS server or another baton; stop that or choose other ports: %w", name, ap, network, err)
-	case errors.Is(err, unix.EACCES):
-		return fmt.Errorf("%s on %s/%s: not allowed; ports below 1024 need root or CAP_NET_BIND_SERVICE: %w", name, ap, network, err)
-	case errors.Is(err, unix.EADDRNOTAVAIL):
-		return fmt.Errorf("%s on %s/%s: this machine does not have the address; correct nfs.addresses: %w", name, ap, network, err)
+func (n *Node) beginFixed(ctx context.Context, u *unit.Unit, addr netip.Addr) error {
+	if err := u.Listen(false); err != nil {
+		return err
 	}
-	return fmt.Errorf("%s on %s/%s: %w", name, ap, network, err)
-}
-
-// mappings lists what rpcbind shall answer.
-func (n *Node) mappings() []rpcbind.Mapping {
-	port, mount, udp := uint16(n.cfg.NFS.Port), uint16(n.cfg.NFS.MountPort), uint16(0)
-	if n.cfg.NFS.UDP {
-		udp = port
+	v, err := n.takeAddress(ctx, addr)
+	if err != nil {
+		return err
 	}
-	l := rpcbind.Mappings(nfs3.Program, []uint32{nfs3.Version}, n.cfg.Addrs(), port, udp)
-	l = append(l, rpcbind.Mappings(mount3.Program, []uint32{mount3.VersionOld, mount3.Version}, n.cfg.Addrs(), mount, mount)...)
-	return append(l, n.lockMappings()...)
-}
-
-// startRpcbind makes the ports known: through the system's rpcbind, or by
-// answering on every service address.
-func (n *Node) startRpcbind(ctx context.Context) error {
-	mode := n.cfg.Rpcbind.Mode
-	sys := rpcbind.System{}
-	if mode == config.RpcbindAuto {
-		mode = config.RpcbindOwn
-		if sys.Available(ctx) {
-			mode = config.RpcbindSystem
-		}
-	}
-	n.rpcMode = mode
-	switch mode {
-	case config.RpcbindOff:
-		return nil
-	case config.RpcbindSystem:
-		r := &rpcbind.Registrar{System: sys, Mappings: n.mappings(), Logger: n.log}
-		if err := r.Start(ctx); err != nil {
-			return fmt.Errorf("rpcbind: %w; set rpcbind.mode = \"own\" or \"off\"", err)
-		}
-		n.rpcReg = r
-		return nil
-	}
-	n.rpcTable = &rpcbind.Table{}
-	for _, m := range n.mappings() {
-		n.rpcTable.Set(m)
-	}
-	srv := &rpcbind.Server{Table: n.rpcTable}
-	for _, s := range n.serving() {
-		rs := sunrpc.NewServer(sunrpc.Config{Programs: srv.Programs(), Logger: n.log, MaxRecord: 64 << 10, MaxConns: 256, MaxInflightBytes: 8 << 20, Workers: 4})
-		ap := netip.AddrPortFrom(s.vip.Addr, uint16(n.cfg.Rpcbind.Port))
-		v := &service{vip: s.vip, rpc: rs, port: map[netip.AddrPort]string{ap: "rpcbind"}}
-		_, err := rs.ListenTCP(ap, sunrpc.ListenOptions{})
-		if err == nil {
-			_, err = rs.ListenUDP(ap, sunrpc.ListenOptions{})
-		}
-		if err := n.addService(ctx, v); err != nil {
-			return err
-		}
-		if err != nil {
-			if n.cfg.Rpcbind.Mode == config.RpcbindAuto {
-				n.log.Warn("portmap is not available; clients must name the ports themselves (mount options port= and mountport=)", "err", listenError(ap, "tcp+udp", "rpcbind", err))
-				n.rpcMode = config.RpcbindOff
-				return nil
-			}
-			return listenError(ap, "tcp+udp", "rpcbind", err)
-		}
-	}
-	port := uint16(n.cfg.Rpcbind.Port)
-	for _, m := range rpcbind.Mappings(rpcbind.Program, []uint32{rpcbind.VersPortmap, rpcbind.Vers3, rpcbind.Vers4}, n.cfg.Addrs(), port, port) {
-		n.rpcTable.Set(m)
-	}
-	return nil
+	return u.Begin(ctx, v, n.cfg.ForgetLocks)
 }
 
 // Stop takes the node down in an orderly way: clients' calls are finished and
@@ -524,27 +434,35 @@ func (n *Node) Stop(ctx context.Context) error {
 		n.noFrontend()
 		n.frontend.Wait()
 	}
+	ferr := n.stopFloating(ctx, true)
 	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 	defer cancel()
 	var wg sync.WaitGroup
-	for _, s := range n.serving() {
-		wg.Go(func() {
-			if s.locks != nil {
-				// Grants stay pending in the lock table; the next start calls back.
-				if err := s.locks.stop(dctx); err != nil {
-					n.log.Warn("callbacks to clients have not ended in time", "address", s.vip.Addr, "err", err)
-				}
-			}
-			r := s.rpc.Drain(dctx)
-			n.log.Info("drained", "address", s.vip.Addr, "orderly", r.Orderly, "forced", r.Forced, "replies", r.Replies)
-		})
+	for _, u := range n.serving() {
+		wg.Go(func() { n.drain(dctx, u) })
 	}
 	wg.Wait()
 	if n.cluster != nil {
 		n.cluster.vips.Store(nil)
 	}
 	n.orderly = true
-	return n.teardown(ctx)
+	return errors.Join(ferr, n.teardown(ctx))
+}
+
+// drain ends the service of a fixed address in an orderly way.
+func (n *Node) drain(ctx context.Context, u *unit.Unit) {
+	if err := u.Refuse(ctx, failover.Reset); err != nil {
+		n.log.Warn("new connections are not refused", "address", u.Addr(), "err", err)
+	}
+	d, err := u.Drain(ctx)
+	if err != nil {
+		n.log.Warn("the drain has not ended well", "address", u.Addr(), "err", err)
+	}
+	c, err := u.Close(ctx, failover.HalfClose)
+	if err != nil {
+		n.log.Warn("connections have not ended well", "address", u.Addr(), "err", err)
+	}
+	n.log.Info("drained", "address", u.Addr(), "orderly", c.Orderly, "forced", c.Forced, "replies", d.Replies)
 }
 
 // leaveTime bounds the leave that a node takes of the other nodes, which may be
@@ -556,22 +474,20 @@ func (n *Node) teardown(ctx context.Context) error {
 		n.noFrontend()
 		n.frontend.Wait()
 	}
-	var errs []error
-	if n.rpcReg != nil {
-		errs = append(errs, n.rpcReg.Stop(ctx))
+	errs := []error{n.stopFloating(ctx, false)}
+	fixed := n.serving()
+	for _, u := range fixed {
+		errs = append(errs, u.Finish(ctx))
 	}
-	for _, s := range n.serving() {
-		if s.locks != nil && !n.orderly {
-			errs = append(errs, s.locks.stop(ctx))
-		}
-		errs = append(errs, s.rpc.Close())
+	if n.portmap != nil {
+		errs = append(errs, n.portmap.Close(ctx))
 	}
 	if n.cancel != nil {
 		n.cancel()
 	}
 	n.wg.Wait()
 	if n.cluster != nil {
-		errs = append(errs, n.leave(ctx), n.cluster.close(ctx))
+		errs = append(errs, n.leave(ctx, fixed), n.cluster.close(ctx))
 	} else {
 		if n.fs != nil {
 			errs = append(errs, n.fs.Close(ctx))
@@ -581,7 +497,7 @@ func (n *Node) teardown(ctx context.Context) error {
 		}
 		if n.orderly && errors.Join(errs...) == nil {
 			// Everything is durable: the next start need not ask clients for their locks.
-			errs = append(errs, n.stopped(ctx))
+			errs = append(errs, n.stopped(ctx, fixed))
 		}
 	}
 	if n.unlock != nil {
@@ -590,13 +506,11 @@ func (n *Node) teardown(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// stopped ends the periods of service.
-func (n *Node) stopped(ctx context.Context) error {
+// stopped ends the periods of service of fixed addresses.
+func (n *Node) stopped(ctx context.Context, fixed []*unit.Unit) error {
 	var errs []error
-	for _, s := range n.serving() {
-		if s.nfs != nil {
-			errs = append(errs, n.reg.Stopped(ctx, s.vip.Index, s.vip.Epoch))
-		}
+	for _, u := range fixed {
+		errs = append(errs, n.reg.Stopped(ctx, u.VIP().Index, u.VIP().Epoch))
 	}
 	return errors.Join(errs...)
 }
@@ -604,7 +518,7 @@ func (n *Node) stopped(ctx context.Context) error {
 // leave ends the part of a cluster's frontend in this node, while the targets here
 // still run. That others are away is no error: nothing acknowledged is lost, and
 // the next start acts as after a crash.
-func (n *Node) leave(ctx context.Context) error {
+func (n *Node) leave(ctx context.Context, fixed []*unit.Unit) error {
 	if n.fs == nil {
 		return nil
 	}
@@ -614,7 +528,7 @@ func (n *Node) leave(ctx context.Context) error {
 	defer cancel()
 	err := n.fs.Close(lctx)
 	if err == nil && n.orderly && !n.stale.Load() {
-		err = n.stopped(lctx)
+		err = n.stopped(lctx, fixed)
 	}
 	if err != nil {
 		n.log.Warn("the node could not take leave of the others in order; the next start acts as after a crash", "err", err)

@@ -495,14 +495,10 @@ func TestLostDataOfAFailedStart(t *testing.T) {
 	}
 }
 
-// New verifiers reach every service, and the portmapper's services, which have
-// none, do no harm.
+// New verifiers reach every service.
 func TestNewVerifiers(t *testing.T) {
 	c := conf(t, t.TempDir())
 	n := start(t, c)
-	if err := n.addService(ctx, &service{vip: n.services[0].vip, rpc: sunrpc.NewServer(sunrpc.Config{})}); err != nil {
-		t.Fatal(err)
-	}
 	fh := mount(t, n, "/data")
 	before := commitVerf(t, n, fh)
 	if before != [8]byte(decodeVerf(t, n.reg)) {
@@ -525,8 +521,8 @@ func decodeVerf(t *testing.T, r mgs.Registry) []byte {
 
 func address(t *testing.T, n *Node) netip.AddrPort {
 	t.Helper()
-	for _, s := range n.serving() {
-		for ap := range s.port {
+	for _, u := range n.serving() {
+		for ap := range u.Ports() {
 			return ap
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/baton-nfs/baton/internal/metrics"
+	"github.com/baton-nfs/baton/internal/node/unit"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
@@ -65,7 +66,7 @@ func (n *Node) Status() status.Status {
 		s.Waits = *w
 	}
 	if n.up.Load() {
-		s.Boot, s.Rpcbind = n.boot, n.rpcMode
+		s.Boot, s.Rpcbind = n.boot, n.portmap.Mode()
 		n.importStatus(&s)
 		n.serviceStatus(&s)
 		n.lockStatus(&s)
@@ -255,38 +256,15 @@ func (n *Node) serviceStatus(s *status.Status) {
 		n.log.Warn("status: the write verifiers shown may be old", "err", err)
 	}
 	procs := map[[2]uint32]uint64{}
-	seen := map[uint32]bool{}
-	for _, sv := range n.serving() {
-		st := sv.rpc.Stats()
-		s.Memory.InFlight += uint64(max(st.BufferBytes, 0))
-		for _, a := range st.Addrs {
-			s.Addresses = append(s.Addresses, status.Address{
-				Addr: a.Addr.Addr().String(), Port: int(a.Addr.Port()), Net: a.Network, Name: sv.port[a.Addr], State: n.state(),
-				Conns: int(a.Conns), ConnsTotal: a.Accepted, Refused: a.Rejected, Calls: a.Calls, Errors: a.AuthErrors,
-				Malformed: a.Garbage, InFlight: int(a.Inflight), BytesIn: a.BytesIn, BytesOut: a.BytesOut,
-			})
-		}
-		for _, p := range st.Procs {
-			procs[[2]uint32{p.Prog, p.Proc}] += p.Calls
-		}
-		for _, c := range sv.rpc.Conns() {
-			x := client(c.Remote.Addr())
-			x.Conns++
-			x.Calls += c.Replies
-			if x.Conns == 1 || c.Idle < x.Idle {
-				x.Idle = c.Idle
+	for _, u := range n.serving() {
+		n.unitStatus(s, u, procs, client)
+		ver := u.VIP().Verifier
+		for _, v := range vips {
+			if v.Index == u.VIP().Index {
+				ver = v.Verifier
 			}
 		}
-		if sv.nfs != nil && !seen[sv.vip.Index] {
-			seen[sv.vip.Index] = true
-			ver := sv.vip.Verifier
-			for _, v := range vips {
-				if v.Index == sv.vip.Index {
-					ver = v.Verifier
-				}
-			}
-			s.VIPs = append(s.VIPs, status.VIP{Addr: sv.vip.Addr.String(), Index: sv.vip.Index, Epoch: sv.vip.Epoch, Verifier: ver, VerifierChanges: n.verifier.Load()})
-		}
+		s.VIPs = append(s.VIPs, status.VIP{Addr: u.Addr().String(), Index: u.VIP().Index, Epoch: u.VIP().Epoch, Verifier: ver, VerifierChanges: n.verifier.Load()})
 	}
 	for _, m := range n.nfs.Mounts() {
 		c := client(m.Client)
@@ -306,6 +284,32 @@ func (n *Node) serviceStatus(s *status.Status) {
 			p.Program, p.Name = "rpcbind", fmt.Sprint(k[1])
 		}
 		s.Procs = append(s.Procs, p)
+	}
+}
+
+// unitStatus adds what the servers of a unit tell.
+func (n *Node) unitStatus(s *status.Status, u *unit.Unit, procs map[[2]uint32]uint64, client func(netip.Addr) *status.Client) {
+	for _, srv := range u.Servers() {
+		st := srv.Stats()
+		s.Memory.InFlight += uint64(max(st.BufferBytes, 0))
+		for _, a := range st.Addrs {
+			s.Addresses = append(s.Addresses, status.Address{
+				Addr: a.Addr.Addr().String(), Port: int(a.Addr.Port()), Net: a.Network, Name: u.Ports()[a.Addr], State: n.state(),
+				Conns: int(a.Conns), ConnsTotal: a.Accepted, Refused: a.Rejected, Calls: a.Calls, Errors: a.AuthErrors,
+				Malformed: a.Garbage, InFlight: int(a.Inflight), BytesIn: a.BytesIn, BytesOut: a.BytesOut,
+			})
+		}
+		for _, p := range st.Procs {
+			procs[[2]uint32{p.Prog, p.Proc}] += p.Calls
+		}
+		for _, c := range srv.Conns() {
+			x := client(c.Remote.Addr())
+			x.Conns++
+			x.Calls += c.Replies
+			if x.Conns == 1 || c.Idle < x.Idle {
+				x.Idle = c.Idle
+			}
+		}
 	}
 }
 

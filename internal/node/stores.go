@@ -118,13 +118,24 @@ func (n *Node) maxConns() int {
 	if err != nil {
 		return want
 	}
-	most := max((int(lim.Cur)-len(open))/2/len(n.cfg.Addrs()), 16)
+	most := max((int(lim.Cur)-len(open))/2/n.addresses(), 16)
 	if want <= most {
 		return want
 	}
 	n.log.Warn("fewer connections than nfs.max_connections: the limit of open files is too low (ulimit -n, LimitNOFILE= of systemd)",
 		"max_connections", want, "taken", most, "limit", lim.Cur)
 	return most
+}
+
+// floatingUsual is how many floating addresses a node is expected to serve at a time.
+const floatingUsual = 4
+
+// addresses is about how many service addresses this node serves.
+func (n *Node) addresses() int {
+	if n.cfg.NFS.Floating {
+		return len(n.cfg.Addrs()) + floatingUsual
+	}
+	return max(len(n.cfg.Addrs()), 1)
 }
 
 // TakeStores owns the stores of a cluster's targets for the time of a check, so that

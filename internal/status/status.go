@@ -176,6 +176,10 @@ type VIP struct {
 	Verifier string `json:"verifier"` // 16 hex digits
 	// VerifierChanges counts changes since the start: each is a lost flush.
 	VerifierChanges uint64 `json:"verifier_changes"`
+
+	// Floating is what the registry has of an address that moves; nil for another, and
+	// in a Status.
+	Floating *Floating `json:"floating,omitempty"`
 }
 
 // Export is one exported directory.

@@ -51,7 +51,8 @@ type Conn struct {
 	value  atomic.Pointer[any]
 
 	alive  atomic.Bool
-	closed atomic.Bool
+	closed atomic.Bool   // nothing is read, no reply is sent any more
+	cut    atomic.Bool   // closed, but the socket is still open
 	wake   chan struct{} // to the reader, capacity 1
 	parked atomic.Bool   // the reader waits on wake
 
@@ -65,7 +66,9 @@ type Conn struct {
 	partial    atomic.Bool  // a record has begun and is incomplete
 	partialAt  atomic.Int64
 	draining   atomic.Bool
-	drainStart int64 // replies when the drain began
+	drainStart atomic.Int64 // replies when the drain began
+	quiet      atomic.Bool  // drained: every reply has reached the peer's kernel
+	ending     atomic.Int32
 	orderly    atomic.Bool
 
 	// Owned by the reader goroutine.
@@ -165,14 +168,21 @@ func (c *Conn) serve() {
 		c.ep.garbage.Add(1)
 		c.srv.warn("connection closed", c.remote, c.local, err)
 	}
-	c.fail(nil, false)
 	c.dropInput()
+	if c.cut.Load() && c.awaitEnding() == endSilent {
+		c.endSilently()
+	}
+	c.fail(nil, false)
+	c.closeCut(true)
 }
 
 var errDrained = errors.New("drained")
 
 func (c *Conn) readLoop() error {
 	for {
+		if c.closed.Load() {
+			return errConnClosed
+		}
 		if c.draining.Load() {
 			// Whole records are behind us. One that has begun is given a moment to arrive.
 			if !c.midRecord() {
@@ -500,25 +510,69 @@ func (c *Conn) dropInput() {
 // still wants to send; else the kernel goes on delivering what it has taken. Calls in progress go on
 // and their replies are discarded. err, if not nil, is logged.
 func (c *Conn) fail(err error, reset bool) {
-	c.mu.Lock()
-	if c.closed.Swap(true) {
-		c.mu.Unlock()
+	held, first := c.shut(false)
+	if !first {
 		return
 	}
+	if err != nil {
+		c.srv.warn("connection closed", c.remote, c.local, err)
+	}
+	c.closeSocket(reset)
+	c.release(held)
+}
+
+// kill is fail with a reset, also for a connection that was cut off.
+func (c *Conn) kill() {
+	c.fail(nil, true)
+	c.closeCut(true)
+}
+
+// cutOff has the connection end but for its socket: nothing is read, replies are discarded, and no segment is sent
+// but what the kernel has taken. The reader then waits for awaitEnding.
+func (c *Conn) cutOff() {
+	held, first := c.shut(true)
+	if !first {
+		return
+	}
+	_ = c.nc.SetDeadline(time.Unix(1, 0)) // wakes reader and writer
+	c.release(held)
+}
+
+// closeCut closes the socket of a connection that was cut off.
+func (c *Conn) closeCut(reset bool) {
+	if c.cut.Swap(false) {
+		c.closeSocket(reset)
+		c.release(nil)
+	}
+}
+
+// shut marks the connection closed and returns the calls that were held; not first: it was already.
+func (c *Conn) shut(cut bool) (held []*Call, first bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed.Load() {
+		return nil, false
+	}
+	c.cut.Store(cut) // who sees closed sees this
+	c.closed.Store(true)
 	c.alive.Store(false)
-	held := c.held
+	held = c.held
 	c.held = nil
 	if !c.writing {
 		c.dropOutput()
 	}
-	c.mu.Unlock()
-	if err != nil {
-		c.srv.warn("connection closed", c.remote, c.local, err)
-	}
+	return held, true
+}
+
+func (c *Conn) closeSocket(reset bool) {
 	if reset {
 		_ = c.nc.SetLinger(0) // best effort: the socket may be gone already
 	}
 	_ = c.nc.Close() // nothing to do about a failed close
+}
+
+// release wakes whoever waits on a connection that was shut, and lets its held calls go.
+func (c *Conn) release(held []*Call) {
 	select {
 	case c.kick <- struct{}{}:
 	default:

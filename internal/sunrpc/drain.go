@@ -2,6 +2,8 @@ package sunrpc
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -33,9 +35,29 @@ func (s *Server) DrainAddr(ctx context.Context, addr netip.Addr) DrainResult {
 }
 
 func (s *Server) drain(ctx context.Context, match func(netip.Addr) bool) DrainResult {
-	var ls []*listener
-	var us []*udpSocket
+	ls, us := s.sockets(match)
+	for _, l := range ls {
+		_ = s.stopAccepting(l) // without the filter the rest still holds
+		if !l.opts.HoldOnDrain {
+			s.closeListener(l)
+		}
+	}
+	for _, u := range us {
+		u.stopReading()
+	}
+	conns := s.startDrain(match, endOrderly)
+	s.waitGone(ctx, conns)
+	for _, u := range us {
+		u.drained(ctx)
+		s.closeUDP(u)
+	}
+	return s.finishConns(conns)
+}
+
+// sockets lists listeners and UDP sockets.
+func (s *Server) sockets(match func(netip.Addr) bool) (ls []*listener, us []*udpSocket) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	for l := range s.listeners {
 		if match(l.ep.addr.Addr()) {
 			ls = append(ls, l)
@@ -46,15 +68,12 @@ func (s *Server) drain(ctx context.Context, match func(netip.Addr) bool) DrainRe
 			us = append(us, u)
 		}
 	}
-	s.mu.Unlock()
+	return ls, us
+}
 
-	for _, l := range ls {
-		s.drainListener(l)
-	}
-	for _, u := range us {
-		u.stopReading()
-	}
-
+// startDrain has the connections stop reading, and says how they are to end once they are quiet. Those whose end is
+// said already stay as they are.
+func (s *Server) startDrain(match func(netip.Addr) bool, how ending) []*Conn {
 	s.mu.Lock()
 	var conns []*Conn
 	for c := range s.conns {
@@ -64,20 +83,19 @@ func (s *Server) drain(ctx context.Context, match func(netip.Addr) bool) DrainRe
 	}
 	s.mu.Unlock()
 	for _, c := range conns {
-		c.drainStart = c.replies.Load()
-		c.draining.Store(true)
-		_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // wakes the reader; a closed connection needs no waking
+		c.end(how)
+		if !c.draining.Swap(true) {
+			c.drainStart.Store(c.replies.Load())
+			_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // wakes the reader; a closed connection needs no waking
+		}
 	}
-	s.waitGone(ctx, conns)
-	for _, u := range us {
-		u.drained(ctx)
-		s.mu.Lock()
-		delete(s.udps, u)
-		s.mu.Unlock()
-	}
+	return conns
+}
 
+// finishConns resets what is left of conns and counts how they have ended.
+func (s *Server) finishConns(conns []*Conn) DrainResult {
 	for _, c := range conns {
-		c.fail(nil, true) // no effect on those that have ended
+		c.kill() // no effect on those that have ended
 	}
 	// Bounded: a failed connection's reader has nothing left to wait for.
 	s.waitGone(context.Background(), conns)
@@ -88,18 +106,23 @@ func (s *Server) drain(ctx context.Context, match func(netip.Addr) bool) DrainRe
 		} else {
 			r.Forced++
 		}
-		r.Replies += int(c.replies.Load() - c.drainStart)
+		r.Replies += int(c.replies.Load() - c.drainStart.Load())
 	}
 	return r
 }
 
 // waitGone waits until none of conns is registered any more, or ctx ends.
 func (s *Server) waitGone(ctx context.Context, conns []*Conn) {
+	s.waitConns(ctx, conns, func(*Conn) bool { return false })
+}
+
+// waitConns waits until each of conns is done or registered no more, or ctx ends.
+func (s *Server) waitConns(ctx context.Context, conns []*Conn, done func(*Conn) bool) {
 	for {
 		s.mu.Lock()
 		left := 0
 		for _, c := range conns {
-			if _, ok := s.conns[c]; ok {
+			if _, ok := s.conns[c]; ok && !done(c) {
 				left++
 			}
 		}
@@ -116,17 +139,31 @@ func (s *Server) waitGone(ctx context.Context, conns []*Conn) {
 	}
 }
 
-// drainListener stops SYNs, takes the connections that the kernel has completed (closing the listener
-// would reset them), and closes the listener unless it is to hold the port.
-func (s *Server) drainListener(l *listener) {
+// stopAccepting stops SYNs and takes the connections that the kernel has completed: closing the listener would
+// reset them. What is held for Open stays in the queue: nobody could answer it. It may be called again. An error
+// means that SYNs are not stopped; the rest is done all the same.
+func (s *Server) stopAccepting(l *listener) error {
+	var ferr error
 	rc, err := l.ln.SyscallConn()
 	if err == nil {
-		_ = rc.Control(func(fd uintptr) { _ = dropSYN(int(fd)) }) // without the filter the rest still holds
+		err = rc.Control(func(fd uintptr) { ferr = dropSYN(int(fd)) })
+	}
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	if err == nil && ferr != nil {
+		ferr = fmt.Errorf("sunrpc: new connections to %s cannot be held off by a socket filter: %w", l.ep.addr, ferr)
+	}
+	s.mu.Lock()
+	held := l.held
+	s.mu.Unlock()
+	if held {
+		return errors.Join(err, ferr)
 	}
 	_ = l.ln.SetDeadline(time.Unix(1, 0)) // ends the accept goroutine
 	<-l.done
 	if err == nil {
-		_ = rc.Control(func(fd uintptr) {
+		err = rc.Control(func(fd uintptr) {
 			for {
 				nfd, _, err := unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 				if err == unix.EINTR || err == unix.ECONNABORTED {
@@ -141,12 +178,20 @@ func (s *Server) drainListener(l *listener) {
 			}
 		})
 	}
-	if l.opts.HoldOnDrain {
-		return
-	}
+	return errors.Join(err, ferr)
+}
+
+func (s *Server) closeListener(l *listener) {
 	_ = l.ln.Close() // may have been closed by Close
 	s.mu.Lock()
 	delete(s.listeners, l)
+	s.mu.Unlock()
+}
+
+func (s *Server) closeUDP(u *udpSocket) {
+	_ = u.pc.Close() // may have been closed by Close
+	s.mu.Lock()
+	delete(s.udps, u)
 	s.mu.Unlock()
 }
 
@@ -196,6 +241,21 @@ func (c *Conn) finishDrain() {
 		}
 		time.Sleep(d)
 	}
+	c.dropInput()
+	c.quiet.Store(true)
+	c.srv.mu.Lock()
+	c.srv.connChanged()
+	c.srv.mu.Unlock()
+	switch c.awaitEnding() {
+	case endOrderly:
+		c.endOrderly()
+	case endSilent:
+		c.endSilently()
+	}
+}
+
+// endOrderly shuts down for sending and discards input until the peer closes, too.
+func (c *Conn) endOrderly() {
 	if c.nc.CloseWrite() != nil {
 		return
 	}

@@ -69,6 +69,9 @@ type Config struct {
 	RecordTimeout   time.Duration // without progress inside a record, default 30 s
 	DrainRecordWait time.Duration // for the rest of a begun record in Drain, default 100 ms
 
+	// OnOpen is called once for every connection, before anything is read of it. It must
+	// neither block nor use the Server.
+	OnOpen func(*Conn)
 	// OnClose is called once for every connection, after its last ServeRPC, on its reader goroutine.
 	// Calls of it may still be in progress.
 	OnClose func(*Conn)
@@ -86,6 +89,8 @@ type ListenOptions struct {
 	// HoldOnDrain keeps the listener's port through Drain with SYNs dropped instead of refused, until
 	// Close: a client whose SYN is dropped retries sooner than one that is refused.
 	HoldOnDrain bool
+	// Held leaves connections in the accept queue and datagrams in the socket until Open.
+	Held bool
 }
 
 var (
@@ -96,7 +101,7 @@ var (
 // Server serves the configured programs on any number of addresses.
 type Server struct {
 	cfg    Config
-	progs  []*program
+	progs  atomic.Pointer[[]*program]
 	pool   *workers.Pool[*Call]
 	mem    gauge
 	bulk   bulkGate
@@ -119,7 +124,10 @@ type Server struct {
 	conns     map[*Conn]struct{}
 	peers     map[netip.Addr]*peer // that have connections
 	endpoints map[endpointKey]*endpoint
-	connsGone chan struct{} // closed and replaced when a connection ends
+	connsGone chan struct{} // closed and replaced when a connection ends or is quiet
+	opened    bool          // Open was called
+	refusing  bool          // Refuse or a later phase was called: nothing is admitted any more but what was queued
+	silence   func(syscall.RawConn) error
 }
 
 type program struct {
@@ -148,6 +156,7 @@ type listener struct {
 	ep   *endpoint
 	opts ListenOptions
 	done chan struct{} // the accept goroutine has ended
+	held bool          // and was not started; under Server.mu
 }
 
 // maxVersions and maxProcs bound the tables of a program; real ones stay far below.
@@ -204,12 +213,22 @@ func NewServer(cfg Config) *Server {
 	s.mem.freed = s.bufFreed
 	s.log.next = make(map[string]logState)
 	s.clock.Store(cfg.Now().UnixNano())
-	for _, p := range cfg.Programs {
+	s.progs.Store(new([]*program))
+	s.addPrograms(cfg.Programs)
+	s.wg.Add(1)
+	go s.janitor()
+	return s
+}
+
+// addPrograms makes programs known, in addition to those that are.
+func (s *Server) addPrograms(programs []Program) {
+	progs := slices.Clone(*s.progs.Load())
+	for _, p := range programs {
 		if p.Handler == nil || p.NumProcs == nil || p.VersHigh < p.VersLow || p.VersHigh-p.VersLow >= maxVersions {
 			panic(fmt.Sprintf("sunrpc: bad program entry %d", p.Prog))
 		}
 		if p.MaxArgs == 0 {
-			p.MaxArgs = cfg.MaxRecord
+			p.MaxArgs = s.cfg.MaxRecord
 		}
 		e := &program{Program: p, low: p.VersLow, high: p.VersHigh}
 		for v := p.VersLow; ; v++ {
@@ -218,18 +237,49 @@ func NewServer(cfg Config) *Server {
 				break
 			}
 		}
-		s.progs = append(s.progs, e)
+		progs = append(progs, e)
 	}
-	for _, a := range s.progs {
-		for _, b := range s.progs {
-			if a.Prog == b.Prog {
-				a.low, a.high = min(a.low, b.VersLow), max(a.high, b.VersHigh)
+	for i, a := range progs {
+		e := *a // the published entry may be in use
+		for _, b := range progs {
+			if e.Prog == b.Prog {
+				e.low, e.high = min(e.low, b.VersLow), max(e.high, b.VersHigh)
 			}
 		}
+		progs[i] = &e
 	}
-	s.wg.Add(1)
-	go s.janitor()
-	return s
+	s.progs.Store(&progs)
+}
+
+// Open makes programs known in addition to Config.Programs, and begins to serve the addresses that are
+// listened on with ListenOptions.Held, and what has come there meanwhile. Later ones are served at once. It
+// may be called once, and panics as NewServer does.
+func (s *Server) Open(programs ...Program) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed || s.refusing:
+		return fmt.Errorf("sunrpc: open: %w", errClosed)
+	case s.opened:
+		return errors.New("sunrpc: opened already")
+	}
+	s.addPrograms(programs)
+	s.opened = true
+	for l := range s.listeners {
+		if l.held {
+			l.held = false
+			s.wg.Add(1)
+			go s.accept(l)
+		}
+	}
+	for u := range s.udps {
+		if u.held {
+			u.held = false
+			s.wg.Add(1)
+			go u.serve()
+		}
+	}
+	return nil
 }
 
 // dispatch checks a record and answers it or hands it to its program. It reports false for a record
@@ -253,7 +303,7 @@ func (s *Server) dispatch(c *Call, rec []byte) bool {
 		return true
 	}
 	var known *program
-	for _, p := range s.progs {
+	for _, p := range *s.progs.Load() {
 		if p.Prog != c.Prog {
 			continue
 		}
@@ -306,12 +356,16 @@ func (s *Server) ListenTCP(addr netip.AddrPort, opts ListenOptions) (netip.AddrP
 	bound := tcpAddrPort(ln.Addr())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
+	if s.closed || s.refusing {
 		_ = ln.Close() // never used
 		return netip.AddrPort{}, fmt.Errorf("sunrpc: listen %s: %w", addr, errClosed)
 	}
 	l.ep = s.endpoint("tcp", bound)
 	s.listeners[l] = struct{}{}
+	if opts.Held && !s.opened {
+		l.held = true
+		return bound, nil
+	}
 	s.wg.Add(1)
 	go s.accept(l)
 	return bound, nil
@@ -403,6 +457,9 @@ func (s *Server) admit(ep *endpoint, nc *net.TCPConn) {
 			ep.conns.Add(1)
 			ep.accepted.Add(1)
 			s.wg.Add(1)
+			if s.cfg.OnOpen != nil {
+				s.cfg.OnOpen(c)
+			}
 			go c.serve()
 		}
 		s.mu.Unlock()
@@ -428,10 +485,15 @@ func (s *Server) connDone(c *Conn) {
 		delete(s.peers, c.remote.Addr())
 	}
 	c.ep.conns.Add(-1)
-	close(s.connsGone)
-	s.connsGone = make(chan struct{})
+	s.connChanged()
 	s.mu.Unlock()
 	s.wg.Done()
+}
+
+// connChanged lets those look again who wait for connections to end or to be quiet. The caller holds s.mu.
+func (s *Server) connChanged() {
+	close(s.connsGone)
+	s.connsGone = make(chan struct{})
 }
 
 // Close ends everything at once: connections are reset, calls that were submitted to workers still end
@@ -458,7 +520,7 @@ func (s *Server) Close() error {
 	}
 	s.mu.Unlock()
 	for _, c := range conns {
-		c.fail(nil, true)
+		c.kill()
 	}
 	s.closeBulk()
 	s.wg.Wait()

@@ -62,7 +62,7 @@ func (s *Server) Stats() Stats {
 		}
 		return a.Addr.Compare(b.Addr)
 	})
-	for _, p := range s.progs {
+	for _, p := range *s.progs.Load() {
 		for v := range p.procs {
 			for n := range p.procs[v] {
 				if k := p.procs[v][n].Load(); k > 0 {

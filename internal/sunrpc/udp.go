@@ -23,7 +23,9 @@ type udpSocket struct {
 	pc       *net.UDPConn
 	wildcard bool // the local address differs from call to call and must be given with each reply
 	v6       bool
+	held     bool // the reader is not started; under Server.mu
 	stopping atomic.Bool
+	mute     atomic.Bool   // no reply leaves any more
 	quiet    chan struct{} // capacity 1: a call has finished while stopping
 	done_    chan struct{} // the reader has ended
 }
@@ -64,12 +66,16 @@ func (s *Server) ListenUDP(addr netip.AddrPort, opts ListenOptions) (netip.AddrP
 	bound := netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
+	if s.closed || s.refusing {
 		_ = pc.Close() // never used
 		return netip.AddrPort{}, fmt.Errorf("sunrpc: listen %s: %w", addr, errClosed)
 	}
 	u.ep = s.endpoint("udp", bound)
 	s.udps[u] = struct{}{}
+	if opts.Held && !s.opened {
+		u.held = true
+		return bound, nil
+	}
 	s.wg.Add(1)
 	go u.serve()
 	return bound, nil
@@ -150,6 +156,10 @@ func (u *udpSocket) readPktinfo(c *Call, oob []byte) {
 // send sends c's reply as one datagram, without the record mark. A reply that does not fit or cannot be
 // sent is lost, as datagrams are.
 func (u *udpSocket) send(c *Call) {
+	if u.mute.Load() {
+		u.ep.dropped.Add(1)
+		return
+	}
 	b := c.Out.Buf[markSize:]
 	if len(c.payload) > 0 {
 		b = append(c.Out.Buf, c.payload...)
@@ -185,19 +195,29 @@ func (u *udpSocket) done() {
 	}
 }
 
+// stopReading returns when nothing is read any more.
 func (u *udpSocket) stopReading() {
+	u.srv.mu.Lock()
+	held := u.held
+	u.held = false
+	u.srv.mu.Unlock()
 	u.stopping.Store(true)
+	if held {
+		close(u.done_)
+	}
 	_ = u.pc.SetReadDeadline(time.Unix(1, 0)) // a closed socket needs no waking
 	<-u.done_
 }
 
-// drained waits until every call of the socket is answered, or ctx ends, and closes it.
-func (u *udpSocket) drained(ctx context.Context) {
+// drained waits until every call of the socket is answered, or ctx ends, and returns how many are not. Nothing
+// is answered after it.
+func (u *udpSocket) drained(ctx context.Context) int {
 	for u.ep.inflightUDP.Load() > 0 && ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
 		case <-u.quiet:
 		}
 	}
-	_ = u.pc.Close() // may have been closed by Close
+	u.mute.Store(true)
+	return int(u.ep.inflightUDP.Load())
 }

@@ -31,6 +31,9 @@ func eventText(e *Event) string {
 	if e.Target != "" {
 		s += fmt.Sprintf(" %s instance=%d", e.Target, e.Instance)
 	}
+	if e.VIP != (VIP{}) {
+		s += fmt.Sprintf(" %d epoch=%d", e.VIP.Index, e.VIP.Epoch)
+	}
 	if e.From != "" {
 		s += " from " + e.From
 	}
@@ -189,6 +192,13 @@ func (b *bench) command(d *datadriven.TestData) {
 		b.tick()
 	case "heard": // n beats, one every interval
 		beat := Beat{Incarnation: 1, Interval: b.m.cfg.Interval, Want: true, Targets: parseTargets(b.t, list("targets"))}
+		for _, text := range list("vips") {
+			var v VIP
+			if _, err := fmt.Sscanf(text, "%d:%d", &v.Index, &v.Epoch); err != nil {
+				b.t.Fatalf("%s: %q: %v", d.Pos, text, err)
+			}
+			beat.VIPs = append(beat.VIPs, v)
+		}
 		every, n, via := 200*time.Millisecond, 1, Answer
 		b.arg(d, "incarnation", &beat.Incarnation)
 		b.arg(d, "n", &n)

@@ -88,11 +88,13 @@ const (
 	// Steady ends Slow. It does not follow when the target or the peer has gone or
 	// started anew.
 	Steady
+	// Serves: the peer says that it serves an address, in this epoch.
+	Serves
 )
 
 // String gives the kind's name.
 func (k Kind) String() string {
-	if names := [...]string{"reset", "alive", "suspect", "restarted", "target up", "target moved", "target gone", "slow", "steady"}; int(k) < len(names) {
+	if names := [...]string{"reset", "alive", "suspect", "restarted", "target up", "target moved", "target gone", "slow", "steady", "serves"}; int(k) < len(names) {
 		return names[k]
 	}
 	return fmt.Sprintf("event-%d", uint8(k))
@@ -108,6 +110,7 @@ type Event struct {
 	Instance    uint64
 	From        string
 	Silence     time.Duration
+	VIP         VIP
 }
 
 // Local is what the node knows of itself. Targets and VIPs may be in any order.
@@ -252,11 +255,15 @@ func (m *Machine) Heard(now time.Duration, name string, b *Beat, via Via) bool {
 	} else {
 		p.arrived(now)
 	}
+	served := p.newVIPs(b.VIPs)
 	p.hear(now, b, via)
 	p.watch(now)
 	if p.state == StateWaiting || p.state == StateSuspect {
 		p.state = StateAlive
 		m.event(p, Event{Kind: Alive, Silence: silence})
+	}
+	for _, v := range served {
+		m.event(p, Event{Kind: Serves, VIP: v})
 	}
 	m.learn(now, p, b, again)
 	return true

@@ -215,6 +215,21 @@ func (p *peer) arrived(now time.Duration) {
 	p.sample(gap)
 }
 
+// newVIPs gives those of a beat's addresses that the peer has not told of, or in another
+// epoch. Both lists rise by index.
+func (p *peer) newVIPs(told []VIP) (l []VIP) {
+	old := p.vips
+	for _, v := range told {
+		for len(old) > 0 && old[0].Index < v.Index {
+			old = old[1:]
+		}
+		if len(old) == 0 || old[0] != v {
+			l = append(l, v)
+		}
+	}
+	return l
+}
+
 // hear takes what a beat says about the peer itself.
 func (p *peer) hear(now time.Duration, b *Beat, via Via) {
 	p.lastSeq, p.echo, p.want = b.Seq, b.Echo, b.Want

@@ -67,6 +67,9 @@ func (m *Machine) Present() []Event {
 		if p.self.slow {
 			m.event(p, Event{Kind: Slow})
 		}
+		for _, v := range p.vips {
+			m.event(p, Event{Kind: Serves, VIP: v})
+		}
 		for i := range p.targets {
 			t := &p.targets[i]
 			if k := m.known[t.Name]; k != nil && k.node == p.name {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"slices"
 
 	"github.com/cespare/xxhash/v2"
 
@@ -29,6 +28,13 @@ const (
 	methodIdentity     = "identity"
 	methodAgree        = "agree"
 	methodClients      = "clients"
+	methodAddVIP       = "vip-add"
+	methodSetVIP       = "vip-set"
+	methodRemoveVIP    = "vip-remove"
+	methodAssign       = "assign"
+	methodSetReady     = "set-ready"
+	methodTake         = "take"
+	methodSetDrained   = "set-drained"
 )
 
 // call is OpRegistry's Data. Session and Seq are there in calls that change
@@ -123,6 +129,22 @@ type (
 	agreeResult struct {
 		Value string `json:"value"`
 	}
+	indexArgs struct {
+		Index uint32 `json:"index"`
+	}
+	assignArgs struct {
+		Index uint32 `json:"index"`
+		Epoch uint64 `json:"epoch"`
+		Node  string `json:"node"`
+	}
+	moveArgs struct {
+		Index  uint32 `json:"index"`
+		MoveID uint64 `json:"move_id"`
+	}
+	drainedArgs struct {
+		Node    string `json:"node"`
+		Drained bool   `json:"drained"`
+	}
 	// With the longest names there is room for maxNodes clients in an answer.
 	clientsResult struct {
 		Clients map[string]string `json:"clients"` // IDs in hex
@@ -130,7 +152,7 @@ type (
 )
 
 // pageVIPs is the number of VIPs in an answer. With the longest names they
-// take less than wire.MaxData.
+// take less than wire.MaxData, but for those of floating addresses (pageBytes).
 const pageVIPs = 128
 
 // method is how a call is executed. run changes nothing when it returns an
@@ -204,6 +226,33 @@ var methods = map[string]*method{
 		v, err := s.agree(a.Name, a.Value)
 		return agreeResult{v}, err
 	}),
+	methodAddVIP: bind(true, func(s *state, rnd io.Reader, _ string, a VIPSpec) (any, error) {
+		v, err := s.addVIP(rnd, a)
+		return vipResult{VIP: v}, err
+	}),
+	methodSetVIP: bind(true, func(s *state, _ io.Reader, _ string, a VIPSpec) (any, error) {
+		v, err := s.setVIP(a)
+		return vipResult{VIP: v}, err
+	}),
+	methodRemoveVIP: bind(true, func(s *state, _ io.Reader, _ string, a indexArgs) (any, error) {
+		v, err := s.removeVIP(a.Index)
+		return vipResult{VIP: v}, err
+	}),
+	methodAssign: bind(true, func(s *state, _ io.Reader, _ string, a assignArgs) (any, error) {
+		v, err := s.assign(a.Index, a.Epoch, a.Node)
+		return vipResult{VIP: v}, err
+	}),
+	methodSetReady: bind(true, func(s *state, _ io.Reader, node string, a moveArgs) (any, error) {
+		v, err := s.setReady(a.Index, a.MoveID, node)
+		return vipResult{VIP: v}, err
+	}),
+	methodTake: bind(true, func(s *state, _ io.Reader, node string, a moveArgs) (any, error) {
+		v, err := s.take(a.Index, a.MoveID, node)
+		return vipResult{v, v.Crashed}, err
+	}),
+	methodSetDrained: bind(true, func(s *state, _ io.Reader, _ string, a drainedArgs) (any, error) {
+		return none{}, s.setDrained(a.Node, a.Drained)
+	}),
 }
 
 // page lists VIPs of higher index than after.
@@ -212,14 +261,12 @@ func (s *state) page(after uint32) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mgs: encode VIPs: %w", err)
 	}
-	i := slices.IndexFunc(s.VIPs, func(v VIP) bool { return v.Index > after })
-	if i < 0 {
-		i = len(s.VIPs)
+	p := vipsResult{VIPs: []VIP{}, Tag: xxhash.Sum64(all)}
+	l, more, err := pageOf(s.VIPs, after)
+	if err != nil {
+		return nil, err
 	}
-	p := vipsResult{VIPs: s.VIPs[i:], Tag: xxhash.Sum64(all)}
-	if len(p.VIPs) > pageVIPs {
-		p.VIPs, p.More = p.VIPs[:pageVIPs], true
-	}
+	p.VIPs, p.More = append(p.VIPs, l...), more
 	return p, nil
 }
 

@@ -63,6 +63,30 @@ type fileStorage struct {
 	mu  sync.Mutex
 	doc []byte
 	rev uint64
+	// changed is closed with the next change, nil if nobody waits.
+	changed chan struct{}
+}
+
+var _ Waiter = (*fileStorage)(nil)
+
+// Wait implements Waiter: nobody else changes the file.
+func (f *fileStorage) Wait(ctx context.Context, rev uint64) error {
+	f.mu.Lock()
+	if rev != f.rev {
+		f.mu.Unlock()
+		return nil
+	}
+	if f.changed == nil {
+		f.changed = make(chan struct{})
+	}
+	c := f.changed
+	f.mu.Unlock()
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // read returns the file's content if it is a registry, nothing if there is none.
@@ -124,6 +148,10 @@ func (f *fileStorage) Swap(_ context.Context, rev uint64, doc []byte) error {
 		return err
 	}
 	f.doc, f.rev = doc, f.rev+1
+	if f.changed != nil {
+		close(f.changed)
+		f.changed = nil
+	}
 	return nil
 }
 

@@ -116,17 +116,19 @@ type VIP struct {
 	Crashed bool `json:"-"`
 
 	// Of a floating address (package-level type Floating); Bits is 0 for one that a
-	// node has by its configuration.
+	// node has by its configuration, and for one that nobody has any more.
 	Bits      int      `json:"bits,omitempty"`
 	Interface string   `json:"interface,omitempty"`
 	Prefer    []string `json:"prefer,omitempty"`
 	// Next is to serve the address; another node than Node while it moves.
 	Next string `json:"next,omitempty"`
-	// MoveID numbers the assignments of the address, Ready tells that the assigned
-	// node listens.
+	// MoveID numbers the assignments of the address, from 1, also over its removal.
+	// Ready tells that the assigned node listens.
 	MoveID uint64 `json:"move_id,omitempty"`
 	Ready  bool   `json:"ready,omitempty"`
-	// Removed: the address is to be given up for good.
+	// Drained: the administrator wants nobody to serve the address for now.
+	Drained bool `json:"drained,omitempty"`
+	// Removed: the address is to be given up for good by Node, which serves it still.
 	Removed bool `json:"removed,omitempty"`
 }
 
@@ -154,6 +156,9 @@ const (
 	CodeExists Code = "exists"
 	// CodeMoved: the address was assigned anew meanwhile.
 	CodeMoved Code = "moved"
+	// CodeDrained: the address, or the node, is not to serve by the administrator's
+	// word; Error.Node is the node's name, or empty.
+	CodeDrained Code = "drained"
 	// CodeLimit: the registry or a number in it cannot grow further.
 	CodeLimit Code = "limit"
 	// CodeInvalid: an argument is none.
@@ -166,7 +171,7 @@ const (
 // Error is a refusal of the registry.
 type Error struct {
 	Code Code   `json:"code"`
-	Node string `json:"node,omitempty"` // CodeServed
+	Node string `json:"node,omitempty"` // CodeServed, CodeDrained
 	Text string `json:"text"`
 }
 

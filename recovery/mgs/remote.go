@@ -46,17 +46,30 @@ type Remote struct {
 	// arrive in order. seq is guarded by it.
 	change chan struct{}
 	seq    uint64
-	// dial is held while a connection is made.
-	dial chan struct{}
+	// polling is held by the one OpWatchVIPs that is on its way.
+	polling chan struct{}
 
 	mu      sync.Mutex // never held while waiting
 	closed  bool
-	conn    wire.Conn // nil: none
-	at      int       // index of its address, or of the next to try
+	calls   link      // for calls
+	polls   link      // for OpWatchVIPs, which is not to hold up calls
 	waiting time.Time // when the wait was told, zero: nobody waits or was told
 }
 
-var _ Registry = (*Remote)(nil)
+// link is a connection to the MGS.
+type link struct {
+	// dial is held while the connection is made.
+	dial chan struct{}
+
+	// Guarded by Remote.mu.
+	conn wire.Conn // nil: none
+	at   int       // index of its address, or of the next to try
+}
+
+var (
+	_ Registry = (*Remote)(nil)
+	_ Floating = (*Remote)(nil)
+)
 
 // NewRemote returns a registry; it does not connect yet.
 func NewRemote(o RemoteOptions) (*Remote, error) {
@@ -84,22 +97,27 @@ func NewRemote(o RemoteOptions) (*Remote, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Remote{o: o, session: id, change: make(chan struct{}, 1), dial: make(chan struct{}, 1)}, nil
+	r := &Remote{o: o, session: id, change: make(chan struct{}, 1), polling: make(chan struct{}, 1)}
+	r.calls.dial, r.polls.dial = make(chan struct{}, 1), make(chan struct{}, 1)
+	return r, nil
 }
 
 // errClosed: the caller has closed the Remote.
 var errClosed = errors.New("closed")
 
-// Close ends the connection. Calls under way and later ones fail.
+// Close ends the connections. Calls under way and later ones fail.
 func (r *Remote) Close() error {
 	r.mu.Lock()
-	c := r.conn
-	r.conn, r.closed = nil, true
+	conns := []wire.Conn{r.calls.conn, r.polls.conn}
+	r.calls.conn, r.polls.conn, r.closed = nil, nil, true
 	r.mu.Unlock()
-	if c == nil {
-		return nil
+	var errs []error
+	for _, c := range conns {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
 	}
-	return c.Close()
+	return errors.Join(errs...)
 }
 
 func acquire(ctx context.Context, sem chan struct{}) error {
@@ -130,13 +148,19 @@ func (r *Remote) call(ctx context.Context, name string, args, result any) error 
 	if err != nil {
 		return fmt.Errorf("mgs: %s: %w", name, err)
 	}
+	req := wire.Request{Header: wire.Header{Op: wire.OpRegistry}, Name: []byte(name), Data: data}
+	return r.try(ctx, &r.calls, name, &req, r.o.Attempt, result)
+}
+
+// try sends a request until there is an answer, which may take d, and reads its result.
+func (r *Remote) try(ctx context.Context, l *link, name string, req *wire.Request, d time.Duration, result any) error {
 	var rep wire.Reply
 	pause, began := r.o.BackoffMin, time.Now()
 	for try := 1; ; try++ {
-		again, err := r.attempt(ctx, name, data, &rep)
+		again, err := r.attempt(ctx, l, req, d, &rep)
 		switch {
 		case err == nil:
-			r.answers()
+			r.answers(l)
 			return decodeAnswer(rep.Data, result)
 		case ctx.Err() != nil:
 			return fmt.Errorf("mgs: %s: no answer from the MGS: %w (%w)", name, ctx.Err(), err)
@@ -161,15 +185,18 @@ func (r *Remote) call(ctx context.Context, name string, args, result any) error 
 var errElsewhere = errors.New("the node does not serve the MGS")
 
 // attempt tries one address. again tells that another attempt may succeed.
-func (r *Remote) attempt(caller context.Context, name string, data []byte, rep *wire.Reply) (again bool, err error) {
-	ctx, cancel := context.WithTimeout(caller, r.o.Attempt)
+func (r *Remote) attempt(caller context.Context, l *link, req *wire.Request, d time.Duration, rep *wire.Reply) (again bool, err error) {
+	ctx, cancel := context.WithTimeout(caller, d)
 	defer cancel()
-	conn, err := r.connect(ctx)
+	dial, stop := context.WithTimeout(ctx, r.o.Attempt)
+	conn, err := r.connect(dial, l)
+	stop()
 	if err != nil {
 		return !errors.Is(err, errClosed), err
 	}
-	req := wire.Request{Header: wire.Header{Op: wire.OpRegistry, XID: r.xid.Add(1)}, Name: []byte(name), Data: data}
-	err = conn.Call(ctx, &req, rep)
+	one := *req
+	one.XID = r.xid.Add(1)
+	err = conn.Call(ctx, &one, rep)
 	switch {
 	case err != nil:
 		if caller.Err() != nil {
@@ -182,18 +209,18 @@ func (r *Remote) attempt(caller context.Context, name string, data []byte, rep *
 	default:
 		return false, rep.Status
 	}
-	r.drop(conn)
+	r.drop(l, conn)
 	return true, err
 }
 
 // connect returns the connection, or makes one to the next address.
-func (r *Remote) connect(ctx context.Context) (wire.Conn, error) {
-	if err := acquire(ctx, r.dial); err != nil {
+func (r *Remote) connect(ctx context.Context, l *link) (wire.Conn, error) {
+	if err := acquire(ctx, l.dial); err != nil {
 		return nil, err
 	}
-	defer func() { <-r.dial }()
+	defer func() { <-l.dial }()
 	r.mu.Lock()
-	conn, at, closed := r.conn, r.at, r.closed
+	conn, at, closed := l.conn, l.at, r.closed
 	r.mu.Unlock()
 	if closed {
 		return nil, errClosed
@@ -209,9 +236,9 @@ func (r *Remote) connect(ctx context.Context) (wire.Conn, error) {
 		return nil, errors.Join(errClosed, conn.Close())
 	}
 	if err != nil {
-		r.at = (at + 1) % len(r.o.Addrs)
+		l.at = (at + 1) % len(r.o.Addrs)
 	} else {
-		r.conn = conn
+		l.conn = conn
 	}
 	r.mu.Unlock()
 	if err != nil {
@@ -222,13 +249,13 @@ func (r *Remote) connect(ctx context.Context) (wire.Conn, error) {
 
 // drop ends a connection that did not give an answer; the next attempt is at
 // the next address.
-func (r *Remote) drop(conn wire.Conn) {
+func (r *Remote) drop(l *link, conn wire.Conn) {
 	r.mu.Lock()
-	if r.conn != conn {
+	if l.conn != conn {
 		r.mu.Unlock()
 		return // somebody else was faster
 	}
-	r.conn, r.at = nil, (r.at+1)%len(r.o.Addrs)
+	l.conn, l.at = nil, (l.at+1)%len(r.o.Addrs)
 	r.mu.Unlock()
 	if err := conn.Close(); err != nil {
 		r.o.Logger.Debug("close a connection to the MGS", "err", err)
@@ -251,11 +278,11 @@ func (r *Remote) waits(began time.Time, why error) {
 	}
 }
 
-func (r *Remote) answers() {
+func (r *Remote) answers(l *link) {
 	r.mu.Lock()
 	told := !r.waiting.IsZero()
 	r.waiting = time.Time{}
-	addr := r.o.Addrs[r.at]
+	addr := r.o.Addrs[l.at]
 	r.mu.Unlock()
 	if told {
 		r.o.Logger.Info("the MGS answers", "at", addr)
@@ -289,7 +316,7 @@ func (r *Remote) StartClient(ctx context.Context, node string) (wire.ClientID, u
 func badAnswer(method string) error { return fmt.Errorf("mgs: %s: the answer is none", method) }
 
 func checkVIP(method string, v *VIP) error {
-	if v.Index == 0 || v.Epoch == 0 || checkAddr(v.Addr) != nil || !isHex(v.Verifier, 8) {
+	if v.Index == 0 || v.Epoch == 0 || checkAddr(v.Addr) != nil || !isHex(v.Verifier, 8) || v.damage() != "" {
 		return badAnswer(method)
 	}
 	return nil

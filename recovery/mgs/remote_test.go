@@ -132,7 +132,9 @@ func (c *netConn) Call(ctx context.Context, req *wire.Request, rep *wire.Reply) 
 	if err := ctx.Err(); err != nil {
 		return &wire.LostError{Err: err}
 	}
-	to.Handle(clone(req), rep, func() {})
+	done := make(chan struct{})
+	to.Handle(clone(req), rep, func() { close(done) })
+	<-done // a poll is answered later
 	if f == lostAfter {
 		rep.Reset()
 		return lost
@@ -631,7 +633,7 @@ func FuzzAnswer(f *testing.F) {
 	for _, s := range []string{
 		`{"result":{"id":"1112131415161718191a1b1c1d1e1f20","generation":1}}`, `{"result":{"vip":` + vip + `,"crashed":true}}`,
 		`{"result":{"vips":[` + vip + `],"tag":3}}`, `{"result":{"vips":[` + vip + `],"tag":3,"more":true}}`, `{"result":{"vips":[],"more":true}}`,
-		`{"result":{}}`, `{"result":null}`, `{"error":{"code":"served","node":"n2","text":"x"}}`, `{"result":{"osts":3}}`,
+		`{"result":{}}`, `{"result":null}`, `{"error":{"code":"served","node":"n2","text":"x"}}`, `{"result":{"osts":3}}`, `{"result":{"rev":"1","vips":[` + vip + `],"drained":["n1"]}}`, `{"result":{"rev":"1","vips":[` + vip + `],"more":true}}`,
 	} {
 		f.Add([]byte(s))
 	}
@@ -656,5 +658,8 @@ func FuzzAnswer(f *testing.F) {
 		}
 		_, _ = r.NewVerifiers(ctx, "n1")
 		_ = r.Stopped(ctx, 1, 1)
+		if v, err := r.Watch(ctx, ""); err == nil && (v.Rev == "" || len(v.VIPs) > maxVIPs || len(v.Drained) > maxNodes) {
+			t.Errorf("%+v", v)
+		}
 	})
 }

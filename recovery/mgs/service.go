@@ -13,8 +13,8 @@ import (
 // TargetName is the registry's name as a target.
 const TargetName = "MGS"
 
-// Service is the registry as a target of other nodes. It answers OpRegistry, OpPing
-// and what a table of targets does; OpConnect and OpDisconnect are accepted and mean
+// Service is the registry as a target of other nodes. It answers OpRegistry, OpWatchVIPs,
+// OpPing and what a table of targets does; OpConnect and OpDisconnect are accepted and mean
 // nothing, since no state of the registry belongs to a connection.
 type Service struct {
 	reg *Stored
@@ -71,6 +71,10 @@ func (s *Service) TryHandle(*wire.Request, *wire.Reply) bool { return false }
 
 // Handle implements wire.Target, for callers in this process.
 func (s *Service) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	if req.Op == wire.OpWatchVIPs {
+		s.watch(s.ctx, "", req, rep, done)
+		return
+	}
 	s.handle("", req, rep, done)
 }
 
@@ -79,10 +83,20 @@ type connection struct {
 	s     *Service
 	node  string
 	table *ir.Conn // nil: there is no table of targets
+
+	mu     sync.Mutex         // never held while waiting
+	end    context.CancelFunc // of the last OpWatchVIPs, nil: there was none
+	closed bool
 }
 
 // Close implements io.Closer.
 func (c *connection) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	if c.end != nil {
+		c.end()
+	}
+	c.mu.Unlock()
 	if c.table != nil {
 		c.table.Close()
 	}
@@ -92,6 +106,10 @@ func (c *connection) Close() error {
 func (c *connection) TryHandle(*wire.Request, *wire.Reply) bool { return false }
 
 func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	if req.Op == wire.OpWatchVIPs {
+		c.s.watch(c.poll(), c.node, req, rep, done)
+		return
+	}
 	if c.table == nil || !ir.Serves(req.Op) {
 		c.s.handle(c.node, req, rep, done)
 		return
@@ -99,6 +117,54 @@ func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	rep.Reset()
 	rep.XID = req.XID
 	c.table.Handle(req, rep, done)
+}
+
+// poll begins an OpWatchVIPs, which ends the one before.
+func (c *connection) poll() context.Context {
+	ctx, end := context.WithCancel(c.s.ctx)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.end != nil {
+		c.end()
+	}
+	if c.end = end; c.closed {
+		end()
+	}
+	return ctx
+}
+
+// watch answers an OpWatchVIPs from a goroutine of its own, which Close waits for: when
+// there is news, after some time without, or when ctx ends.
+func (s *Service) watch(ctx context.Context, from string, req *wire.Request, rep *wire.Reply, done func()) {
+	rep.Reset()
+	rep.XID = req.XID
+	a, err := decodePoll(req.Data)
+	if err == nil && from != "" && a.Node != from {
+		err = invalid("node %s calls as node %s", from, a.Node)
+	}
+	if err != nil {
+		s.log.Debug("registry: bad request", "node", from, "err", err)
+		rep.Status = wire.ErrProto
+		done()
+		return
+	}
+	s.work.RLock()
+	if ctx.Err() != nil {
+		s.work.RUnlock()
+		rep.Status = wire.ErrTargetDown
+		done()
+		return
+	}
+	go func() {
+		reply, err := s.reg.poll(ctx, a)
+		if err == nil || ctx.Err() == nil {
+			rep.Data, rep.Status = s.answer("watch", a.Node, reply, err, rep.Data)
+		} else {
+			rep.Status = wire.ErrTargetDown
+		}
+		s.work.RUnlock()
+		done()
+	}()
 }
 
 // handle executes a request before it returns, so it may wait for the disk.
@@ -136,6 +202,11 @@ func (s *Service) registry(from string, req *wire.Request, b []byte) ([]byte, wi
 		return b, wire.ErrProto
 	}
 	reply, err := s.reg.execute(s.ctx, c)
+	return s.answer(string(req.Name), c.Node, reply, err, b)
+}
+
+// answer appends a call's answer, or its error, to b.
+func (s *Service) answer(method, node string, reply []byte, err error, b []byte) ([]byte, wire.Status) {
 	var refused *Error
 	switch {
 	case err == nil:
@@ -143,7 +214,7 @@ func (s *Service) registry(from string, req *wire.Request, b []byte) ([]byte, wi
 		s.log.Debug("registry: not served here any more", "err", err)
 		return b, wire.ErrTargetDown
 	case !errors.As(err, &refused):
-		s.log.Error("registry", "method", string(req.Name), "node", c.Node, "err", err)
+		s.log.Error("registry", "method", method, "node", node, "err", err)
 		refused = &Error{Code: CodeStorage, Text: "the node of the registry: " + err.Error()}
 	}
 	if refused != nil {

@@ -25,18 +25,22 @@ const (
 	maxMade     = 2048
 	maxAgreed   = 64
 	maxValue    = 256 // bytes of what was agreed on
+	maxPrefer   = 32  // nodes
+	// maxInterface is the length of an interface's name (Linux IFNAMSIZ, less its zero).
+	maxInterface = 15
 	// maxNSMState is the highest state number: the protocol's int has 31 bits for it.
 	maxNSMState = 1<<31 - 1
 	// maxCount bounds numbers that rise by 1.
 	maxCount = 1 << 62
 )
 
-// Formats of the document. Format 1 is that of a node that is alone; it is
-// written as long as nothing needs the other, so that earlier programs can read
-// it.
+// Formats of the document. Format 1 is that of a node that is alone. The lowest
+// that has what is needed is written, so that earlier programs can read it. Format 3
+// is needed once an address floats, for good (VIP.MoveID), and while nodes are drained.
 const (
-	formatAlone   = 1
-	formatCluster = 2
+	formatAlone    = 1
+	formatCluster  = 2
+	formatFloating = 3
 )
 
 // state is the document.
@@ -54,6 +58,9 @@ type state struct {
 	Made []string `json:"made,omitempty"`
 	// Agreed is what Agree has fixed.
 	Agreed map[string]string `json:"agreed,omitempty"`
+
+	// Drained are the nodes that are to have no floating addresses, sorted.
+	Drained []string `json:"drained,omitempty"`
 
 	// Clients are the file system clients of the other nodes, by name.
 	Clients map[string]fsClient `json:"clients,omitempty"`
@@ -98,9 +105,15 @@ func (s *state) encode() ([]byte, error) {
 		s.Format = formatCluster
 	}
 	for i := range s.VIPs {
-		if s.VIPs[i].Node != "" {
-			s.Format = formatCluster
+		switch v := &s.VIPs[i]; {
+		case v.Bits != 0 || v.MoveID != 0:
+			s.Format = formatFloating
+		case v.Node != "":
+			s.Format = max(s.Format, formatCluster)
 		}
+	}
+	if len(s.Drained) > 0 {
+		s.Format = formatFloating
 	}
 	b, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
@@ -118,8 +131,8 @@ func decode(name string, b []byte) (*state, error) {
 	if err := json.Unmarshal(b, &f); err != nil {
 		return nil, fmt.Errorf("mgs: %s is damaged (%w): restore it from a backup", name, err)
 	}
-	if f.Format != formatAlone && f.Format != formatCluster {
-		return nil, fmt.Errorf("mgs: %s has format %d, this program knows %d and %d: use the newer program", name, f.Format, formatAlone, formatCluster)
+	if f.Format < formatAlone || f.Format > formatFloating {
+		return nil, fmt.Errorf("mgs: %s has format %d, this program knows %d to %d: use the newer program", name, f.Format, formatAlone, formatFloating)
 	}
 	s := &state{}
 	if err := unmarshal(b, s); err != nil {
@@ -172,10 +185,16 @@ func (s *state) damage() string {
 		case v.Node != "" && checkNode(v.Node) != nil:
 			return fmt.Sprintf("node of %s", v.Addr)
 		}
+		if what := v.damage(); what != "" {
+			return fmt.Sprintf("%s of %s", what, v.Addr)
+		}
 		index, addr[v.Addr] = v.Index, true
 	}
 	if len(s.Made) > maxMade || !slices.IsSorted(s.Made) || slices.ContainsFunc(s.Made, func(t string) bool { return checkTarget(t) != nil }) {
 		return "list of targets"
+	}
+	if len(s.Drained) > maxNodes || !strictlySorted(s.Drained) || slices.ContainsFunc(s.Drained, func(n string) bool { return checkNode(n) != nil }) {
+		return "list of drained nodes"
 	}
 	for n, v := range s.Agreed {
 		if checkTarget(n) != nil || len(v) > maxValue {
@@ -195,6 +214,34 @@ func (s *state) damage() string {
 		if !ok {
 			return fmt.Sprintf("session of node %q", n)
 		}
+	}
+	return ""
+}
+
+func strictlySorted(l []string) bool {
+	for i := range l {
+		if i > 0 && l[i-1] >= l[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// damage names what of a floating address cannot be right, or is empty.
+func (v *VIP) damage() string {
+	switch {
+	case v.MoveID > maxCount:
+		return "number of moves"
+	case v.Bits == 0:
+		if v.Interface != "" || len(v.Prefer) > 0 || v.Next != "" || v.Ready || v.Drained || v.Removed {
+			return "prefix length"
+		}
+	case v.spec().check() != nil:
+		return "setting"
+	case v.Next != "" && (checkNode(v.Next) != nil || v.Drained || v.Removed):
+		return "next node"
+	case v.Ready && v.Next == "":
+		return "readiness"
 	}
 	return ""
 }

@@ -62,42 +62,69 @@ func (s *state) serve(rnd io.Reader, addr netip.Addr, node string) (VIP, error) 
 			return VIP{}, err
 		}
 	}
-	i := slices.IndexFunc(s.VIPs, func(v VIP) bool { return v.Addr == addr })
+	i := s.at(addr)
 	if i < 0 {
-		if len(s.VIPs) >= maxVIPs || s.NextIndex == 1<<32-1 {
-			return VIP{}, &Error{Code: CodeLimit, Text: fmt.Sprintf("there are %d service addresses, %s is too many", len(s.VIPs), addr)}
-		}
-		ver, err := random(rnd, 8)
+		v, err := s.newVIP(rnd, addr)
 		if err != nil {
 			return VIP{}, err
 		}
-		v := VIP{Index: s.NextIndex, Addr: addr, Epoch: 1, Verifier: ver, NSMState: 1, Node: node}
-		s.NextIndex++
+		v.Node = node
 		s.VIPs = append(s.VIPs, v)
+		s.NextIndex++
 		return v, nil
 	}
 	v := s.VIPs[i]
+	if v.Bits != 0 {
+		return VIP{}, &Error{Code: CodeExists, Text: fmt.Sprintf(
+			"%s is a floating address: take it out of nfs.addresses here, or remove it from the registry with `baton vip remove %s`", addr, addr)}
+	}
 	if v.Node != "" && v.Node != node && !v.Clean {
 		return VIP{}, &Error{Code: CodeServed, Node: v.Node, Text: fmt.Sprintf(
 			"%s is served by node %s (epoch %d): stop baton there, or take the address out of nfs.addresses here", addr, v.Node, v.Epoch)}
 	}
-	if v.Epoch >= maxCount {
-		return VIP{}, &Error{Code: CodeLimit, Text: fmt.Sprintf("the epoch of %s cannot rise further", addr)}
+	crashed, err := v.begin(node)
+	if err != nil {
+		return VIP{}, err
 	}
-	crashed := !v.Clean
-	v.Epoch++
-	v.Clean, v.Node = false, node
+	s.VIPs[i] = v
+	v.Crashed = crashed
+	return v, nil
+}
+
+// at is where the address is in the list, -1 if it is not.
+func (s *state) at(addr netip.Addr) int {
+	return slices.IndexFunc(s.VIPs, func(v VIP) bool { return v.Addr == addr })
+}
+
+// newVIP makes the entry of an address, with the next index.
+func (s *state) newVIP(rnd io.Reader, addr netip.Addr) (VIP, error) {
+	if len(s.VIPs) >= maxVIPs || s.NextIndex == 1<<32-1 {
+		return VIP{}, &Error{Code: CodeLimit, Text: fmt.Sprintf("there are %d service addresses, %s is too many", len(s.VIPs), addr)}
+	}
+	ver, err := random(rnd, 8)
+	if err != nil {
+		return VIP{}, err
+	}
+	return VIP{Index: s.NextIndex, Addr: addr, Epoch: 1, Verifier: ver, NSMState: 1}, nil
+}
+
+// begin begins a period of service by node.
+func (v *VIP) begin(node string) (crashed bool, err error) {
+	if v.Epoch >= maxCount {
+		return false, &Error{Code: CodeLimit, Text: fmt.Sprintf("the epoch of %s cannot rise further", v.Addr)}
+	}
+	crashed = !v.Clean
 	switch {
 	case v.NSMState == 0:
 		v.NSMState = 1
 	case crashed:
 		if err := v.raiseNSM(); err != nil {
-			return VIP{}, err
+			return false, err
 		}
 	}
-	s.VIPs[i] = v
-	v.Crashed = crashed
-	return v, nil
+	v.Epoch++
+	v.Clean, v.Node = false, node
+	return crashed, nil
 }
 
 func (v *VIP) raiseNSM() error {
@@ -129,6 +156,7 @@ func (s *state) stopped(index uint32, epoch uint64) error {
 	v, err := s.period(index, epoch)
 	if err == nil {
 		v.Clean = true
+		v.ended()
 	}
 	return err
 }
@@ -137,6 +165,7 @@ func (s *state) abandoned(index uint32, epoch uint64) error {
 	v, err := s.period(index, epoch)
 	if err == nil && !v.Clean {
 		v.Node = ""
+		v.ended()
 	}
 	return err
 }

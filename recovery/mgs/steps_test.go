@@ -45,10 +45,11 @@ func TestSteps(t *testing.T) {
 			var out string
 			switch d.Cmd {
 			case "document":
-				s, err = decode("the registry", []byte(d.Input))
+				x, err := decode("the registry", []byte(d.Input))
 				if err != nil {
 					return err.Error() + "\n"
 				}
+				s = x
 				return "ok\n"
 			case "state":
 				return show(s)
@@ -119,7 +120,14 @@ func show(s *state) string {
 		fmt.Fprintf(&b, "made: %s\n", strings.Join(s.Made, " "))
 	}
 	for _, v := range s.VIPs {
-		fmt.Fprintf(&b, "%d %s epoch %d verifier %s nsm %d node %q clean %v\n", v.Index, v.Addr, v.Epoch, v.Verifier, v.NSMState, v.Node, v.Clean)
+		fmt.Fprintf(&b, "%d %s epoch %d verifier %s nsm %d node %q clean %v", v.Index, v.Addr, v.Epoch, v.Verifier, v.NSMState, v.Node, v.Clean)
+		if v.Bits != 0 || v.MoveID != 0 {
+			fmt.Fprintf(&b, " bits %d next %q move %d ready %v drained %v removed %v", v.Bits, v.Next, v.MoveID, v.Ready, v.Drained, v.Removed)
+		}
+		b.WriteByte('\n')
+	}
+	if len(s.Drained) > 0 {
+		fmt.Fprintf(&b, "drained: %s\n", strings.Join(s.Drained, " "))
 	}
 	var l []string
 	for n, c := range s.Clients {
@@ -277,13 +285,28 @@ func FuzzDocument(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
+	if _, err = s.addVIP(&counter{}, floatSpec(0)); err == nil {
+		_, err = s.assign(2, 1, "n1")
+	}
+	if err == nil {
+		err = s.setDrained("n2", true)
+	}
+	if err != nil {
+		f.Fatal(err)
+	}
+	if b, err = s.encode(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
 	f.Fuzz(func(t *testing.T, doc []byte) {
 		s, err := decode("fuzz", doc)
 		if err != nil {
 			return
 		}
 		for name, m := range methods {
-			for _, args := range []string{`{}`, `{"addr":"192.0.2.1"}`, `{"index":1,"epoch":1}`, `{"index":1,"epoch":6,"above":9}`, `{"osts":3}`, `{"indexes":[1]}`, `{"after":1}`} {
+			for _, args := range []string{`{}`, `{"addr":"192.0.2.1"}`, `{"index":1,"epoch":1}`, `{"index":1,"epoch":6,"above":9}`, `{"osts":3}`, `{"indexes":[1]}`, `{"after":1}`,
+				`{"addr":"192.0.2.50","bits":24}`, `{"addr":"192.0.2.50","bits":24,"drained":true}`, `{"index":2}`, `{"index":2,"epoch":1,"node":"n2"}`, `{"index":2,"epoch":1,"node":""}`,
+				`{"index":2,"move_id":1}`, `{"index":2,"move_id":0}`, `{"node":"n2","drained":true}`, `{"node":"n2"}`} {
 				before := encoded(t, s)
 				var failed bool
 				if m.changes {

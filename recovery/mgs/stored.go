@@ -25,6 +25,14 @@ type Storage interface {
 	Swap(ctx context.Context, revision uint64, doc []byte) error
 }
 
+// Waiter is what a Storage may have besides, if it learns of changes. Without it a
+// change by another process is noticed by reading again.
+type Waiter interface {
+	// Wait returns nil when the document's revision is another one than the given, or
+	// the error that keeps it from knowing; ctx's when that ends.
+	Wait(ctx context.Context, revision uint64) error
+}
+
 // ErrConflict: somebody else has replaced the document since it was loaded.
 var ErrConflict = errors.New("the registry was changed by somebody else meanwhile")
 
@@ -38,9 +46,20 @@ type Stored struct {
 	// mu lets the changes of this process wait for each other instead of
 	// conflicting. It is held while the storage works.
 	mu sync.Mutex
+
+	// news guards the next two; it is never held while waiting.
+	news sync.Mutex
+	// changed is closed with the next change by this Stored, nil if nobody waits.
+	changed chan struct{}
+	// seen is the last view, of the storage's revision seenRev; nil: none.
+	seen    *View
+	seenRev uint64
 }
 
-var _ Registry = (*Stored)(nil)
+var (
+	_ Registry = (*Stored)(nil)
+	_ Floating = (*Stored)(nil)
+)
 
 // NewStored returns the registry in a storage. rnd is the source of UUIDs and
 // verifiers; crypto/rand's Reader but in tests.
@@ -82,6 +101,7 @@ func (r *Stored) update(ctx context.Context, step func(*state) error) error {
 		}
 		switch err := r.storage.Swap(ctx, rev, b); {
 		case err == nil:
+			r.tell()
 			return nil
 		case !errors.Is(err, ErrConflict):
 			return fmt.Errorf("mgs: write the registry: %w", err)

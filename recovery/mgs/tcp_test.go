@@ -103,17 +103,45 @@ func TestOverTCP(t *testing.T) {
 	if err != nil || v.Epoch != 1 {
 		t.Fatalf("%+v, %v", v, err)
 	}
+	f, err := r.AddVIP(ctx, floatSpec(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen, err := r.Watch(ctx, "")
+	if err != nil {
+		t.Fatal(err)
+	}
 	gen := uint64(1)
 	for i := range 6 {
+		type news struct {
+			View
+			err error
+		}
+		watched := make(chan news, 1)
+		go func(rev string) {
+			w, err := r.Watch(ctx, rev)
+			watched <- news{w, err}
+		}(seen.Rev)
 		stop()
 		stop = run([]string{"n1", "n2"}[i%2])
 		_, g, err := r.StartClient(ctx, "n3")
 		if gen++; err != nil || g != gen {
 			t.Fatalf("take-over %d: generation %d, %v", i, g, err)
 		}
+		// Who watches learns of a change that was made after the take-over.
+		if f, err = r.Assign(ctx, f.Index, f.Epoch, []string{"n1", "n2"}[i%2]); err != nil {
+			t.Fatal(err)
+		}
+		w := <-watched
+		for w.err == nil && w.Rev == seen.Rev {
+			w.View, w.err = r.Watch(ctx, seen.Rev)
+		}
+		if seen = w.View; w.err != nil || len(w.VIPs) != 2 || w.VIPs[1].MoveID != uint64(i+1) {
+			t.Fatalf("take-over %d: %+v", i, w)
+		}
 		// The address is still n3's.
 		l, err := r.VIPs(ctx)
-		if err != nil || len(l) != 1 || !reflect.DeepEqual(l[0], v) {
+		if err != nil || len(l) != 2 || !reflect.DeepEqual(l[0], v) {
 			t.Fatalf("take-over %d: %+v, %v", i, l, err)
 		}
 	}

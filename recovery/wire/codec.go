@@ -199,6 +199,8 @@ var opLayouts = [...]opLayout{
 	OpWatchers: {rep: pData},
 	OpInspect:  {req: rName, rep: pData},
 	OpNode:     {req: rName | rBody, rep: pData},
+
+	OpWatchVIPs: {req: rBody, rep: pData},
 }
 
 func init() {

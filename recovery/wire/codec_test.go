@@ -293,14 +293,14 @@ func newGen(t testing.TB) gen {
 
 // Every operation that the package defines can be encoded.
 func TestEveryOpIsKnown(t *testing.T) {
-	for _, r := range [][2]Op{{OpConnect, OpBeat}, {OpGetattr, OpOSTFetch}, {OpRead, OpDestroy}, {OpRegistry, OpNode}} {
+	for _, r := range [][2]Op{{OpConnect, OpBeat}, {OpGetattr, OpOSTFetch}, {OpRead, OpDestroy}, {OpRegistry, OpWatchVIPs}} {
 		for op := r[0]; op <= r[1]; op++ {
 			if !op.Known() {
 				t.Errorf("operation %d has no encoding", op)
 			}
 		}
 	}
-	for _, op := range []Op{0, OpBeat + 1, OpOSTFetch + 1, OpDestroy + 1, OpNode + 1, 0xffff} {
+	for _, op := range []Op{0, OpBeat + 1, OpOSTFetch + 1, OpDestroy + 1, OpWatchVIPs + 1, 0xffff} {
 		if op.Known() {
 			t.Errorf("operation %d has an encoding", op)
 		}

@@ -12,7 +12,7 @@ import (
 // (Done) and refuses requests after. Messages pass by reference and nothing is
 // encoded, so that a request's memory is in use until the target has answered.
 //
-// Only OpConnect, OpLockPoll and OpWatch, which wait for other clients and not for
+// Only OpConnect and what polls (Op.Polls), which wait for other clients and not for
 // the disk, are executed on copies: Close and the context of Call give them back at
 // once.
 //
@@ -141,7 +141,7 @@ func (c *LocalConn) Close() error {
 func (c *LocalConn) Done() <-chan struct{} { return c.gone }
 
 // onCopies tells operations that wait for what other clients do. None of them has
-// slices but OpWatch, whose Data are used only until the target's Handle returns.
+// slices but OpWatch and OpWatchVIPs, whose Data are used only until the target's Handle returns.
 func onCopies(op Op) bool { return op == OpConnect || op.Polls() }
 
 func (c *LocalConn) give(x *localReq, req *Request) {

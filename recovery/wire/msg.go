@@ -199,11 +199,17 @@ const (
 	// OpNode: Name (method), Data (arguments) -> Data (result). What nodes ask each
 	// other about addresses; it is answered by a node, not by a target.
 	OpNode
+
+	// OpWatchVIPs: Data (the revision that the caller has of the floating addresses) ->
+	// Data (all of them), as soon as there is another revision, or after some seconds.
+	// Package mgs defines the data. A later one of the same connection ends an
+	// earlier one.
+	OpWatchVIPs
 )
 
 // Polls tells whether the operation waits for what others do, for any time. It
 // counts against no window of requests, and nobody who leaves waits for it.
-func (o Op) Polls() bool { return o == OpLockPoll || o == OpWatch }
+func (o Op) Polls() bool { return o == OpLockPoll || o == OpWatch || o == OpWatchVIPs }
 
 // IsMDT tells whether the operation belongs to the MDT.
 func (o Op) IsMDT() bool { return o >= 32 && o < 96 }

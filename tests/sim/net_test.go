@@ -782,7 +782,7 @@ var opNames = map[wire.Op]string{
 	wire.OpRemove: "REMOVE", wire.OpRmdir: "RMDIR", wire.OpRename: "RENAME", wire.OpLink: "LINK", wire.OpSetattr: "SETATTR", wire.OpTruncateDone: "TRUNCATEDONE",
 	wire.OpReaddir: "READDIR", wire.OpOpenEpoch: "OPENEPOCH", wire.OpCloseEpoch: "CLOSEEPOCH", wire.OpOSTFetch: "OSTFETCH", wire.OpRead: "READ",
 	wire.OpWrite: "WRITE", wire.OpPunch: "PUNCH", wire.OpSyncObject: "SYNCOBJECT", wire.OpObjAttr: "OBJATTR", wire.OpDestroy: "DESTROY", wire.OpSymlink: "SYMLINK",
-	wire.OpAnnounce: "ANNOUNCE", wire.OpWatch: "WATCH", wire.OpWatchers: "WATCHERS",
+	wire.OpAnnounce: "ANNOUNCE", wire.OpWatch: "WATCH", wire.OpWatchers: "WATCHERS", wire.OpWatchVIPs: "WATCHVIPS",
 }
 
 func opName(o wire.Op) string {

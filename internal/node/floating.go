@@ -1,0 +1,223 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/failover/events"
+	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
+	"github.com/baton-nfs/baton/internal/node/unit"
+	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/vipagent"
+	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/vip"
+)
+
+// Files in the data directory: what happened to addresses, and which this node has
+// added (for kernels that do not remember).
+const (
+	eventsFile = "events.jsonl"
+	addedFile  = "addresses.json"
+)
+
+// openNet opens the machine's network; tests put another one in its place.
+func (n *Node) openNet() (vip.Net, error) {
+	if n.testNet != nil {
+		return n.testNet, nil
+	}
+	k, err := vip.Open(vip.Options{StateFile: filepath.Join(n.cfg.DataDir, addedFile), Log: n.log})
+	if err != nil {
+		return nil, fmt.Errorf("floating addresses: %w", err)
+	}
+	return k, nil
+}
+
+// prepareFloating takes away what an earlier process has left on the machine, before
+// anything listens: nobody serves it, and somebody else may.
+func (n *Node) prepareFloating() (err error) {
+	if !n.cfg.NFS.Floating {
+		return nil
+	}
+	if n.net, err = n.openNet(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(n.run, startAgain)
+	defer cancel()
+	if err = vipagent.Clean(ctx, n.net, n.log); err != nil {
+		return fmt.Errorf("addresses that an earlier process has left on this machine: %w", err)
+	}
+	n.events, err = events.Open(events.Options{Node: n.cfg.Cluster.Node, Path: filepath.Join(n.cfg.DataDir, eventsFile), Logger: n.log})
+	return err
+}
+
+// startFloating begins to serve the floating addresses that the registry gives to this
+// node.
+func (n *Node) startFloating() {
+	if n.net == nil {
+		return
+	}
+	c, f := n.cluster, &n.cfg.Failover
+	o := vipagent.Options{
+		Node: c.name, Registry: c.reg, Net: n.net, Ask: c.ask, Events: n.events, Log: n.log,
+		New:     func(addr netip.Addr) vipagent.Unit { return floatingUnit{n.deps.New(addr), n} },
+		Refuse:  failover.Refuse(f.Refuse),
+		Closing: failover.Quiet,
+		Deadlines: failover.Deadlines{
+			Refuse: time.Duration(f.RefuseTimeout), Drain: time.Duration(f.DrainTimeout), Commit: time.Duration(f.CommitTimeout), Close: time.Duration(f.CloseTimeout),
+			Clear: time.Duration(f.ClearTimeout), Remove: time.Duration(f.RemoveTimeout), Finish: time.Duration(f.FinishTimeout),
+		},
+	}
+	if f.Close == config.CloseHalfClose {
+		o.Closing = failover.HalfClose
+	}
+	for i := range n.cfg.Cluster.Nodes {
+		if name := n.cfg.Cluster.Nodes[i].Name; name != c.name {
+			o.Others = append(o.Others, name)
+		}
+	}
+	a := vipagent.New(o)
+	c.agent.Store(a)
+	a.Start()
+}
+
+// floatingUnit is a unit whose period of service the registry has given by Take.
+type floatingUnit struct {
+	*unit.Unit
+	n *Node
+}
+
+// Begin implements vipagent.Unit. Locks that are to be forgotten at this start are
+// those of fixed addresses: a floating one may be taken at any time.
+func (u floatingUnit) Begin(ctx context.Context, v mgs.VIP) error {
+	v, err := u.n.afterCrash(ctx, v)
+	if err != nil {
+		return err
+	}
+	return u.Unit.Begin(ctx, v, false)
+}
+
+// stopFloating gives all floating addresses up. With wait somebody may take them first.
+func (n *Node) stopFloating(ctx context.Context, wait bool) error {
+	if n.net == nil {
+		return nil
+	}
+	var errs []error
+	if n.cluster != nil {
+		if a := n.cluster.agent.Load(); a != nil {
+			if wait && n.cluster.othersLive() {
+				wctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.Failover.StopWait))
+				a.Leave(wctx)
+				cancel()
+			}
+			if !a.Stop(ctx) {
+				n.log.Warn("the registry could not be told that addresses were given up; their next owners act as after a crash")
+			}
+			n.cluster.agent.Store(nil)
+		}
+	}
+	errs = append(errs, n.net.Close())
+	if n.events != nil {
+		errs = append(errs, n.events.Close())
+	}
+	n.net = nil
+	return errors.Join(errs...)
+}
+
+// othersLive tells whether another node answers beats.
+func (c *cluster) othersLive() bool {
+	for i := range c.cfg.Cluster.Nodes {
+		if c.lives.has(c.cfg.Cluster.Nodes[i].Name) {
+			return true
+		}
+	}
+	return false
+}
+
+// superseded tells the agent that somebody serves an address with an epoch.
+func (c *cluster) superseded(index uint32, epoch uint64) {
+	if a := c.agent.Load(); a != nil {
+		a.Superseded(index, epoch)
+	}
+}
+
+// fenced is called when a target says that an address has a newer owner.
+func (n *Node) fenced(index uint32, epoch uint64) {
+	if n.cluster != nil {
+		n.cluster.superseded(index, epoch+1)
+	}
+}
+
+// answerConns takes what other nodes tell of their addresses' connections.
+func (c *cluster) answerConns(ctx context.Context, from string, args json.RawMessage) (any, error) {
+	a := c.agent.Load()
+	if a == nil {
+		return nil, errors.New("this node serves no floating addresses (yet)")
+	}
+	return a.HandleConns(ctx, from, args)
+}
+
+// AddressReports tells how the floating addresses are on this node.
+func (n *Node) AddressReports() []vipagent.Report {
+	if n.cluster == nil {
+		return nil
+	}
+	a := n.cluster.agent.Load()
+	if a == nil {
+		return nil
+	}
+	return a.Reports()
+}
+
+// localAddresses is AddressReports for displays, by index.
+func (n *Node) localAddresses() map[uint32]status.VIPLocal {
+	m := map[uint32]status.VIPLocal{}
+	for _, r := range n.AddressReports() {
+		m[r.Index] = status.VIPLocal{Node: n.cluster.name, Epoch: r.Epoch, State: string(r.State), Since: r.Since, Reason: r.Reason}
+	}
+	return m
+}
+
+var errNoFloating = errors.New("this node serves no floating addresses: set nfs.floating = true, or wait until it has found the registry and the MDT (\"baton status\")")
+
+func (n *Node) agent() (*vipagent.Agent, error) {
+	if n.cluster != nil {
+		if a := n.cluster.agent.Load(); a != nil {
+			return a, nil
+		}
+	}
+	return nil, errNoFloating
+}
+
+// TakeVIP implements vipctl.Mover.
+func (n *Node) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result, error) {
+	a, err := n.agent()
+	if err != nil {
+		return vipctl.Result{}, err
+	}
+	return a.TakeVIP(ctx, args)
+}
+
+// ReleaseVIP implements vipctl.Mover.
+func (n *Node) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.Result, error) {
+	a, err := n.agent()
+	if err != nil {
+		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node serves no floating addresses (yet)", args.Addr)}, nil
+	}
+	return a.ReleaseVIP(ctx, args)
+}
+
+// CheckVIP implements vipctl.Mover.
+func (n *Node) CheckVIP(ctx context.Context, args vipctl.CheckArgs) (vipctl.Result, error) {
+	a, err := n.agent()
+	if err != nil {
+		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node serves no floating addresses (yet)", args.Addr)}, nil
+	}
+	return a.CheckVIP(ctx, args)
+}

@@ -1,0 +1,258 @@
+package vipagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/baton-nfs/baton/internal/control/vipctl"
+	"github.com/baton-nfs/baton/recovery/mgs"
+)
+
+// The commands of cluster managers' hooks. What is wanted is noted at the registry and
+// here, and then waited for: commands that come at the same time wait for each other's
+// notes only, and the last one counts.
+
+// lookup finds the keeper of an address. One that was just added may not have been
+// told of yet.
+func (a *Agent) lookup(ctx context.Context, addr netip.Addr) (*keeper, error) {
+	if k := a.find(addr); k != nil && !k.isGone() {
+		return k, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	defer cancel()
+	v, err := a.o.Registry.Watch(ctx, "")
+	if err != nil {
+		return a.find(addr), fmt.Errorf("the registry does not answer: %w", err)
+	}
+	a.apply(&v)
+	if k := a.find(addr); k != nil && !k.isGone() {
+		return k, nil
+	}
+	return nil, nil
+}
+
+func (k *keeper) isGone() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.s.gone
+}
+
+// begin takes the turn to change what is wanted of the address.
+func (k *keeper) begin(ctx context.Context) (end func(), err error) {
+	select {
+	case k.turn <- struct{}{}:
+		return func() { <-k.turn }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// registry is the address as the registry said last.
+func (k *keeper) registry() mgs.VIP {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.s.vip
+}
+
+// TakeVIP implements vipctl.Mover.
+func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result, error) {
+	k, err := a.lookup(ctx, args.Addr)
+	switch {
+	case err != nil:
+		return vipctl.Result{}, err
+	case k == nil:
+		return vipctl.Result{}, fmt.Errorf("%s is not a floating address: enter it with \"baton vip add %s/BITS\"", args.Addr, args.Addr)
+	case a.Leaving():
+		return vipctl.Result{}, errors.New("this node stops and takes no addresses")
+	}
+	end, err := k.begin(ctx)
+	if err != nil {
+		return vipctl.Result{}, err
+	}
+	before := k.now()
+	move, failed, err := k.want(ctx, args)
+	end()
+	if err != nil {
+		return vipctl.Result{}, err
+	}
+	done := func(s State) bool {
+		return s == Serving || args.Stage == vipctl.StageListen && (s == Listening || s == Taking)
+	}
+	if done(before) && done(k.now()) {
+		return k.result(string(before), "the address was %s here already", before)
+	}
+	for {
+		changed := a.changes()
+		k.mu.Lock()
+		s, v, n, reason, state := k.s, k.s.vip, k.failed, k.reason, k.s.state
+		k.mu.Unlock()
+		switch {
+		case v.MoveID != move || !s.mine():
+			return vipctl.Result{}, fmt.Errorf("the take-over of %s was broken off: it is assigned to %s now", k.addr, named(v.Next))
+		case done(state):
+			return k.result(string(state), "the address is %s here now", state)
+		case n != failed:
+			return vipctl.Result{}, fmt.Errorf("%s cannot be taken (it is tried again until it is released): %s", k.addr, reason)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return vipctl.Result{}, fmt.Errorf("%s is %s after the time that was given, and the work goes on: %w", k.addr, state, ctx.Err())
+		}
+	}
+}
+
+// want has the address assigned to this node, and returns the number of the assignment
+// and of the failures so far.
+func (k *keeper) want(ctx context.Context, args vipctl.TakeArgs) (move, failed uint64, err error) {
+	v := k.registry()
+	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	defer cancel()
+	if args.Force && !v.Free() && v.Node != k.a.o.Node {
+		if err := k.a.o.Registry.Abandoned(ctx, k.index, v.Epoch); err != nil && !isGone(err) {
+			return 0, 0, err
+		}
+	}
+	k.mu.Lock()
+	k.given, k.s.hold = args.Given, args.Given && args.Stage == vipctl.StageListen
+	// An order to release that was not followed by another assignment is over.
+	k.s.barred = 0
+	failed = k.failed
+	k.mu.Unlock()
+	for range 3 {
+		got, err := k.a.o.Registry.Assign(ctx, k.index, v.Epoch, k.a.o.Node)
+		if err == nil {
+			k.mu.Lock()
+			k.retry, k.pause = time.Time{}, 0 // a failure before does not hold it up
+			k.mu.Unlock()
+			k.update(&got)
+			return got.MoveID, failed, nil
+		}
+		if !isGone(err) {
+			return 0, 0, err
+		}
+		k.refresh() // the epoch has risen meanwhile
+		v = k.registry()
+	}
+	return 0, 0, fmt.Errorf("%s is being moved to and fro: epoch %d was no longer true when it was assigned", k.addr, v.Epoch)
+}
+
+func (k *keeper) result(state, format string, args ...any) (vipctl.Result, error) {
+	return vipctl.Result{State: state, Text: k.addr.String() + ": " + fmt.Sprintf(format, args...)}, nil
+}
+
+// ReleaseVIP implements vipctl.Mover. The registry is told if it answers; the address
+// is given up in any case.
+func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.Result, error) {
+	k, err := a.lookup(ctx, args.Addr)
+	if k == nil {
+		// One that was removed may still be on its way.
+		if k = a.find(args.Addr); k != nil && k.now() == Absent {
+			k = nil
+		}
+	}
+	if k == nil {
+		text := fmt.Sprintf("%s: not a floating address, so nothing is served here", args.Addr)
+		if err != nil {
+			text = fmt.Sprintf("%s: never served by this process", args.Addr)
+		}
+		return vipctl.Result{State: vipctl.Unknown, Text: text}, nil
+	}
+	end, err := k.begin(ctx)
+	if err != nil {
+		return vipctl.Result{}, err
+	}
+	before := k.unwant(ctx, args)
+	end()
+	late := time.NewTimer(readyTime)
+	defer late.Stop()
+	for {
+		changed := a.changes()
+		k.mu.Lock()
+		state, held, mine, owes := k.s.state, k.s.held && args.Stage == vipctl.StageDrain, k.s.mine(), k.owe != nil
+		k.mu.Unlock()
+		over := state == Absent || state == Failed || state == Releasing && held
+		switch {
+		case over && mine:
+			return vipctl.Result{}, fmt.Errorf("%s was assigned to this node again meanwhile", k.addr)
+		case over && (before == Absent || before == Failed):
+			return k.result(vipctl.Absent, "nothing is served here")
+		case over && held:
+			return k.result(vipctl.Absent, "drained: nothing is answered, connections are closed, new ones are held")
+		case over && owes:
+			return k.result(vipctl.Absent, "given up; the registry does not know it yet")
+		case over:
+			return k.result(vipctl.Absent, "given up")
+		}
+		select {
+		case <-changed:
+		case <-late.C: // whoever is to have it is not there
+			k.bar()
+		case <-ctx.Done():
+			return vipctl.Result{}, fmt.Errorf("%s is %s after the time that was given, and the work goes on: %w", k.addr, state, ctx.Err())
+		}
+	}
+}
+
+// readyTime is how long a release waits for the node that is to have the address next
+// to listen.
+const readyTime = time.Second
+
+// bar has this node not follow the present assignment of the address.
+func (k *keeper) bar() {
+	k.mu.Lock()
+	k.s.barred = k.s.vip.MoveID
+	k.look()
+	k.mu.Unlock()
+}
+
+// unwant has the address given up, and returns how it was here.
+func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before State) {
+	k.mu.Lock()
+	v := k.s.vip
+	before = k.s.state
+	k.given = k.given || args.Given
+	k.keepPorts = args.Given && args.Stage == vipctl.StageDrain
+	if args.To == "" {
+		k.s.barred = v.MoveID // whatever the registry answers
+	}
+	if args.Stage == vipctl.StageFinish {
+		k.letGo()
+	}
+	k.look()
+	k.mu.Unlock()
+	if v.Next != k.a.o.Node && (args.To == "" || args.To == v.Next) {
+		return before
+	}
+	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	defer cancel()
+	got, err := k.a.o.Registry.Assign(ctx, k.index, v.Epoch, args.To)
+	if err == nil {
+		k.update(&got)
+		return before
+	}
+	if isGone(err) { // somebody else has it
+		k.refresh()
+		return before
+	}
+	k.bar()
+	k.log.Warn("the address is released by order, and the registry cannot be told to whom it is to go", "to", args.To, "err", err)
+	return before
+}
+
+// CheckVIP implements vipctl.Mover.
+func (a *Agent) CheckVIP(ctx context.Context, args vipctl.CheckArgs) (vipctl.Result, error) {
+	k := a.find(args.Addr)
+	if k == nil || k.isGone() {
+		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node knows of no such floating address", args.Addr)}, nil
+	}
+	r := k.report()
+	text := "the address is " + string(r.State) + " here"
+	if r.Reason != "" {
+		text += ": " + r.Reason
+	}
+	return k.result(string(r.State), "%s", text)
+}

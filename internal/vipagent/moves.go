@@ -1,0 +1,284 @@
+package vipagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/vip"
+)
+
+// candidate is an address that is being taken (failover.Candidate). Package failover
+// calls its methods in order, but does not wait for one that is late.
+type candidate struct {
+	k *keeper
+
+	mu    sync.Mutex
+	unit  Unit
+	over  bool // Finish was called
+	conns []vip.Conn
+	began *mgs.VIP // what Take gave
+}
+
+// Listen implements failover.Candidate.
+func (c *candidate) Listen(context.Context) error {
+	u := c.k.a.o.New(c.k.addr)
+	if err := u.Listen(true); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	over := c.over
+	c.unit = u
+	c.mu.Unlock()
+	if over {
+		return u.Finish(context.Background())
+	}
+	return nil
+}
+
+// Begin implements failover.Candidate.
+func (c *candidate) Begin(ctx context.Context) error {
+	k := c.k
+	v := k.registry()
+	conns := k.a.book.conns(k.index, v.Epoch, k.addr)
+	got, err := k.a.o.Registry.Take(ctx, k.index, v.MoveID)
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	k.s.began, k.s.epoch = got.Epoch, got.Epoch
+	k.mu.Unlock()
+	c.mu.Lock()
+	c.conns, c.began = conns, &got
+	u, over := c.unit, c.over
+	c.mu.Unlock()
+	k.update(&got)
+	if over {
+		return errors.New("the take-over was given up meanwhile")
+	}
+	return u.Begin(ctx, got)
+}
+
+// Serve implements failover.Candidate.
+func (c *candidate) Serve(context.Context) error { return c.unit.Serve() }
+
+// Conns implements failover.Candidate.
+func (c *candidate) Conns() []vip.Conn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.conns
+}
+
+// Notify implements failover.Candidate.
+func (c *candidate) Notify(ctx context.Context) (failover.Notified, error) { return c.unit.Notify(ctx) }
+
+// Finish implements failover.Candidate.
+func (c *candidate) Finish(ctx context.Context) error {
+	c.mu.Lock()
+	u := c.unit
+	c.over = true
+	c.mu.Unlock()
+	if u == nil {
+		return nil
+	}
+	return u.Finish(ctx)
+}
+
+// subject names the address for package failover.
+func (k *keeper) subject(reason failover.Reason) failover.Subject {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	v := &k.s.vip
+	s := failover.Subject{Address: vip.Address{Prefix: netip.PrefixFrom(k.addr, v.Bits), Interface: v.Interface}, VIP: k.index, Epoch: v.Epoch, Move: v.MoveID, From: v.Node, To: v.Next, Reason: reason}
+	if s.To == "" && v.Node != k.a.o.Node {
+		s.To = k.a.o.Node
+	}
+	return s
+}
+
+// listen opens the listeners while the machine does not have the address.
+func (k *keeper) listen() error {
+	reason := failover.Move
+	v := k.registry()
+	if !v.Clean && v.Epoch > 0 && v.Node == "" {
+		reason = failover.Crashed
+	}
+	k.mu.Lock()
+	given := k.given
+	k.mu.Unlock()
+	c := &candidate{k: k}
+	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}}
+	ctx, end := k.doing(func(s *situation) bool { return !s.mine() || s.vip.MoveID != v.MoveID })
+	defer end()
+	t, rep := k.a.runner.Listen(ctx, o)
+	if t == nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return rep.Err
+	}
+	k.mu.Lock()
+	k.taking, k.candidate, k.at = t, c, o.Address
+	k.s.move, k.s.ready = v.MoveID, false
+	k.mu.Unlock()
+	k.become(Listening, "")
+	return nil
+}
+
+// drop closes listeners that are not needed any more.
+func (k *keeper) drop(why string) {
+	k.mu.Lock()
+	t := k.taking
+	k.taking, k.candidate = nil, nil
+	k.mu.Unlock()
+	if t != nil {
+		if rep := t.BreakOff(); rep.Err != nil {
+			k.log.Info("no longer ready to take the address", "why", why)
+		}
+	}
+	k.become(Absent, "")
+}
+
+// take begins to serve the address.
+func (k *keeper) take(v *mgs.VIP) error {
+	k.mu.Lock()
+	t, c := k.taking, k.candidate
+	k.taking, k.candidate = nil, nil
+	k.s.epoch = v.Epoch + 1
+	k.mu.Unlock()
+	k.become(Taking, "")
+	move, base := v.MoveID, v.Epoch
+	ctx, end := k.doing(func(s *situation) bool { return s.broken(move, base) })
+	rep := t.Take(ctx)
+	useless := ctx.Err() != nil
+	end()
+	c.mu.Lock()
+	u, began := c.unit, c.began
+	c.mu.Unlock()
+	if rep.Outcome == failover.Serving {
+		if rep.Err != nil {
+			k.log.Warn("the address is served, and not all clients may know", "err", rep.Err)
+		}
+		k.mu.Lock()
+		k.unit, k.s.epoch, k.teller = u, began.Epoch, k.startTeller(u, began.Epoch)
+		k.mu.Unlock()
+		k.become(Serving, "")
+		k.log.Info("the address is served here now", "epoch", began.Epoch, "from", v.Node, "crashed", began.Crashed, "took", rep.Took, "woken", rep.Tickled, "notified", rep.Clients)
+		return nil
+	}
+	k.mu.Lock()
+	if began != nil {
+		// Nothing of it was answered unless it was exposed.
+		k.owe = &debt{epoch: began.Epoch, clean: !began.Crashed && !rep.Exposed, stuck: rep.Outcome == failover.Stuck}
+	}
+	k.mu.Unlock()
+	k.become(Absent, "")
+	if useless {
+		k.log.Info("the take-over was broken off", "stage", rep.Stage, "err", rep.Err)
+		return nil
+	}
+	return k.unlessMoved(fmt.Errorf("take-over: %w", rep.Err))
+}
+
+// release gives the address up.
+func (k *keeper) release(st step) {
+	fencing := make(chan struct{})
+	var keep chan struct{}
+	k.mu.Lock()
+	u, t, epoch, given := k.unit, k.teller, k.s.epoch, k.given
+	k.teller = nil
+	if k.keepPorts && st.reason != failover.Fenced {
+		keep = make(chan struct{})
+		k.letgo = keep
+	}
+	k.keepPorts = false
+	k.fencing = fencing
+	k.mu.Unlock()
+	k.become(Releasing, "")
+	k.mu.Lock()
+	k.look() // it may have been fenced since
+	k.mu.Unlock()
+	k.log.Info("giving the address up", "why", st.text, "epoch", epoch)
+	t.stop()
+	o := failover.ReleaseOptions{
+		Subject: k.subject(st.reason), Service: u, Refuse: k.a.o.Refuse, Closing: failover.HalfClose, Given: given, Fenced: fencing,
+		Deadlines: k.a.o.Deadlines,
+		Told:      func(ctx context.Context) error { return k.told(ctx, epoch, true) },
+		Abandon:   func(ctx context.Context) error { return k.told(ctx, epoch, false) },
+	}
+	o.Subject.Address, o.Subject.Epoch, o.Subject.From = k.at, epoch, k.a.o.Node
+	if o.Subject.To == k.a.o.Node {
+		o.Subject.To = ""
+	}
+	if keep != nil {
+		o.Finish, o.FinishWait = keep, holdTime
+		o.OnStage = func(s failover.StageReport) {
+			if s.Stage == failover.StageTold {
+				k.holds()
+			}
+		}
+	}
+	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
+		// Who may be next knows the connections from before; this is all of them, now.
+		if know := t.whole(k.a.ctx, k.successors()); len(know) > 0 {
+			o.Closing = failover.Quiet
+		}
+	}
+	rep := k.a.runner.Release(k.a.ctx, o)
+	k.mu.Lock()
+	k.fencing, k.unit, k.letgo, k.s.held = nil, nil, nil, false
+	switch {
+	case rep.Outcome == failover.Superseded || rep.Told:
+	case rep.Outcome == failover.Stuck:
+		// Somebody else may have it by now: then the registry knows.
+		k.owe = &debt{epoch: epoch, stuck: true}
+	default:
+		k.owe = &debt{epoch: epoch, clean: rep.Outcome == failover.Clean}
+	}
+	k.mu.Unlock()
+	log := k.log.Info
+	if rep.Outcome != failover.Clean {
+		log = k.log.Warn
+	}
+	log("the address was given up", "outcome", rep.Outcome, "closing", o.Closing, "took", rep.Took, "conns", rep.Drained.Conns, "replies", rep.Drained.Replies,
+		"orderly", rep.Closed.Orderly, "forced", rep.Closed.Forced, "destroyed", rep.Destroyed, "err", rep.Err)
+	if rep.Outcome == failover.Stuck {
+		k.become(Failed, fmt.Sprintf("the machine still has the address: %v", rep.Err))
+		return
+	}
+	k.become(Absent, "")
+}
+
+// told tells the registry of the end of the period of service.
+func (k *keeper) told(ctx context.Context, epoch uint64, clean bool) error {
+	d := &debt{epoch: epoch, clean: clean}
+	err := k.tell(ctx, d)
+	switch {
+	case err == nil:
+		k.noteEnd(d)
+	case isGone(err):
+		err = nil
+	}
+	return err
+}
+
+// holds notes that the address was given up, but for listeners that hold the ports. The
+// release goes on until letGo.
+func (k *keeper) holds() {
+	k.mu.Lock()
+	k.s.held = true
+	k.mu.Unlock()
+	k.a.change()
+}
+
+// letGo closes listeners that hold the ports after a release. k.mu is held.
+func (k *keeper) letGo() {
+	if k.letgo != nil {
+		close(k.letgo)
+		k.letgo = nil
+	}
+}
