@@ -2,6 +2,7 @@
 # make check    fast tests, about three minutes on two cores, no privileges needed
 # make test     everything: unit tests, real kernel client, libnfs, benchmark smoke test (root)
 # make bench    compare with nfs-ganesha (root), tables on standard output
+# make deb      a Debian package in dist/
 # make fuzz     all fuzz targets, FUZZTIME each
 
 GO          ?= go
@@ -18,9 +19,9 @@ REST = $(filter-out $(shell $(GO) list $(RACE)),$(shell $(GO) list ./...))
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)
 # Suites that must not end without a passed test.
-SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim
+SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim,tests/systemd
 
-.PHONY: build run check lint test bench bench-quick fuzz fuzz-short clean
+.PHONY: build run check lint test bench bench-quick fuzz fuzz-short deb clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o baton ./cmd/baton
@@ -56,6 +57,9 @@ bench:
 bench-quick:
 	$(GO) run ./tests/bench -rounds 1 -seconds 0.5
 
+deb:
+	sh packaging/deb/build.sh dist
+
 # Every fuzz target for FUZZTIME (fuzz) or a moment (fuzz-short): `go test` takes
 # one target at a time.
 fuzz:
@@ -65,4 +69,4 @@ fuzz-short:
 	sh tests/fuzz.sh 2000x
 
 clean:
-	rm -rf baton baton-data bench.json bench.md
+	rm -rf baton baton-data dist bench.json bench.md

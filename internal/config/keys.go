@@ -211,14 +211,19 @@ func tomlValue(v any) string {
 	return fmt.Sprint(v)
 }
 
-func splitKey(k string) (section, name string) {
+// SplitKey cuts a key's full name into its table's name ("" at the top level) and its own.
+func SplitKey(k string) (section, name string) {
 	i := strings.LastIndexByte(k, '.')
 	return k[:max(0, i)], k[i+1:]
 }
 
-func isArray(section string) bool {
+// IsArray tells whether a table is an array of tables, which may occur many times.
+func IsArray(section string) bool {
 	return section == "export" || section == "ost" || section == "cluster.nodes"
 }
+
+// SectionDoc introduces a table; "" for one without an introduction.
+func SectionDoc(section string) string { return sectionDocs[section] }
 
 // PrintDefault returns a commented configuration file that says what the
 // defaults say.
@@ -232,12 +237,12 @@ func PrintDefault() string {
 	comment("Configuration of baton. Every key is listed with its default.\nSizes are bytes, or strings with KiB, MiB, GiB or TiB.")
 	section := ""
 	for _, k := range Keys() {
-		sec, name := splitKey(k.Name)
+		sec, name := SplitKey(k.Name)
 		if sec != section {
 			section = sec
 			b.WriteByte('\n')
 			comment(sectionDocs[sec])
-			if isArray(sec) {
+			if IsArray(sec) {
 				fmt.Fprintf(&b, "#[[%s]]\n", sec)
 			} else {
 				fmt.Fprintf(&b, "[%s]\n", sec)
@@ -245,7 +250,7 @@ func PrintDefault() string {
 		}
 		b.WriteByte('\n')
 		comment(k.Doc)
-		if isArray(sec) {
+		if IsArray(sec) {
 			fmt.Fprintf(&b, "#%s = %s\n", name, k.Example)
 		} else {
 			fmt.Fprintf(&b, "%s = %s\n", name, k.Default)
@@ -259,7 +264,7 @@ func PrintDefault() string {
 func Markdown() string {
 	var b strings.Builder
 	row := func(k Key) {
-		_, name := splitKey(k.Name)
+		_, name := SplitKey(k.Name)
 		def := k.Default
 		if def == "" {
 			def = "e.g. `" + k.Example + "`"
@@ -273,10 +278,10 @@ func Markdown() string {
 	b.WriteString("### Top level\n\n" + head)
 	section := ""
 	for _, k := range Keys() {
-		if sec, _ := splitKey(k.Name); sec != section {
+		if sec, _ := SplitKey(k.Name); sec != section {
 			section = sec
 			title := "[" + sec + "]"
-			if isArray(sec) {
+			if IsArray(sec) {
 				title = "[[" + sec + "]]"
 			}
 			fmt.Fprintf(&b, "\n### `%s`\n\n%s\n\n%s", title, strings.ReplaceAll(sectionDocs[sec], "\n", " "), head)
