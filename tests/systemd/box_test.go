@@ -25,13 +25,13 @@ const patience = 30 * time.Second
 var addr = netip.MustParseAddr("192.0.2.10")
 
 // boxSetup runs in the node's mount namespace: a root over the tree, which is only read.
-// The cluster managers of the tree stay off.
+// The cluster managers of the tree stay off, and what would wait for a network.
 const boxSetup = `set -e
 mount -t tmpfs -o mode=755 tmpfs "$DIR"
 mkdir "$DIR/upper" "$DIR/work" "$DIR/root"
 mount -t overlay -o "lowerdir=$TREE,upperdir=$DIR/upper,workdir=$DIR/work" overlay "$DIR/root"
 cd "$DIR/root"
-for u in corosync pacemaker ctdb keepalived logd e2scrub_reap; do ln -sf /dev/null etc/systemd/system/$u.service; done
+for u in corosync pacemaker ctdb keepalived logd e2scrub_reap systemd-networkd systemd-networkd-wait-online; do ln -sf /dev/null etc/systemd/system/$u.service; done
 mkdir -p var/log/journal
 rm -f etc/machine-id
 cp "$DEB" root/baton.deb
@@ -91,9 +91,9 @@ func newBox(t *testing.T) *box {
 // start boots the container's system, which shares the node's network.
 func (b *box) start() {
 	b.t.Helper()
-	cmd := bed.Command("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--machine=baton-sd",
+	cmd := bed.Command("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--machine=baton-sd", "--capability=CAP_NET_ADMIN",
 		"--network-namespace-path=/proc/self/ns/net", "--directory="+b.root)
-	cmd.Env = append(cmd.Env, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+	cmd.Env = append(cmd.Env, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE=network")
 	log, err := os.CreateTemp(filepath.Dir(filepath.Dir(b.root)), "nspawn")
 	if err != nil {
 		b.t.Fatal(err)
@@ -146,6 +146,7 @@ func (b *box) try(script string) (string, error) {
 	cmd := exec.CommandContext(ctx, "nsenter", "-t", strconv.Itoa(b.boot), "-a", "--", "/bin/sh", "-c", script)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C", "HOME=/root", "DEBIAN_FRONTEND=noninteractive"}
 	cmd.Dir = "/"
+	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }

@@ -137,8 +137,10 @@ func (c *client) createArgs(name string) []byte {
 	return append(append(str(c.root), str(name)...), u32(createGuarded, 0, 0, 0, 0, 0, 0)...)
 }
 
-// ends waits for the server's FIN; a reset is an error.
+// ends waits for the server's FIN, and closes the connection as clients do; a reset is
+// an error.
 func (c *client) ends() error {
+	defer c.c.Close()
 	c.c.SetReadDeadline(time.Now().Add(patience))
 	n, err := c.c.Read(make([]byte, 1))
 	if n == 0 && errors.Is(err, io.EOF) {
