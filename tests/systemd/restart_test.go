@@ -57,12 +57,13 @@ func (b *box) restart(t *testing.T) {
 		t.Errorf("%s descriptors are still kept", s)
 	}
 	// What it closes now is closed.
-	b.sh("systemctl stop baton")
+	b.sh("systemctl stop --no-block baton")
 	for _, c := range []*client{c, idle} {
 		if err := c.ends(); err != nil {
 			t.Errorf("connection that was kept: %v", err)
 		}
 	}
+	b.active("baton", "inactive")
 	b.sh("systemctl start baton")
 	b.connect().works()
 }

@@ -18,6 +18,15 @@ func (b *box) files() map[string]bool {
 	return m
 }
 
+// active waits for a unit's state.
+func (b *box) active(unit, state string) {
+	b.t.Helper()
+	b.await(unit+" "+state, func() (bool, string) {
+		s := b.show(unit, "ActiveState")
+		return s == state, s
+	})
+}
+
 // The life of a node under its units: each step goes on from the one before.
 func TestUnits(t *testing.T) {
 	b := newBox(t)
@@ -122,13 +131,14 @@ func TestUnits(t *testing.T) {
 		c := b.connect()
 		c.works()
 		c.send(progNFS, procCreate, c.createArgs("last"))
-		b.sh("systemctl stop baton")
+		b.sh("systemctl stop --no-block baton")
 		if res, err := c.receive(c.xid); err != nil || status(res) != statusOK {
 			t.Errorf("a call that was sent before the stop: %v, % x", err, res)
 		}
 		if err := c.ends(); err != nil {
 			t.Errorf("the connection does not end in order: %v", err)
 		}
+		b.active("baton", "inactive")
 		if s := b.show("baton", "Result"); s != "success" {
 			t.Errorf("the service's result is %s", s)
 		}
@@ -160,15 +170,15 @@ func TestUnits(t *testing.T) {
 		if s := c.lookup("last"); s != statusOK {
 			t.Errorf("the file from before is gone: %d", s)
 		}
-		if s := b.show("baton", "ActiveState"); s != "active" {
-			t.Errorf("service is %s", s)
-		}
+		b.active("baton", "active") // calls are answered a moment earlier
 		// The ports stay open while there is no service: what comes waits.
-		b.sh("systemctl stop baton")
+		b.sh("systemctl stop --no-block baton")
 		if err := c.ends(); err != nil {
 			t.Error(err)
 		}
-		b.connect().works()
+		c = b.connect()
+		c.works()
+		c.c.Close()
 		if s := b.sh("journalctl -u baton -b --no-pager"); !strings.Contains(s, "192.0.2.99:2049") {
 			t.Error("nothing is said of a listener that is of no use")
 		}
