@@ -7,6 +7,7 @@
 #
 #   VERSION      instead of what git describe says
 #   MAINTAINER   "Name <address>"
+#   COMPRESS     xz (default), zstd, gzip or none
 #   BATON        a program that is built already
 set -eu
 umask 022
@@ -107,5 +108,5 @@ find "$d" -newermt "@$SOURCE_DATE_EPOCH" -exec touch -h -d "@$SOURCE_DATE_EPOCH"
 
 mkdir -p "$out"
 deb=$out/baton_${VERSION}_$arch.deb
-dpkg-deb --root-owner-group -Zxz -z"${XZ:-6}" --build "$d" "$deb" >/dev/null
+dpkg-deb --root-owner-group -Z"${COMPRESS:-xz}" --build "$d" "$deb" >/dev/null
 echo "$deb"

@@ -230,7 +230,7 @@ func buildDeb(t *testing.T) string {
 			return
 		}
 		cmd := exec.Command("sh", "../../packaging/deb/build.sh", filepath.Join(dir, "deb"))
-		cmd.Env = append(bed.Environ(), "BATON="+bin, "XZ=0", "GO="+bed.GoTool())
+		cmd.Env = append(bed.Environ(), "BATON="+bin, "COMPRESS=none", "GO="+bed.GoTool())
 		out, err := cmd.Output()
 		if err != nil {
 			if xe, ok := err.(*exec.ExitError); ok {
