@@ -103,7 +103,7 @@ var keyDocs = map[string]string{
 	"cluster.listen":     "Address and port where other nodes reach the targets on this node, port 7988\nif none is given. Empty: this node's address in [[cluster.nodes]].",
 	"cluster.tls":        "mutual: connections between nodes are encrypted, and both sides show a\ncertificate of the cluster. off: neither; whoever reaches the port can read\nand change everything.",
 	"cluster.tls_dir":    "Directory with ca.pem and this node's NODE.pem and NODE.key, as \"baton ca\"\nmakes them.",
-	"cluster.start":      "Targets that this node starts by itself: \"MGS\", \"MDT0000\", \"OST0000\" ...\nOne that runs elsewhere stays there. Others run here only after\n\"baton target start\".",
+	"cluster.start":      "Targets that this node starts by itself: \"MGS\", \"MDT0000\", \"OST0000\" ...\nOne that runs elsewhere stays there, also when it ends later; but all\nnodes with \"MGS\" here stand by to take it over when its node dies or stops.\nOthers run here only after \"baton target start\".",
 	"cluster.file_locks": "Besides the records of ownership, keep processes off the stores by locks on\nfiles (flock). So a target whose process has died starts again at once.\nfalse: for shared file systems without such locks.",
 
 	"cluster.nodes.name":    "Name of the node, as in its certificate.",

@@ -230,6 +230,9 @@ func (c *cluster) osts() (l []client.Target) {
 // started with the node, or that has failed.
 const startAgain = 3 * time.Second
 
+// standby stands for all errors that say that a target runs elsewhere.
+const standby = "runs elsewhere"
+
 // boot starts the targets that belong to the start of the node.
 func (c *cluster) boot() {
 	for _, name := range c.cfg.Cluster.Start {
@@ -241,13 +244,19 @@ func (c *cluster) boot() {
 
 // keep starts a target and goes on trying as long as only something is missing and
 // nobody has stopped it. One that runs elsewhere is left there, also when it ends
-// later: whoever has moved it decides where it goes.
+// later: whoever has moved it decides where it goes. But nothing can be moved without
+// the registry: a node that is to start the MGS stands by for the one that has it.
 func (c *cluster) keep(h *hosted) {
 	for last := ""; h.wanted.Load() && c.ctx.Err() == nil; {
 		err := c.start(c.ctx, h, "")
 		switch {
 		case err == nil || c.ctx.Err() != nil || errors.Is(err, errNotStopped):
 			return
+		case errors.Is(err, owner.ErrHeld) && h.kind == status.KindMGS:
+			if last != standby {
+				last = standby
+				c.log.Info("the registry runs elsewhere; this node stands by for it", "err", err)
+			}
 		case errors.Is(err, owner.ErrHeld):
 			h.wanted.Store(false)
 			c.log.Warn("target is not started here, since it runs elsewhere", "target", h.Name, "err", err)

@@ -225,6 +225,9 @@ func (c *cluster) learn(events []health.Event) {
 			c.lives.set(e.Peer, true)
 			if e.Silence != 0 {
 				log.Info("node answers again; nothing was decided because of its silence", "silence", e.Silence.Round(time.Millisecond))
+				if a := c.agent.Load(); a != nil {
+					a.Announce()
+				}
 			} else {
 				log.Info("node answers beats")
 			}

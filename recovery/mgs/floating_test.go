@@ -313,7 +313,7 @@ func TestRemoteFloatingIsTheRegistry(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error("(-file +remote)", d)
 	}
-	if len(n.dials) != 2 {
+	if len(n.dials) != 3 { // for calls, for news, for who knows nothing yet
 		t.Errorf("%d connections", len(n.dials))
 	}
 }
@@ -754,6 +754,36 @@ func TestRemoteWatchBadServer(t *testing.T) {
 	if _, err := remote(t, n, "n1", nil, "a").Watch(ctx, strings.Repeat("r", maxRev+1)); !isCode(err, CodeInvalid) {
 		t.Error(err)
 	}
+}
+
+// Who has no view yet gets one at once, while somebody else waits for news.
+func TestRemoteWatchAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewService(NewStored(&memory{}, &counter{}), nil)
+		r := remote(t, &network{at: map[string]*Service{"a": s}}, "n1", nil, "a")
+		v, err := r.Watch(ctx, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		waited := make(chan error, 1)
+		go func() { _, err := r.Watch(ctx, v.Rev); waited <- err }()
+		synctest.Wait()
+		began := time.Now()
+		now, err := r.Watch(ctx, "")
+		if err != nil || now.Rev != v.Rev || time.Since(began) != 0 {
+			t.Errorf("revision %q after %v, %v", now.Rev, time.Since(began), err)
+		}
+		synctest.Wait()
+		select {
+		case err := <-waited:
+			t.Errorf("the one that waited was ended: %v", err)
+		default:
+		}
+		if err := errors.Join(<-waited, r.Close()); err != nil {
+			t.Error(err)
+		}
+		s.Close()
+	})
 }
 
 // Close ends a Watch that waits.

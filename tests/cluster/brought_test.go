@@ -33,10 +33,18 @@ import (
 // street is three machines on a bridge: t runs the targets, n1 and n2 serve a floating
 // address. The client is at the bridge.
 type street struct {
-	t     *testing.T
-	dir   string
-	bin   string
-	mode  string // manager.mode
+	t    *testing.T
+	dir  string
+	bin  string
+	mode string // manager.mode
+	more string // lines of [manager]
+	etcd bool   // the registry is in an etcd that all three run, not at an MGS
+	// home is where targets start, run where they may run.
+	home map[string][]string
+	run  []string
+	mgs  []string
+	// far: the machines do not see each other's locks of files.
+	far   bool
 	hub   *bed.Node
 	nodes map[string]*bed.Node
 	procs map[string]*bed.Proc
@@ -48,13 +56,17 @@ var (
 	frontends = []string{"n1", "n2"}
 )
 
-func newStreet(t *testing.T, mode string) *street {
+func newStreet(t *testing.T, mode string, set ...func(*street)) *street {
 	t.Helper()
 	bin, err := bed.Build("./cmd/baton")
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := &street{t: t, dir: bed.Dir(t), bin: bin, mode: mode, nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
+	s.home, s.run, s.mgs = map[string][]string{"t": {"MGS", "MDT0000", "OST0000"}}, []string{"t"}, []string{"t"}
+	for _, f := range set {
+		f(s)
+	}
 	node := func(name string) *bed.Node {
 		n, err := bed.NewNode(name)
 		if errors.Is(err, bed.ErrUnavailable) {
@@ -72,11 +84,23 @@ func newStreet(t *testing.T, mode string) *street {
 		n := node(name)
 		s.nodes[name] = n
 		s.ok(n.Plug(s.hub, "br0", "p"+name, "eth0", netip.MustParsePrefix(addr+"/24")))
+		// As docs/operations.md wants them.
+		for _, key := range []string{"arp_announce=2", "promote_secondaries=1"} {
+			if out, err := n.Run(ctx, "sysctl", "-qw", "net.ipv4.conf.all."+key); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
 	}
 	s.ok(os.WriteFile(s.path("exports"), []byte("/disk *(rw,insecure,no_root_squash,dir=/)\n"), 0o600))
 	t.Cleanup(func() {
 		for name, p := range s.procs {
 			p.Kill()
+			if d := os.Getenv("KEEPHACK"); d != "" {
+				for _, f := range []string{"log", "events.jsonl"} {
+					b, _ := os.ReadFile(s.path(name, f))
+					os.WriteFile(filepath.Join(d, name+"."+f), b, 0o600)
+				}
+			}
 			if t.Failed() {
 				b, _ := os.ReadFile(s.path(name, "log"))
 				t.Logf("end of the log of %s:\n%s", name, b[max(0, len(b)-6000):])
@@ -101,12 +125,13 @@ func (s *street) path(elem ...string) string {
 func (s *street) start(name string) {
 	s.t.Helper()
 	s.ok(os.MkdirAll(s.path(name), 0o700))
-	start := "[]"
-	if name == "t" {
-		start = `["MGS", "MDT0000", "OST0000"]`
+	list := func(l []string) string {
+		b, err := json.Marshal(append([]string{}, l...))
+		s.ok(err)
+		return string(b)
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "data_dir = %q\ncluster_key_file = %q\n[cluster]\nnode = %q\ntls = \"off\"\nstart = %s\n", s.path(name), s.path("cluster.key"), name, start)
+	fmt.Fprintf(&b, "data_dir = %q\ncluster_key_file = %q\n[cluster]\nnode = %q\ntls = \"off\"\nstart = %s\nfile_locks = %v\n", s.path(name), s.path("cluster.key"), name, list(s.home[name]), !s.far)
 	for n, addr := range streetOf {
 		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = %q\n", n, addr)
 	}
@@ -123,21 +148,24 @@ address = ""
 min_free = "1 MiB"
 [manager]
 mode = %q
+%s
 [recovery]
 window_min = "2s"
 window_max = "5s"
 [control]
 socket = %q
-[mgs]
-dir = %q
-nodes = ["t"]
 [mdt]
 dir = %q
-nodes = ["t"]
+nodes = %s
 [[ost]]
 dir = %q
-nodes = ["t"]
-`, name != "t", s.path("exports"), s.mode, s.path(name, "s"), s.path("mgs"), s.path("mdt"), s.path("ost0"))
+nodes = %s
+`, name != "t", s.path("exports"), s.mode, s.more, s.path(name, "s"), s.path("mdt"), list(s.run), s.path("ost0"), list(s.run))
+	if s.etcd {
+		b.WriteString("[registry]\nkind = \"etcd-embedded\"\nmembers = [\"n1\", \"n2\", \"t\"]\n")
+	} else {
+		fmt.Fprintf(&b, "[mgs]\ndir = %q\nnodes = %s\n", s.path("mgs"), list(s.mgs))
+	}
 	s.ok(os.WriteFile(s.path(name, "baton.toml"), []byte(b.String()), 0o600))
 	log, err := os.OpenFile(s.path(name, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	s.ok(err)
@@ -256,18 +284,23 @@ func (k *caller) once(rec []byte, xid uint32) ([]byte, error) {
 	}
 }
 
-func (k *caller) call(prog, vers, proc uint32, args func(*xdr.Writer), res interface{ Decode(*xdr.Reader) error }) {
-	k.xid++
+// record is a call as root by AUTH_SYS, without a machine's name and groups.
+func record(xid, prog, vers, proc uint32, args func(*xdr.Writer)) []byte {
 	var w xdr.Writer
-	// AUTH_SYS as root, without a machine's name and groups.
-	for _, v := range []uint32{0, k.xid, 0, 2, prog, vers, proc, 1, 20, 0, 0, 0, 0, 0, 0, 0} {
+	for _, v := range []uint32{0, xid, 0, 2, prog, vers, proc, 1, 20, 0, 0, 0, 0, 0, 0, 0} {
 		w.Uint32(v)
 	}
 	args(&w)
 	binary.BigEndian.PutUint32(w.Buf, 1<<31|uint32(len(w.Buf)-4))
+	return w.Buf
+}
+
+func (k *caller) call(prog, vers, proc uint32, args func(*xdr.Writer), res interface{ Decode(*xdr.Reader) error }) {
+	k.xid++
+	rec := record(k.xid, prog, vers, proc, args)
 	began := time.Now()
 	for {
-		out, err := k.once(w.Buf, k.xid)
+		out, err := k.once(rec, k.xid)
 		if err == nil {
 			if err := res.Decode(xdr.NewReader(bytes.Clone(out))); err != nil {
 				k.s.t.Error(err)
@@ -308,7 +341,8 @@ func (k *caller) mount() []byte {
 	return bytes.Clone(res.FH)
 }
 
-// storm makes and removes files until stop; each call has to be executed exactly once.
+// storm makes, renames and removes files until stop; each call has to be executed
+// exactly once.
 func (k *caller) storm(dir []byte, stop <-chan struct{}) {
 	for i := 0; ; i++ {
 		select {
@@ -316,25 +350,39 @@ func (k *caller) storm(dir []byte, stop <-chan struct{}) {
 			return
 		default:
 		}
-		name := []byte(fmt.Sprintf("s%d", i))
+		name, other := fmt.Appendf(nil, "s%d", i), fmt.Appendf(nil, "t%d", i)
+		how, verf := wire.Guarded, [nfs3.CreateVerfSize]byte{}
+		if i%2 == 1 {
+			how = wire.Exclusive
+			binary.BigEndian.PutUint64(verf[:], uint64(i))
+		}
 		var cr nfs3.CreateRes
-		k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureCreate), (&nfs3.CreateArgs{FH: dir, Name: name, How: wire.Guarded}).Encode, &cr)
-		var rm nfs3.WccRes
-		k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), (&nfs3.DirOpArgs{FH: dir, Name: name}).Encode, &rm)
-		if cr.Status != nfs.NFSStatusOk || rm.Status != nfs.NFSStatusOk {
-			k.s.t.Errorf("%s: create %v, remove %v", name, cr.Status, rm.Status)
+		k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureCreate), (&nfs3.CreateArgs{FH: dir, Name: name, How: how, Verf: verf}).Encode, &cr)
+		var mv nfs3.RenameRes
+		k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRename), (&nfs3.RenameArgs{FromFH: dir, FromName: name, ToFH: dir, ToName: other}).Encode, &mv)
+		rm := k.remove(dir, other)
+		if cr.Status != nfs.NFSStatusOk || mv.Status != nfs.NFSStatusOk || rm != nfs.NFSStatusOk {
+			k.s.t.Errorf("%s: create %v (%v), rename %v, remove %v", name, cr.Status, how, mv.Status, rm)
 			return
 		}
 	}
+}
+
+func (k *caller) remove(dir, name []byte) nfs.NFSStatus {
+	var rm nfs3.WccRes
+	k.call(nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), (&nfs3.DirOpArgs{FH: dir, Name: name}).Encode, &rm)
+	return rm.Status
 }
 
 // all starts all nodes and waits for the frontends.
 func (s *street) all() {
 	s.t.Helper()
 	for _, n := range []string{"t", "n1", "n2"} {
-		s.start(n)
+		if s.procs[n] == nil {
+			s.start(n)
+		}
 	}
-	for _, n := range frontends {
+	for _, n := range []string{"n1", "n2", "t"} {
 		s.until(n+" to be ready", func() bool {
 			out, err := s.order(n, "vip", "list", "--json")
 			return err == nil && strings.HasPrefix(strings.TrimSpace(out), "[")
