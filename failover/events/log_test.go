@@ -344,6 +344,29 @@ func TestUnwritable(t *testing.T) {
 	}
 }
 
+// TestFileGone: a file that is not there any more, because a new one could not be opened or somebody has removed it,
+// is made anew when it would have been rotated.
+func TestFileGone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events")
+	l := open(t, Options{Node: "a", Path: path, MaxBytes: 4 << 10})
+	l.Append(Event{Kind: Node})
+	waitTurn(l)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	for range 40 {
+		l.Append(Event{Kind: Node, Reason: strings.Repeat("r", 100)})
+		waitTurn(l)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, l.o)
+	if es, _ := l.Since(0); len(es) == 0 || es[len(es)-1].Seq != 41 {
+		t.Errorf("%d events in the files", len(es))
+	}
+}
+
 // waitTurn waits until the writer has taken the last kick.
 func waitTurn(l *Log) {
 	for len(l.kick) > 0 {
