@@ -313,7 +313,7 @@ func TestRemoteFloatingIsTheRegistry(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error("(-file +remote)", d)
 	}
-	if len(n.dials) != 2 {
+	if len(n.dials) != 3 { // of calls, of who reads, of who waits for news
 		t.Errorf("%d connections", len(n.dials))
 	}
 }
@@ -706,6 +706,47 @@ func TestRemoteWatchBadServer(t *testing.T) {
 	if _, err := remote(t, n, "n1", nil, "a").Watch(ctx, strings.Repeat("r", maxRev+1)); !isCode(err, CodeInvalid) {
 		t.Error(err)
 	}
+}
+
+// Who reads the addresses does not wait for who waits for news of them, nor disturbs it.
+func TestRemoteReadsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := NewStored(&memory{}, &counter{})
+		s := NewService(reg, nil)
+		r := remote(t, &network{at: map[string]*Service{"a": s}}, "n1", nil, "a")
+		v, err := r.Watch(ctx, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		news := make(chan View)
+		go func() {
+			w, err := r.Watch(ctx, v.Rev)
+			if err != nil {
+				t.Error(err)
+			}
+			news <- w
+		}()
+		synctest.Wait()
+		began := time.Now()
+		for range 2 {
+			if w, err := r.Watch(ctx, ""); err != nil || w.Rev != v.Rev {
+				t.Errorf("%+v, %v", w, err)
+			}
+		}
+		if _, err := reg.AddVIP(ctx, floatSpec(1)); err != nil {
+			t.Fatal(err)
+		}
+		if w := <-news; len(w.VIPs) != 1 {
+			t.Errorf("%+v", w)
+		}
+		if d := time.Since(began); d != 0 {
+			t.Errorf("it took %v", d)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+		s.Close()
+	})
 }
 
 // Close ends a Watch that waits.

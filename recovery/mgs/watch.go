@@ -145,19 +145,23 @@ func (r *Stored) poll(ctx context.Context, a pollArgs) ([]byte, error) {
 	return encodeReply(&res, nil)
 }
 
-// Watch implements Floating. One caller's poll is on its way at a time, by a connection
-// that calls do not use; others wait for it.
+// Watch implements Floating. One caller at a time waits for news, by a connection that
+// nothing else uses; others wait for it. Who has no revision does not.
 func (r *Remote) Watch(ctx context.Context, rev string) (View, error) {
 	if len(rev) > maxRev {
 		return View{}, invalid("a revision of %d bytes", len(rev))
 	}
-	if err := acquire(ctx, r.polling); err != nil {
+	turn, l := r.polling, &r.polls
+	if rev == "" {
+		turn, l = r.reading, &r.reads
+	}
+	if err := acquire(ctx, turn); err != nil {
 		return View{}, fmt.Errorf("mgs: %s: %w", methodWatch, err)
 	}
-	defer func() { <-r.polling }()
+	defer func() { <-turn }()
 	v := View{}
 	for a := (pollArgs{Node: r.o.Node, Rev: rev}); ; {
-		res, err := r.pollOnce(ctx, a)
+		res, err := r.pollOnce(ctx, l, a)
 		if err != nil {
 			return View{}, err
 		}
@@ -180,13 +184,13 @@ func (r *Remote) Watch(ctx context.Context, rev string) (View, error) {
 const methodWatch = "watch"
 
 // pollOnce gets a page and checks it.
-func (r *Remote) pollOnce(ctx context.Context, a pollArgs) (res pollResult, err error) {
+func (r *Remote) pollOnce(ctx context.Context, l *link, a pollArgs) (res pollResult, err error) {
 	data, err := json.Marshal(&a)
 	if err != nil {
 		return res, fmt.Errorf("mgs: %s: %w", methodWatch, err)
 	}
 	req := wire.Request{Header: wire.Header{Op: wire.OpWatchVIPs}, Data: data}
-	if err := r.try(ctx, &r.polls, methodWatch, &req, watchTime+r.o.Attempt, &res); err != nil {
+	if err := r.try(ctx, l, methodWatch, &req, watchTime+r.o.Attempt, &res); err != nil {
 		return res, err
 	}
 	if res.Rev == "" || len(res.Rev) > maxRev || len(res.Drained) > maxNodes || !strictlySorted(res.Drained) {
