@@ -22,11 +22,12 @@ import (
 	"github.com/baton-nfs/baton/vip"
 )
 
-// Files in the data directory: what happened to addresses, and which this node has
-// added (for kernels that do not remember).
+// Files in the data directory: what happened to addresses, which this node has added
+// (for kernels that do not remember), and which a cluster manager adds.
 const (
 	eventsFile = "events.jsonl"
 	addedFile  = "addresses.json"
+	givenFile  = "given-addresses"
 )
 
 // openNet opens the machine's network; tests put another one in its place.
@@ -117,6 +118,9 @@ func (n *Node) startFloating() {
 			Refuse: time.Duration(f.RefuseTimeout), Drain: time.Duration(f.DrainTimeout), Commit: time.Duration(f.CommitTimeout), Close: time.Duration(f.CloseTimeout),
 			Clear: time.Duration(f.ClearTimeout), Remove: time.Duration(f.RemoveTimeout), Finish: time.Duration(f.FinishTimeout),
 		},
+	}
+	if n.cfg.Manager.Mode == config.ManagerExternal {
+		o.Given = filepath.Join(n.cfg.DataDir, givenFile)
 	}
 	if f.Close == config.CloseHalfClose {
 		o.Closing = failover.HalfClose

@@ -44,7 +44,7 @@ func newFloatCell(t *testing.T) *floatCell {
 	c.start = map[string][]string{"c": {"MGS", mdtName, ostName(0), ostName(1)}}
 	c.change = func(k *config.Config) {
 		k.NFS.Floating = k.Cluster.Node != "c"
-		k.Manager.Mode = config.ManagerOff
+		k.Manager.Mode = config.ManagerExternal
 		k.Failover.StopWait = config.Duration(100 * time.Millisecond)
 	}
 	c.prepare = func(n *Node) { n.testNet = c.net.Machine(n.cfg.Cluster.Node) }
@@ -390,8 +390,15 @@ func TestTakenOver(t *testing.T) {
 	defer old.Close()
 	state := c.vip(a).NSMState
 	c.net.Machine("a").Isolate(true) // else both have it on the network for a moment
-	c.abandon(b)
-	c.assign(b, "b")
+	for again := true; again; {
+		v := c.vip(b)
+		if err := b.reg.Abandoned(ctx, v.Index, v.Epoch); err != nil {
+			t.Log(err)
+		}
+		// The old one, which lives, may take it again before it is assigned anew.
+		_, err := c.reg(b).Assign(ctx, v.Index, v.Epoch, "b")
+		again = err != nil
+	}
 	c.become(b, vipagent.Serving)
 	c.become(a, vipagent.Absent)
 	old.SetDeadline(time.Now().Add(patience))
@@ -401,7 +408,7 @@ func TestTakenOver(t *testing.T) {
 	if st := status(); st != nfs.NFSStatusOk {
 		t.Errorf("the REMOVE that was sent again: %v", st)
 	}
-	if v := c.vip(a); v.NSMState != state+2 || v.Node != "b" {
+	if v := c.vip(a); v.NSMState < state+2 || v.NSMState%2 == 0 || v.Node != "b" {
 		t.Errorf("%+v, the NSM state was %d", v, state)
 	}
 	if k.commit(fh) == verf {
@@ -573,7 +580,10 @@ func TestGivenAddress(t *testing.T) {
 	port := served(b)
 	give := vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageDrain, Given: true}
 	for range 2 {
-		if r, err = b.ReleaseVIP(ctx, give); err != nil || r.State != vipctl.Absent {
+		if r, err = b.ReleaseVIP(ctx, give); err != nil || r.State != vipctl.Releasing {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if r, err = b.CheckVIP(ctx, vipctl.CheckArgs{Addr: floatAddr}); err != nil || r.State != vipctl.Releasing {
 			t.Fatalf("%+v, %v", r, err)
 		}
 	}
@@ -601,4 +611,102 @@ func TestGivenAddress(t *testing.T) {
 		}
 		return errors.Is(err, unix.ECONNREFUSED)
 	})
+}
+
+// A process that is started anew leaves an address to the cluster manager that has given
+// it to the last one.
+func TestGivenAddressAfterRestart(t *testing.T) {
+	c, a, b := upFloating(t)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	at := vip.Address{Prefix: netip.PrefixFrom(floatAddr, 32), Interface: "lo"}
+	if r, err := a.ReleaseVIP(ctx, vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish}); err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	c.net.Machine("b").Give(at)
+	take := vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageServe, Given: true}
+	if r, err := b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	before := c.vip(a)
+	changed := func() (ops []string) {
+		for _, o := range c.net.Log() {
+			if o.Machine == "b" && (o.Kind == viptest.Add || o.Kind == viptest.Remove) {
+				ops = append(ops, o.String())
+			}
+		}
+		return ops
+	}
+	// It is there: it is served again, and stays when the process ends.
+	c.down("b", b)
+	b = c.up("b")
+	c.become(b, vipagent.Serving)
+	if v := c.vip(a); v.Epoch <= before.Epoch || v.Node != "b" {
+		t.Errorf("%+v after %+v", v, before)
+	}
+	c.down("b", b)
+	if o := c.net.Owners(floatAddr); len(o) != 1 || o[0] != "b" {
+		t.Errorf("the address is at %v, though the cluster manager removes it", o)
+	}
+	// It is not there: the manager says when it is.
+	if err := c.net.Machine("b").Remove(ctx, at); err != nil {
+		t.Fatal(err)
+	}
+	by := len(changed())
+	b = c.up("b")
+	c.become(b, vipagent.Listening)
+	if r, err := b.TakeVIP(ctx, vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageListen, Given: true}); err != nil || r.State != vipctl.Listening {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	c.net.Machine("b").Give(at)
+	if r, err := b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if r, err := b.ReleaseVIP(ctx, vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish, Given: true}); err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if ops := changed(); len(ops) != by {
+		t.Errorf("b did %q", ops)
+	}
+	// The node's own again.
+	if err := c.net.Machine("b").Remove(ctx, at); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := b.TakeVIP(ctx, vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageServe}); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	c.down("b", b)
+	if o := c.net.Owners(floatAddr); len(o) != 0 {
+		t.Errorf("the address is at %v", o)
+	}
+}
+
+// A node that ends does not wait for a cluster manager that has not come back to finish
+// what it began.
+func TestGivenAddressDrainedAtStop(t *testing.T) {
+	c, a, b := upFloating(t)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if r, err := a.ReleaseVIP(ctx, vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish}); err != nil || r.State != vipctl.Absent {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	c.net.Machine("b").Give(vip.Address{Prefix: netip.PrefixFrom(floatAddr, 32), Interface: "lo"})
+	take := vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageServe, Given: true}
+	give := vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageDrain, Given: true}
+	if r, err := b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	// Drained twice, and taken again: the second order is over, too.
+	for range 2 {
+		if r, err := b.ReleaseVIP(ctx, give); err != nil || r.State != vipctl.Releasing {
+			t.Fatalf("%+v, %v", r, err)
+		}
+	}
+	if r, err := b.TakeVIP(ctx, take); err != nil || r.State != vipctl.Serving {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	c.down("b", b)
+	if !c.vip(a).Clean {
+		t.Error("not given up in order")
+	}
 }

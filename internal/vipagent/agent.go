@@ -63,6 +63,9 @@ type Options struct {
 	// the address next knows them.
 	Closing   failover.Closing
 	Deadlines failover.Deadlines
+	// Given is the file in which addresses that a cluster manager adds and removes are
+	// recorded; empty: they are known to this process only.
+	Given string
 	// Retry is the pause after a failure, which doubles up to RetryMax. Default 500 ms
 	// and 15 s.
 	Retry, RetryMax time.Duration
@@ -80,9 +83,10 @@ const (
 
 // Agent is the agent of a node. Its methods are safe for concurrent use.
 type Agent struct {
-	o    Options
-	log  *slog.Logger
-	book book
+	o     Options
+	log   *slog.Logger
+	book  book
+	given givenFile
 	// runner does the moves.
 	runner *failover.Runner
 
@@ -111,6 +115,7 @@ func New(o Options) *Agent {
 		o.RetryMax = 15 * time.Second
 	}
 	a := &Agent{o: o, log: o.Log, runner: &failover.Runner{Net: o.Net, Log: o.Events}, keepers: map[uint32]*keeper{}, changed: make(chan struct{})}
+	a.given.path = o.Given
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a
 }

@@ -269,7 +269,7 @@ func TestStopHoldsNoPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := newKeeper(b.a, &v)
-	k.s.state, k.s.epoch, k.unit, k.given, k.keepPorts = Serving, v.Epoch, newPlain(addr), true, true
+	k.s.state, k.s.epoch, k.unit, k.s.given, k.keepPorts = Serving, v.Epoch, newPlain(addr), true, true
 	k.teller = k.startTeller(k.unit, v.Epoch)
 	k.leave(true)
 	done := make(chan struct{})

@@ -37,6 +37,8 @@ type situation struct {
 	// barred is the assignment that this node does not follow, because it was told to
 	// release the address; 0: none.
 	barred  uint64
+	given   bool // a cluster manager adds and removes the address
+	opened  bool // Listening: the listeners were opened for one that is given
 	hold    bool // listen only
 	held    bool // Releasing: all is done but for listeners that hold the ports
 	leaving bool // the node stops: nothing is taken any more
@@ -90,6 +92,8 @@ func decide(s *situation) step {
 		switch {
 		case !s.mine() || s.move != s.vip.MoveID:
 			return step{do: doDrop, text: "the address was assigned anew"}
+		case s.opened != s.given:
+			return step{do: doDrop, text: "somebody else adds the address now"}
 		case s.orphaned():
 			return step{do: doAbandon}
 		case s.ended() && !s.hold && s.fence <= s.vip.Epoch:

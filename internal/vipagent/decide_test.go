@@ -34,6 +34,8 @@ func TestDecide(t *testing.T) {
 		{"ready and free", situation{vip: free, state: Listening, move: 7, ready: true}, doTake, ""},
 		{"free before it is ready", situation{vip: free, state: Listening, move: 7}, doTake, ""},
 		{"held back", situation{vip: free, state: Listening, move: 7, ready: true, hold: true}, doNothing, ""},
+		{"given now, and not when the listeners were opened", situation{vip: free, state: Listening, move: 7, ready: true, given: true}, doDrop, ""},
+		{"given", situation{vip: free, state: Listening, move: 7, ready: true, given: true, opened: true}, doTake, ""},
 		{"somebody has a newer epoch than the registry told", situation{vip: free, state: Listening, move: 7, ready: true, fence: 5}, doNothing, ""},
 		{"served by another one", situation{vip: with(served, func(v *mgs.VIP) { v.Node = other }), state: Listening, move: 7}, doReady, ""},
 		{"and it knows", situation{vip: with(served, func(v *mgs.VIP) { v.Node = other }), state: Listening, move: 7, ready: true}, doNothing, ""},

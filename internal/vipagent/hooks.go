@@ -50,6 +50,14 @@ func (k *keeper) begin(ctx context.Context) (end func(), err error) {
 	}
 }
 
+// situation is how the address is here.
+func (k *keeper) situation() *situation {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	s := k.s
+	return &s
+}
+
 // registry is the address as the registry said last.
 func (k *keeper) registry() mgs.VIP {
 	k.mu.Lock()
@@ -72,17 +80,17 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 	if err != nil {
 		return vipctl.Result{}, err
 	}
-	before := k.now()
+	before := *k.situation()
 	move, failed, err := k.want(ctx, args)
 	end()
 	if err != nil {
 		return vipctl.Result{}, err
 	}
-	done := func(s State) bool {
-		return s == Serving || args.Stage == vipctl.StageListen && (s == Listening || s == Taking)
+	done := func(s *situation) bool {
+		return s.state == Serving || args.Stage == vipctl.StageListen && (s.state == Listening && s.opened == s.given || s.state == Taking)
 	}
-	if done(before) && done(k.now()) {
-		return k.result(string(before), "the address was %s here already", before)
+	if done(&before) && done(k.situation()) {
+		return k.result(string(before.state), "the address was %s here already", before.state)
 	}
 	for {
 		changed := a.changes()
@@ -92,7 +100,7 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 		switch {
 		case v.MoveID != move || !s.mine():
 			return vipctl.Result{}, fmt.Errorf("the take-over of %s was broken off: it is assigned to %s now", k.addr, named(v.Next))
-		case done(state):
+		case done(&s):
 			return k.result(string(state), "the address is %s here now", state)
 		case n != failed:
 			return vipctl.Result{}, fmt.Errorf("%s cannot be taken (it is tried again until it is released): %s", k.addr, reason)
@@ -108,6 +116,10 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 // want has the address assigned to this node, and returns the number of the assignment
 // and of the failures so far.
 func (k *keeper) want(ctx context.Context, args vipctl.TakeArgs) (move, failed uint64, err error) {
+	// A process that dies meanwhile leaves the address to whom it belongs.
+	if err := k.a.given.set(k.addr, args.Given); err != nil {
+		return 0, 0, err
+	}
 	v := k.registry()
 	ctx, cancel := context.WithTimeout(ctx, registryTime)
 	defer cancel()
@@ -117,7 +129,8 @@ func (k *keeper) want(ctx context.Context, args vipctl.TakeArgs) (move, failed u
 		}
 	}
 	k.mu.Lock()
-	k.given, k.s.hold = args.Given, args.Given && args.Stage == vipctl.StageListen
+	k.asked, k.s.given, k.s.hold = true, args.Given, args.Given && args.Stage == vipctl.StageListen
+	k.keepPorts = false // of a release that this take comes after
 	// An order to release that was not followed by another assignment is over.
 	k.s.barred = 0
 	failed = k.failed
@@ -181,7 +194,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		case over && (before == Absent || before == Failed):
 			return k.result(vipctl.Absent, "nothing is served here")
 		case over && held:
-			return k.result(vipctl.Absent, "drained: nothing is answered, connections are closed, new ones are held")
+			return k.result(vipctl.Releasing, "drained: nothing is answered, connections are closed, new ones are held")
 		case over && owes:
 			return k.result(vipctl.Absent, "given up; the registry does not know it yet")
 		case over:
@@ -214,8 +227,8 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 	k.mu.Lock()
 	v := k.s.vip
 	before = k.s.state
-	k.given = k.given || args.Given
-	k.keepPorts = args.Given && args.Stage == vipctl.StageDrain
+	k.asked, k.s.given = true, k.s.given || args.Given
+	k.keepPorts = args.Given && args.Stage == vipctl.StageDrain && before == Serving
 	if args.To == "" {
 		k.s.barred = v.MoveID // whatever the registry answers
 	}

@@ -30,7 +30,8 @@ type keeper struct {
 	s      situation
 	since  time.Time
 	reason string
-	given  bool // a cluster manager adds and removes the address
+	// asked: a hook has said who adds the address.
+	asked bool
 	// keepPorts: listeners go on holding the ports when the address was given up.
 	keepPorts bool
 	// stop breaks the step in progress off, if useless says so of the situation.
@@ -169,6 +170,7 @@ func (k *keeper) become(s State, reason string) {
 
 // run does what is to be done until the agent ends.
 func (k *keeper) run() {
+	k.adopt()
 	for {
 		var timer <-chan time.Time
 		k.mu.Lock()
@@ -369,7 +371,7 @@ func (k *keeper) settleOnce(ctx context.Context) bool {
 // unstick removes the address, which could not be removed in time.
 func (k *keeper) unstick(ctx context.Context) error {
 	k.mu.Lock()
-	at, given, d := k.at, k.given, k.owe
+	at, given, d := k.at, k.s.given, k.owe
 	k.mu.Unlock()
 	if !given {
 		if _, err := k.a.o.Net.Destroy(ctx, k.addr); err != nil {

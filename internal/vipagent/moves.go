@@ -115,7 +115,7 @@ func (k *keeper) listen() error {
 		reason = failover.Crashed
 	}
 	k.mu.Lock()
-	given := k.given
+	given := k.s.given
 	k.mu.Unlock()
 	c := &candidate{k: k}
 	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}}
@@ -131,7 +131,7 @@ func (k *keeper) listen() error {
 	k.mu.Lock()
 	k.taking, k.candidate, k.at = t, c, o.Address
 	k.keepPorts = false // an order to drain what was not here
-	k.s.move, k.s.ready = v.MoveID, false
+	k.s.move, k.s.ready, k.s.opened = v.MoveID, false, given
 	k.mu.Unlock()
 	k.become(Listening, "")
 	return nil
@@ -198,7 +198,7 @@ func (k *keeper) release(st step) {
 	fencing := make(chan struct{})
 	var keep chan struct{}
 	k.mu.Lock()
-	u, t, epoch, given := k.unit, k.teller, k.s.epoch, k.given
+	u, t, epoch, given := k.unit, k.teller, k.s.epoch, k.s.given
 	k.teller = nil
 	if k.keepPorts && st.reason != failover.Fenced && !k.s.last {
 		keep = make(chan struct{})

@@ -46,15 +46,14 @@ type Remote struct {
 	// arrive in order. seq is guarded by it.
 	change chan struct{}
 	seq    uint64
-	// polling is held by the one OpWatchVIPs that waits for news, reading by the one
-	// that does not.
-	polling, reading chan struct{}
+	// polling is held by the one OpWatchVIPs that waits for news.
+	polling chan struct{}
+	ended   atomic.Uint64 // how many have ended
 
 	mu      sync.Mutex // never held while waiting
 	closed  bool
 	calls   link      // for calls
-	polls   link      // for OpWatchVIPs that wait for news, which are not to hold up others
-	reads   link      // for OpWatchVIPs that do not: a later one of a connection ends an earlier one
+	polls   link      // for OpWatchVIPs that wait, which are not to hold up calls
 	waiting time.Time // when the wait was told, zero: nobody waits or was told
 }
 
@@ -99,8 +98,8 @@ func NewRemote(o RemoteOptions) (*Remote, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Remote{o: o, session: id, change: make(chan struct{}, 1), polling: make(chan struct{}, 1), reading: make(chan struct{}, 1)}
-	r.calls.dial, r.polls.dial, r.reads.dial = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1)
+	r := &Remote{o: o, session: id, change: make(chan struct{}, 1), polling: make(chan struct{}, 1)}
+	r.calls.dial, r.polls.dial = make(chan struct{}, 1), make(chan struct{}, 1)
 	return r, nil
 }
 
@@ -110,8 +109,8 @@ var errClosed = errors.New("closed")
 // Close ends the connections. Calls under way and later ones fail.
 func (r *Remote) Close() error {
 	r.mu.Lock()
-	conns := []wire.Conn{r.calls.conn, r.polls.conn, r.reads.conn}
-	r.calls.conn, r.polls.conn, r.reads.conn, r.closed = nil, nil, nil, true
+	conns := []wire.Conn{r.calls.conn, r.polls.conn}
+	r.calls.conn, r.polls.conn, r.closed = nil, nil, true
 	r.mu.Unlock()
 	var errs []error
 	for _, c := range conns {

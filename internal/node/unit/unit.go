@@ -17,6 +17,7 @@ import (
 
 	"github.com/baton-nfs/baton/failover"
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/fdstore"
 	"github.com/baton-nfs/baton/internal/rpcbind"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/lockd"
@@ -48,6 +49,8 @@ type Deps struct {
 	// Silence makes it so that closing a TCP socket sends nothing (vip.CloseQuietly).
 	// nil: connections are reset instead.
 	Silence func(syscall.RawConn) error
+	// Inherited are sockets of the process before, or of the service manager; nil: none.
+	Inherited *fdstore.Inherited
 }
 
 // Unit is what is served at one address, from Listen to Finish; it is used once. It
@@ -159,7 +162,7 @@ func (u *Unit) openPorts(opts sunrpc.ListenOptions) error {
 	for _, l := range ports {
 		ap := netip.AddrPortFrom(u.addr, uint16(l.port))
 		if _, shared := u.port[ap]; !shared {
-			bound, err := u.rpc.ListenTCP(ap, opts)
+			bound, err := u.rpc.ListenTCP(ap, u.inherit(false, ap, opts))
 			if err != nil {
 				return listenError(ap, "tcp", l.name, err)
 			}
@@ -167,13 +170,19 @@ func (u *Unit) openPorts(opts sunrpc.ListenOptions) error {
 			u.port[ap] = l.name
 		}
 		if l.udp && !udp[ap] {
-			if _, err := u.rpc.ListenUDP(ap, opts); err != nil {
+			if _, err := u.rpc.ListenUDP(ap, u.inherit(true, ap, opts)); err != nil {
 				return listenError(ap, "udp", l.name, err)
 			}
 			udp[ap] = true
 		}
 	}
 	return nil
+}
+
+// inherit completes opts by a socket that is there already.
+func (u *Unit) inherit(udp bool, ap netip.AddrPort, opts sunrpc.ListenOptions) sunrpc.ListenOptions {
+	opts.File, opts.Shared = u.d.Inherited.Socket(udp, ap)
+	return opts
 }
 
 // openPortmap opens the own portmapper's listeners, if it is to answer.
@@ -187,9 +196,9 @@ func (u *Unit) openPortmap(opts sunrpc.ListenOptions) error {
 		Programs: srv.Programs(), Logger: u.d.Log, MaxRecord: 64 << 10, MaxConns: 256, MaxInflightBytes: 8 << 20, Workers: 4,
 	})
 	ap := netip.AddrPortFrom(u.addr, uint16(u.d.Config.Rpcbind.Port))
-	_, err := u.bind.ListenTCP(ap, opts)
+	_, err := u.bind.ListenTCP(ap, u.inherit(false, ap, opts))
 	if err == nil {
-		_, err = u.bind.ListenUDP(ap, opts)
+		_, err = u.bind.ListenUDP(ap, u.inherit(true, ap, opts))
 	}
 	if err == nil {
 		u.port[ap] = "rpcbind"
