@@ -79,7 +79,7 @@ func (s *Subject) addr() netip.Addr { return s.Address.Prefix.Addr() }
 // Attributes of events beside the numbers.
 const (
 	attrRole    = "role"    // "release" or "take"
-	attrOutcome = "outcome" // Outcome, of the end of a move
+	AttrOutcome = "outcome" // Outcome, of the end of a move
 	attrCut     = "cut"     // why the stage was cut: "deadline", "lost" (and it has not come back), or "fence"
 )
 
@@ -252,7 +252,7 @@ func (d *driver) end(o Outcome, counts map[string]int) {
 	}
 	e := d.sub.event(events.Move, d.role)
 	e.Stage, e.Took = events.End, d.now()
-	e.Attrs[attrOutcome] = string(o)
+	e.Attrs[AttrOutcome] = string(o)
 	for name, n := range counts {
 		if n > 0 {
 			e.Attrs[name] = strconv.Itoa(n)

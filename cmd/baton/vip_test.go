@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/failover"
 	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/internal/status"
@@ -128,6 +129,13 @@ func (f *fakeNode) Events(ctx context.Context, a control.EventsArgs) (control.Ev
 	l := statustest.MoveEvents(a.Addr, 8)
 	switch s := a.Addr.String(); s[len(s)-2:] {
 	case "50":
+		r.Events = l
+	case "54": // it is served, but a client was not woken up
+		for i := range l {
+			if e := &l[i]; e.Node == "n2" && e.Kind == events.Move && e.Stage == events.End {
+				e.Attrs[failover.AttrOutcome], e.Err = string(failover.Serving), "tickle: 1 of 5 connections"
+			}
+		}
 		r.Events = l
 	case "57":
 		r.Events = append(l[:3], events.Event{Time: l[3].Time, Node: "n2", Kind: events.Move, Stage: events.End, Addr: a.Addr, To: "n2", Move: 8, Err: "add: no interface has the network"})

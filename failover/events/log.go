@@ -317,7 +317,8 @@ func (l *Log) flush() error {
 
 func (l *Log) write(b []byte) error {
 	if l.size > 0 && l.size+int64(len(b)) > l.o.MaxBytes/2 {
-		if err := os.Rename(l.o.Path, l.o.Path+".1"); err != nil {
+		// It may be gone since the last attempt, which could not open a new one.
+		if err := os.Rename(l.o.Path, l.o.Path+".1"); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 		old := l.f

@@ -220,6 +220,8 @@ func Notify(ctx context.Context, e *Env, dir string, order Order, addr netip.Add
 	cancel()
 	stayed := <-watched
 	switch {
+	case !stayed && last.Text == "": // before it had done anything
+		return superseded()
 	case k.Settled():
 		if err := n.finished(); err != nil {
 			return failed("%s; state directory: %v", last.Text, err)

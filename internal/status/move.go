@@ -59,8 +59,8 @@ func SummarizeMove(addr netip.Addr, from, to string, move uint64, l []events.Eve
 		switch {
 		case e.Node == from && (e.Stage == "drain" || e.Stage == "refuse") && e.Time.After(held):
 			held = e.Time
-		case e.Node == to && e.Stage == "serve" && e.Err == "":
-			served = e.Time
+		case e.Node == to && (e.Stage == "serve" || e.Stage == "add") && e.Err == "" && e.Time.After(served):
+			served = e.Time // the address may come after its services are ready
 		}
 	}
 	for name, n := range map[string]*int64{events.Replies: &s.Replies, events.Orderly: &s.Orderly, events.Forced: &s.Forced,

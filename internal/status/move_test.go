@@ -20,6 +20,14 @@ func TestSummarizeMove(t *testing.T) {
 	all := statustest.MoveEvents(addr, 8)
 	whole := status.MoveSummary{Replies: 12, Orderly: 4, Forced: 1, Destroyed: 2, Clients: 3, Pause: 14 * time.Millisecond, Total: 35 * time.Millisecond}
 	without := func(drop func(e events.Event) bool) []events.Event { return slices.DeleteFunc(slices.Clone(all), drop) }
+	addLast := slices.Clone(all)
+	for i := range addLast {
+		if addLast[i].Stage == "add" {
+			addLast[i].Time = addLast[i].Time.Add(1500 * time.Microsecond)
+		}
+	}
+	later := whole
+	later.Pause = 14*time.Millisecond + 500*time.Microsecond
 	backwards := slices.Clone(all)
 	slices.Reverse(backwards)
 	other := statustest.MoveEvents(addr, 7)
@@ -34,6 +42,7 @@ func TestSummarizeMove(t *testing.T) {
 	}{
 		{"whole", all, "n1", whole},
 		{"backwards", backwards, "n1", whole},
+		{"the address comes after its services", addLast, "n1", later},
 		{"with the move before", append(slices.Clone(other), all...), "n1", whole},
 		{"without the ends", without(func(e events.Event) bool { return e.Kind == events.Move && e.Stage == events.End }), "n1",
 			status.MoveSummary{Replies: 12, Orderly: 4, Forced: 1, Destroyed: 2, Clients: 3, Pause: 14 * time.Millisecond, Total: 30 * time.Millisecond}},

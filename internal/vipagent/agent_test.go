@@ -74,12 +74,18 @@ func (r *registry) Watch(ctx context.Context, rev string) (mgs.View, error) {
 }
 
 // plain is a Unit that does nothing.
-type plain struct{ changed chan struct{} }
+type plain struct {
+	changed chan struct{}
+	drain   func(context.Context) // nil: at once
+}
 
-func newPlain(netip.Addr) Unit { return &plain{make(chan struct{}, 1)} }
+func newPlain(netip.Addr) Unit { return &plain{changed: make(chan struct{}, 1)} }
 
 func (*plain) Refuse(context.Context, failover.Refuse) error { return nil }
-func (*plain) Drain(context.Context) (failover.Drained, error) {
+func (p *plain) Drain(ctx context.Context) (failover.Drained, error) {
+	if p.drain != nil {
+		p.drain(ctx)
+	}
 	return failover.Drained{}, nil
 }
 func (*plain) Commit(context.Context) error { return nil }
@@ -208,6 +214,48 @@ func TestPortsHeldOnce(t *testing.T) {
 	}
 	b.become(Serving)
 	b.assign("")
+	b.become(Absent)
+}
+
+// A cluster manager that has an address drained hears of the end also if somebody else
+// serves the address by then.
+func TestFencedWhileDrained(t *testing.T) {
+	b := newBed(t)
+	draining := make(chan struct{})
+	b.a.o.New = func(a netip.Addr) Unit {
+		u := newPlain(a).(*plain)
+		u.drain = func(ctx context.Context) {
+			close(draining)
+			<-ctx.Done()
+		}
+		return u
+	}
+	b.a.o.Deadlines.Drain = patience
+	b.start()
+	b.until("the address is known", func() bool { return b.a.find(addr) != nil })
+	if _, err := b.a.TakeVIP(b.ctx, vipctl.TakeArgs{Addr: addr, Stage: vipctl.StageListen, Given: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.net.Add(b.ctx, vip.Address{Prefix: netip.PrefixFrom(addr, 24), Interface: "eth0"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.a.TakeVIP(b.ctx, vipctl.TakeArgs{Addr: addr, Stage: vipctl.StageServe, Given: true}); err != nil {
+		t.Fatal(err)
+	}
+	v := b.vip()
+	go func() {
+		<-draining
+		b.a.Superseded(v.Index, v.Epoch+1)
+	}()
+	if _, err := b.a.ReleaseVIP(b.ctx, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageDrain, Given: true}); err != nil {
+		t.Fatal(err)
+	}
+	if s := b.state(); s != Releasing {
+		t.Errorf("the ports are not held any more: %s", s)
+	}
+	if _, err := b.a.ReleaseVIP(b.ctx, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageFinish, Given: true}); err != nil {
+		t.Fatal(err)
+	}
 	b.become(Absent)
 }
 

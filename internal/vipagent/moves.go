@@ -226,7 +226,8 @@ func (k *keeper) release(st step) {
 	if keep != nil {
 		o.Finish, o.FinishWait = keep, holdTime
 		o.OnStage = func(s failover.StageReport) {
-			if s.Stage == failover.StageTold {
+			// Of what has a newer owner nobody is told.
+			if s.Stage == failover.StageTold || s.Stage == failover.StageClear && k.isFenced() {
 				k.holds()
 			}
 		}
@@ -273,6 +274,13 @@ func (k *keeper) told(ctx context.Context, epoch uint64, clean bool) error {
 		err = nil
 	}
 	return err
+}
+
+// isFenced tells whether what is being released has a newer owner.
+func (k *keeper) isFenced() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.s.lost()
 }
 
 // holds notes that the address was given up, but for listeners that hold the ports. The

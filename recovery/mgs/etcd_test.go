@@ -132,23 +132,23 @@ func TestEtcdIsTheRegistry(t *testing.T) {
 	mgs.Conflicts(t, 10, m.storage("/three"), m.storage("/three"))
 	// A change by one process is told to another one.
 	a, b := mgs.NewStored(s, rand.Reader), mgs.NewStored(m.storage("/one"), rand.Reader)
-	_, rev, err := s.Load(context.Background())
+	v, err := b.Watch(context.Background(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	changed := make(chan error, 1)
-	go func() { changed <- b.Changed(context.Background(), rev) }()
-	if err := a.SetOSTs(context.Background(), 9); err != nil {
+	changed := make(chan mgs.View, 1)
+	go func() {
+		v, err := b.Watch(context.Background(), v.Rev)
+		if err != nil {
+			t.Error(err)
+		}
+		changed <- v
+	}()
+	if _, err := a.AddVIP(context.Background(), mgs.VIPSpec{Addr: netip.MustParseAddr("192.0.2.77"), Bits: 24}); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-changed; err != nil {
-		t.Fatal(err)
-	}
-	if n, err := b.OSTs(context.Background()); err != nil || n != 9 {
-		t.Fatal(n, err)
-	}
-	if err := file.Changed(context.Background(), 0); err != nil { // it has changed since
-		t.Errorf("a file that waits: %v", err)
+	if w := <-changed; w.Rev == v.Rev || len(w.VIPs) != len(v.VIPs)+1 {
+		t.Errorf("%+v after %+v", w, v)
 	}
 }
 

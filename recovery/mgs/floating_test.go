@@ -756,30 +756,41 @@ func TestRemoteWatchBadServer(t *testing.T) {
 	}
 }
 
-// Who has no view yet gets one at once, while somebody else waits for news.
-func TestRemoteWatchAtOnce(t *testing.T) {
+// Who reads the addresses does not wait for who waits for news of them, nor disturbs it.
+func TestRemoteReadsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := NewService(NewStored(&memory{}, &counter{}), nil)
+		reg := NewStored(&memory{}, &counter{})
+		s := NewService(reg, nil)
 		r := remote(t, &network{at: map[string]*Service{"a": s}}, "n1", nil, "a")
 		v, err := r.Watch(ctx, "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		waited := make(chan error, 1)
-		go func() { _, err := r.Watch(ctx, v.Rev); waited <- err }()
+		news := make(chan View)
+		go func() {
+			w, err := r.Watch(ctx, v.Rev)
+			if err != nil {
+				t.Error(err)
+			}
+			news <- w
+		}()
 		synctest.Wait()
 		began := time.Now()
-		now, err := r.Watch(ctx, "")
-		if err != nil || now.Rev != v.Rev || time.Since(began) != 0 {
-			t.Errorf("revision %q after %v, %v", now.Rev, time.Since(began), err)
+		for range 2 {
+			if w, err := r.Watch(ctx, ""); err != nil || w.Rev != v.Rev {
+				t.Errorf("%+v, %v", w, err)
+			}
 		}
-		synctest.Wait()
-		select {
-		case err := <-waited:
-			t.Errorf("the one that waited was ended: %v", err)
-		default:
+		if _, err := reg.AddVIP(ctx, floatSpec(1)); err != nil {
+			t.Fatal(err)
 		}
-		if err := errors.Join(<-waited, r.Close()); err != nil {
+		if w := <-news; len(w.VIPs) != 1 {
+			t.Errorf("%+v", w)
+		}
+		if d := time.Since(began); d != 0 {
+			t.Errorf("it took %v", d)
+		}
+		if err := r.Close(); err != nil {
 			t.Error(err)
 		}
 		s.Close()

@@ -69,17 +69,6 @@ var (
 // verifiers; crypto/rand's Reader but in tests.
 func NewStored(s Storage, rnd io.Reader) *Stored { return &Stored{storage: s, rand: rnd} }
 
-// Changed returns as soon as the document's revision is another than the given one,
-// also if another process has changed it. It is errors.ErrUnsupported with a storage
-// that is no Waiter: that has no document but what comes by way of this Stored.
-func (r *Stored) Changed(ctx context.Context, revision uint64) error {
-	w, ok := r.storage.(Waiter)
-	if !ok {
-		return fmt.Errorf("mgs: wait for a change of %s: %w", r.storage.Name(), errors.ErrUnsupported)
-	}
-	return w.Wait(ctx, revision)
-}
-
 func (r *Stored) load(ctx context.Context) (*state, []byte, uint64, error) {
 	doc, rev, err := r.storage.Load(ctx)
 	if err != nil {

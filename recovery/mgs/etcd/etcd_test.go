@@ -244,10 +244,13 @@ func TestThreeMembers(t *testing.T) {
 	}
 }
 
+// patient is for a member that has much to do, or a machine that has.
+func patient(o *Options) { o.Timeout = 20 * time.Second }
+
 func one(t *testing.T) (*cluster, *Client) {
 	c := newCluster(t, 1, false)
 	c.start("n1")
-	x := c.client("n1", nil)
+	x := c.client("n1", patient)
 	eventually(t, "the member answers", func() error { _, _, err := x.Storage().Load(ctx); return err })
 	return c, x
 }
@@ -268,7 +271,10 @@ func TestLimits(t *testing.T) {
 		t.Fatalf("%d bytes came back: %v", len(got), err)
 	}
 	// The server's own limit.
-	y := c.client("n1", func(o *Options) { o.MaxDocument, o.Prefix = 2*EmbeddedMaxDocument, "/y/" })
+	y := c.client("n1", func(o *Options) {
+		patient(o)
+		o.MaxDocument, o.Prefix = 2*EmbeddedMaxDocument, "/y/"
+	})
 	if err := y.Storage().Swap(ctx, 0, append(big, big...)); err == nil || errors.Is(err, mgs.ErrUnavailable) || !strings.Contains(err.Error(), "max-request-bytes") {
 		t.Fatalf("more than the server takes: %v", err)
 	}
@@ -337,7 +343,10 @@ func TestPassword(t *testing.T) {
 	_, err = cli.AuthEnable(ctx)
 	do(err)
 	as := func(user, password string) Storage {
-		return c.client("n1", func(o *Options) { o.User, o.Password = user, password }).Storage()
+		return c.client("n1", func(o *Options) {
+			patient(o)
+			o.User, o.Password = user, password
+		}).Storage()
 	}
 	if err := as("baton", "secret of baton").Swap(ctx, 0, []byte("doc")); err != nil {
 		t.Fatal(err)
