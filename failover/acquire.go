@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/baton-nfs/baton/failover/events"
@@ -56,6 +58,7 @@ type Taking struct {
 	d       *driver
 	proceed chan struct{} // closed: StageWait goes on
 	n       int           // reports given to OnStage
+	tickled atomic.Pointer[[]vip.Conn]
 }
 
 // Acquire is Listen and Take at once, with the wait for the last owner bounded by its deadline. The end of ctx
@@ -183,6 +186,7 @@ func (t *Taking) stage(ctx context.Context, st step, attempt int) Result {
 		if len(conns) == 0 {
 			return Result{}
 		}
+		t.tickled.Store(&conns)
 		if err := t.r.Net.Tickle(o.Address, conns); err != nil {
 			return Result{Err: err}
 		}
@@ -198,12 +202,38 @@ func (t *Taking) stage(ctx context.Context, st step, attempt int) Result {
 	return Result{Err: errors.New("no such stage")}
 }
 
+// announceAgain makes up for packets that were lost: it announces the address, and wakes
+// those clients that have not come back by the connection that they had. One that has
+// come by another one just finds out that the old one is over.
 func (t *Taking) announceAgain() {
-	if err := t.r.Net.Announce(t.o.Address); err != nil {
-		e := t.o.event(events.Stage, roleTake)
-		e.Stage, e.Err = string(StageAnnounce), err.Error()
-		t.r.Log.Append(e)
+	t.trouble(StageAnnounce, t.r.Net.Announce(t.o.Address))
+	all := t.tickled.Load()
+	if all == nil {
+		return
 	}
+	ss, err := t.r.Net.Sockets(t.o.addr())
+	if err != nil {
+		t.trouble(StageTickle, err)
+		return
+	}
+	back := make(map[vip.Conn]bool, len(ss))
+	for _, s := range ss {
+		back[s.Conn] = true
+	}
+	conns := slices.DeleteFunc(slices.Clone(*all), func(c vip.Conn) bool { return back[c] })
+	if len(conns) > 0 {
+		t.trouble(StageTickle, t.r.Net.Tickle(t.o.Address, conns))
+	}
+}
+
+// trouble logs that a stage could not be repeated.
+func (t *Taking) trouble(st Stage, err error) {
+	if err == nil {
+		return
+	}
+	e := t.o.event(events.Stage, roleTake)
+	e.Stage, e.Err = string(st), err.Error()
+	t.r.Log.Append(e)
 }
 
 // settler announces an address again after it was taken.

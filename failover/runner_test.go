@@ -283,7 +283,7 @@ func TestPlannedMove(t *testing.T) {
 		// The last owner's Runner has nothing to announce; the new one's does so until the address is released.
 		n.forget()
 		time.Sleep(100 * time.Millisecond)
-		n.want(t, "70 b announce")
+		n.want(t, "70 b announce", "70 b tickle 1")
 		rb.Release(t.Context(), ReleaseOptions{Subject: subject, Service: unit{h: b}, Refuse: Reset})
 		n.want(t, "120 b refuse reset", "120 b drain", "120 b commit", "120 b close half-close", "120 b destroy 0", "120 b remove", "120 b finish", "120 b destroy 0")
 		time.Sleep(10 * time.Second)
@@ -318,6 +318,48 @@ func TestAnnounceAgain(t *testing.T) {
 			r.Close()
 			time.Sleep(10 * time.Second)
 			n.want(t)
+		}
+	})
+}
+
+// TestTickleAgain: clients that have not come back are woken again, others are not.
+func TestTickleAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork()
+		h := n.host("h")
+		log := newLog(t)
+		r := Runner{Net: h, Log: log}
+		defer r.Close()
+		other := testConn
+		other.Remote = netip.AddrPortFrom(other.Remote.Addr(), other.Remote.Port()+1)
+		tickles := 0
+		h.hooks["tickle"] = func(context.Context) error {
+			if tickles++; tickles == 3 {
+				return errors.New("no buffer")
+			}
+			return nil
+		}
+		rep := r.Acquire(t.Context(), AcquireOptions{Subject: subject, Candidate: unit{h, []vip.Conn{testConn, other}}})
+		if rep.Outcome != Serving || rep.Tickled != 2 {
+			t.Errorf("%+v", rep)
+		}
+		n.forget()
+		comes := func(c vip.Conn) {
+			n.mu.Lock()
+			h.sockets = append(h.sockets, vip.Socket{Network: "tcp", State: "ESTAB", Conn: c})
+			n.mu.Unlock()
+		}
+		comes(other)
+		time.Sleep(100 * time.Millisecond)
+		n.want(t, "50 h announce", "50 h tickle 1")
+		time.Sleep(200 * time.Millisecond)
+		n.want(t, "200 h announce", "200 h tickle 1")
+		comes(testConn)
+		time.Sleep(time.Second)
+		n.want(t, "1000 h announce")
+		es, _ := log.Since(0)
+		if e := es[len(es)-1]; e.Stage != "tickle" || e.Err != "no buffer" {
+			t.Errorf("%+v", e)
 		}
 	})
 }

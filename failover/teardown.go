@@ -121,8 +121,8 @@ func (m *teardown) step(in input) []action {
 }
 
 func (m *teardown) fence() {
-	if m.fenced || m.done {
-		return
+	if m.fenced || m.done || m.told && m.removed {
+		return // after it was told that the period has ended, another one is no news
 	}
 	m.fenced = true
 	m.emit(action{kind: actFenced})

@@ -455,6 +455,60 @@ func TestStopStart(t *testing.T) {
 	}
 }
 
+// stuckCaller is a connection on which no answer comes.
+type stuckCaller struct{ closed, called chan struct{} }
+
+func (c *stuckCaller) Call(ctx context.Context, _ uint32, _ []byte) ([]byte, error) {
+	close(c.called)
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (c *stuckCaller) Close() error {
+	close(c.closed)
+	return nil
+}
+
+// TestEndCalls: no connection to a client is left, though the table does not answer
+// any more and the client does not either.
+func TestEndCalls(t *testing.T) {
+	c := &stuckCaller{make(chan struct{}), make(chan struct{})}
+	b := newBed(t, func(cfg *Config) {
+		cfg.CallTimeout = time.Hour
+		cfg.Dial = func(context.Context, string, netip.Addr, netip.AddrPort, uint32) (Caller, error) { return c, nil }
+	})
+	h, w := b.peer(2, 4, "tcp"), b.peer(3, 4, "tcp")
+	contend(t, h, w)
+	h.unlock("file1", 1, 0, 10)
+	select {
+	case <-c.called:
+	case <-time.After(patience):
+		t.Fatal("no callback")
+	}
+	b.tab.mu.Lock() // the table is stuck
+	err := b.a.EndCalls(t.Context())
+	select {
+	case <-c.closed:
+	default:
+		t.Error("a connection is open")
+	}
+	stopping, stop := context.WithCancel(t.Context())
+	stopped := make(chan error, 1)
+	go func() { stopped <- b.a.Stop(stopping) }()
+	again := b.a.EndCalls(t.Context()) // beside Stop
+	b.tab.mu.Unlock()
+	if err != nil || again != nil {
+		t.Error(err, again)
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	stop()
+	if n := len(w.got()); n != 0 {
+		t.Errorf("%d calls", n)
+	}
+}
+
 func TestNewNeedsTable(t *testing.T) {
 	if _, err := New(Config{}); err == nil {
 		t.Error("no error without a table")

@@ -24,7 +24,8 @@ type engine struct {
 	policy policy
 	ctx    context.Context
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // workers, reports on their way
+	wg     sync.WaitGroup // reports on their way, timers
+	calls  sync.WaitGroup // workers, who alone call clients
 
 	mu      sync.Mutex
 	stopped bool
@@ -130,8 +131,9 @@ func newEngine(a *Address) *engine {
 	return e
 }
 
-// stop ends everything and waits, no longer than ctx, until nothing runs.
-func (e *engine) stop(ctx context.Context) error {
+// endCalls ends all calls to clients and waits, no longer than ctx, until their sockets
+// are closed. It needs no answer from anybody.
+func (e *engine) endCalls(ctx context.Context) error {
 	e.mu.Lock()
 	e.stopped = true
 	for t := range e.timers {
@@ -140,8 +142,17 @@ func (e *engine) stop(ctx context.Context) error {
 	clear(e.timers)
 	e.mu.Unlock()
 	e.cancel()
+	return wait(ctx, &e.calls)
+}
+
+// stop ends everything and waits, no longer than ctx, until nothing runs.
+func (e *engine) stop(ctx context.Context) error {
+	return errors.Join(e.endCalls(ctx), wait(ctx, &e.wg))
+}
+
+func wait(ctx context.Context, wg *sync.WaitGroup) error {
 	done := make(chan struct{})
-	go func() { e.wg.Wait(); close(done) }()
+	go func() { wg.Wait(); close(done) }()
 	select {
 	case <-done:
 		return nil
@@ -273,7 +284,7 @@ func (e *engine) schedule(h *host) {
 	}
 	if e.running < e.a.srv.cfg.Parallel {
 		e.running++
-		e.wg.Add(1)
+		e.calls.Add(1)
 		go e.worker()
 	}
 }
@@ -301,7 +312,7 @@ func (e *engine) next() (h *host, suspect bool) {
 
 // worker serves ready hosts, one job of each at a time, until there is none.
 func (e *engine) worker() {
-	defer e.wg.Done()
+	defer e.calls.Done()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for {

@@ -186,6 +186,15 @@ func (a *Address) Start() {
 	a.polling = startPoller(a, e)
 }
 
+// EndCalls ends what is being sent to clients, and waits until no socket of it is
+// left, whether the table answers or not. It may run beside Stop, which is still needed.
+func (a *Address) EndCalls(ctx context.Context) error {
+	if e := a.eng.Load(); e != nil {
+		return e.endCalls(ctx)
+	}
+	return nil
+}
+
 // Stop ends the callbacks and waits until none is in progress; those that were
 // not answered stay in the table, for the address's next owner. An error means
 // that ctx ended first; the rest then ends by itself.
@@ -197,9 +206,11 @@ func (a *Address) Stop(ctx context.Context) error {
 		return nil
 	}
 	a.polling = nil
-	e := a.eng.Swap(nil)
-	err := p.stop(ctx)
-	return errors.Join(err, e.stop(ctx))
+	e := a.eng.Load()
+	err := e.endCalls(ctx) // before the table is asked, which may not answer
+	err = errors.Join(err, p.stop(ctx), e.stop(ctx))
+	a.eng.Store(nil)
+	return err
 }
 
 // fenced notes that another node owns the address now.

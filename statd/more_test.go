@@ -205,3 +205,48 @@ func TestStopInTheMiddle(t *testing.T) {
 		}
 	})
 }
+
+// TestEndCalls: no connection to a client is left, though the table does not answer.
+func TestEndCalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tb := &table{hosts: []wire.MonitoredHost{holder("10.0.0.1", "h", 1)}}
+		called, closed := false, false
+		s, err := New(Config{Table: tb, Portmap: func(context.Context, netip.Addr, netip.Addr, uint32, uint32, string) (uint16, error) {
+			return 1, nil
+		}, Dial: func(context.Context, string, netip.Addr, netip.AddrPort, uint32, uint32) (Caller, error) {
+			return closer{caller{func(ctx context.Context) error {
+				called = true
+				<-ctx.Done()
+				return ctx.Err()
+			}}, &closed}, nil
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := s.Address(netip.MustParseAddr(vipAddr), testVIP, 4, 3)
+		if err := a.EndCalls(t.Context()); err != nil {
+			t.Error(err)
+		}
+		a = s.Address(netip.MustParseAddr(vipAddr), testVIP, 4, 3)
+		a.Start()
+		synctest.Wait()
+		tb.set(func() { tb.down = true })
+		began := time.Now()
+		if err := a.EndCalls(t.Context()); err != nil || !called || !closed || time.Since(began) != 0 {
+			t.Errorf("%v; called %v, closed %v, after %v", err, called, closed, time.Since(began))
+		}
+		if err := a.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+type closer struct {
+	caller
+	closed *bool
+}
+
+func (c closer) Close() error {
+	*c.closed = true
+	return nil
+}

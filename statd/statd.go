@@ -243,6 +243,26 @@ func (a *Address) Kick() {
 	}
 }
 
+// EndCalls ends what is being sent to clients, and waits until no socket of it is
+// left, whether the MDT answers or not. It may run beside Stop, which is still needed.
+func (a *Address) EndCalls(ctx context.Context) error {
+	a.cancel()
+	a.mu.Lock()
+	running := a.running || a.stopped
+	a.mu.Unlock()
+	if !running {
+		return nil
+	}
+	done := make(chan struct{})
+	go func() { a.wg.Wait(); close(done) }()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("statd: calls to clients have not ended: %w", ctx.Err())
+	}
+}
+
 // Stop ends the service and waits for its goroutines. What clients have been
 // told by then is recorded at the MDT while ctx lasts. The error is ctx's, when
 // the MDT did not answer in time.

@@ -49,9 +49,9 @@ func (c *Call) GoReply(n int, f func(*Call)) {
 	c.weight = min(n, MaxPayload)
 	if c.Conn != nil {
 		c.Conn.bulk.Add(int64(c.weight))
+		c.fn = f // before somebody else has it
 		if c.Conn.hold(c) {
 			// It must not make others wait for a worker that would find out no more.
-			c.fn = f
 			return
 		}
 	}

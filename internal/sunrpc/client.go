@@ -98,6 +98,11 @@ func Dial(ctx context.Context, network string, local, remote netip.AddrPort, pro
 	if err != nil {
 		return nil, fmt.Errorf("sunrpc: %w", err)
 	}
+	if t, ok := nc.(*net.TCPConn); ok {
+		// A socket that waits (TIME-WAIT) for what may still arrive would occupy a reserved port for a minute, and
+		// must not be left of an address that moves away. Whoever closes has what it wanted, or has given up.
+		_ = t.SetLinger(0)
+	}
 	c := &Client{
 		nc: nc, udp: network == "udp", prog: prog, vers: vers, cred: appendCred(nil, &cred),
 		done: make(chan struct{}), xid: rand.Uint32(), pending: make(map[uint32]chan []byte),
@@ -139,7 +144,8 @@ func (c *Client) LocalAddr() netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// Close ends the client; calls in progress fail. It waits for the client's goroutine.
+// Close ends the client; calls in progress fail. A TCP connection is reset, and nothing of it remains here. It waits
+// for the client's goroutine.
 func (c *Client) Close() error {
 	err := c.nc.Close()
 	<-c.done

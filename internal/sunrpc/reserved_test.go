@@ -40,7 +40,7 @@ func TestDialReserved(t *testing.T) {
 			return at.Port()
 		}
 		var port uint16
-		for range 20 { // an earlier run may have left a port in TIME-WAIT
+		for range 20 { // others may have taken a port
 			pick = rand.Int64N(reservedHigh - reservedLow + 1)
 			if port = dial(); port < 1024 {
 				break
@@ -58,5 +58,27 @@ func TestDialReserved(t *testing.T) {
 	}
 	if _, err := DialReserved(ctx, func(int64) int64 { return 0 }, "tcp", netip.MustParseAddr("192.0.2.1"), remote, 100024, 1, Cred{}); err == nil {
 		t.Error("dialed from an address that is not there")
+	}
+}
+
+// TestCloseLeavesNothing: after Close the same port connects to the same server again at
+// once, which a socket in TIME-WAIT would prevent.
+func TestCloseLeavesNothing(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.21:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	remote := l.Addr().(*net.TCPAddr).AddrPort()
+	from := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.42"), 0)
+	for i := range 5 {
+		c, err := Dial(t.Context(), "tcp", from, remote, 100024, 1, Cred{})
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		from = c.LocalAddr()
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -65,6 +65,11 @@ type link struct {
 	// Guarded by Remote.mu.
 	conn wire.Conn // nil: none
 	at   int       // index of its address, or of the next to try
+	good bool      // there was an answer at that address
+	// other is the Remote's other link. It has failed at address number failed (-1: none)
+	// since; else, where that one gets answers is tried first.
+	other  *link
+	failed int
 }
 
 var (
@@ -99,6 +104,7 @@ func NewRemote(o RemoteOptions) (*Remote, error) {
 		return nil, err
 	}
 	r := &Remote{o: o, session: id, change: make(chan struct{}, 1), polling: make(chan struct{}, 1)}
+	r.calls.other, r.polls.other, r.calls.failed, r.polls.failed = &r.polls, &r.calls, -1, -1
 	r.calls.dial, r.polls.dial = make(chan struct{}, 1), make(chan struct{}, 1)
 	return r, nil
 }
@@ -158,7 +164,11 @@ func (r *Remote) try(ctx context.Context, l *link, name string, req *wire.Reques
 	var rep wire.Reply
 	pause, began := r.o.BackoffMin, time.Now()
 	for try := 1; ; try++ {
-		again, err := r.attempt(ctx, l, req, d, &rep)
+		dial := r.o.Attempt
+		if try <= len(r.o.Addrs) {
+			dial = min(dial, firstDial)
+		}
+		again, err := r.attempt(ctx, l, req, dial, d, &rep)
 		switch {
 		case err == nil:
 			r.answers(l)
@@ -185,11 +195,16 @@ func (r *Remote) try(ctx context.Context, l *link, name string, req *wire.Reques
 // errElsewhere: the node does not serve the registry, or not any more.
 var errElsewhere = errors.New("the node does not serve the registry, or cannot reach it")
 
-// attempt tries one address. again tells that another attempt may succeed.
-func (r *Remote) attempt(caller context.Context, l *link, req *wire.Request, d time.Duration, rep *wire.Reply) (again bool, err error) {
+// firstDial bounds connecting when the addresses are tried for the first time: one of a
+// node that hangs must not keep from the others.
+const firstDial = time.Second
+
+// attempt tries one address: connecting may take dialing, everything d. again tells that
+// another attempt may succeed.
+func (r *Remote) attempt(caller context.Context, l *link, req *wire.Request, dialing, d time.Duration, rep *wire.Reply) (again bool, err error) {
 	ctx, cancel := context.WithTimeout(caller, d)
 	defer cancel()
-	dial, stop := context.WithTimeout(ctx, r.o.Attempt)
+	dial, stop := context.WithTimeout(ctx, dialing)
 	conn, err := r.connect(dial, l)
 	stop()
 	if err != nil {
@@ -203,9 +218,13 @@ func (r *Remote) attempt(caller context.Context, l *link, req *wire.Request, d t
 		if caller.Err() != nil {
 			return false, err // the connection is not to blame
 		}
+		if ctx.Err() != nil {
+			r.leave(l, conn)
+		}
 	case rep.Status == wire.OK:
 		return false, nil
 	case rep.Status == wire.ErrTargetDown:
+		r.leave(l, conn)
 		err = errElsewhere
 	default:
 		return false, rep.Status
@@ -221,6 +240,9 @@ func (r *Remote) connect(ctx context.Context, l *link) (wire.Conn, error) {
 	}
 	defer func() { <-l.dial }()
 	r.mu.Lock()
+	if o := l.other; l.conn == nil && o.conn != nil && o.good && o.at != l.failed {
+		l.at, l.good = o.at, false
+	}
 	conn, at, closed := l.conn, l.at, r.closed
 	r.mu.Unlock()
 	if closed {
@@ -237,7 +259,7 @@ func (r *Remote) connect(ctx context.Context, l *link) (wire.Conn, error) {
 		return nil, errors.Join(errClosed, conn.Close())
 	}
 	if err != nil {
-		l.at = (at + 1) % len(r.o.Addrs)
+		l.next(len(r.o.Addrs))
 	} else {
 		l.conn = conn
 	}
@@ -248,15 +270,29 @@ func (r *Remote) connect(ctx context.Context, l *link) (wire.Conn, error) {
 	return conn, nil
 }
 
-// drop ends a connection that did not give an answer; the next attempt is at
-// the next address.
+// next turns to the next of n addresses. The Remote's mu is held.
+func (l *link) next(n int) { l.failed, l.at, l.good = l.at, (l.at+1)%n, false }
+
+// leave notes that no answer is to be had at the address of a connection.
+func (r *Remote) leave(l *link, conn wire.Conn) {
+	r.mu.Lock()
+	l.good = l.good && l.conn != conn
+	r.mu.Unlock()
+}
+
+// drop ends a connection that did not give an answer. The next attempt is at the next
+// address, but a connection that was lost where there were answers is made anew first.
 func (r *Remote) drop(l *link, conn wire.Conn) {
 	r.mu.Lock()
 	if l.conn != conn {
 		r.mu.Unlock()
 		return // somebody else was faster
 	}
-	l.conn, l.at = nil, (l.at+1)%len(r.o.Addrs)
+	if l.conn = nil; l.good {
+		l.good = false
+	} else {
+		l.next(len(r.o.Addrs))
+	}
 	r.mu.Unlock()
 	if err := conn.Close(); err != nil {
 		r.o.Logger.Debug("close a connection to the MGS", "err", err)
@@ -283,6 +319,7 @@ func (r *Remote) answers(l *link) {
 	r.mu.Lock()
 	told := !r.waiting.IsZero()
 	r.waiting = time.Time{}
+	l.good, l.failed = l.conn != nil, -1
 	addr := r.o.Addrs[l.at]
 	r.mu.Unlock()
 	if told {

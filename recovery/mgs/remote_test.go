@@ -444,6 +444,57 @@ func TestRemoteLeavesASilentNode(t *testing.T) {
 	})
 }
 
+// A node that takes connections and does not say anything keeps nobody from the registry
+// for long, and not at all who has known where that is.
+func TestRemoteBesideAHangingNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &network{at: map[string]*Service{"b": NewService(NewStored(&memory{}, &counter{}), nil)}}
+		dial := n.dialer("n1")
+		r := remote(t, n, "n1", func(o *RemoteOptions) {
+			o.Dial = func(ctx context.Context, addr string) (wire.Conn, error) {
+				if addr == "a" {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				return dial(ctx, addr)
+			}
+		}, "a", "b")
+		call := func(what string, want time.Duration, do func() error) {
+			t.Helper()
+			began := time.Now()
+			if err := do(); err != nil || time.Since(began) != want {
+				t.Errorf("%s: %v after %v, want it after %v", what, err, time.Since(began), want)
+			}
+		}
+		osts := func() error {
+			_, err := r.OSTs(ctx)
+			return err
+		}
+		var rev string
+		watch := func() error {
+			v, err := r.Watch(ctx, rev)
+			rev = v.Rev
+			return err
+		}
+		call("the first call", firstDial, osts)
+		call("a look", 0, watch)
+		call("the first poll, where calls are answered", watchTime, watch)
+		for range 3 {
+			lose := true
+			n.mu.Lock()
+			n.fate = func() fate {
+				if lose {
+					lose = false
+					return neverSent
+				}
+				return arrives
+			}
+			n.mu.Unlock()
+			call("after the loss of a connection", 0, osts)
+		}
+	})
+}
+
 func TestRemoteEndsWithItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &memory{}

@@ -347,14 +347,25 @@ func (p *Proc) Kill() {
 	<-p.done
 }
 
-// Signal sends a signal to the process group.
+// Signal sends a signal to the process group. After SIGSTOP no thread of the process
+// runs any more.
 func (p *Proc) Signal(sig syscall.Signal) error {
 	select {
 	case <-p.done:
 		return fmt.Errorf("bed: %s has ended", p.cmd.Path)
 	default:
 	}
-	return syscall.Kill(-p.cmd.Process.Pid, sig)
+	if err := syscall.Kill(-p.cmd.Process.Pid, sig); err != nil || sig != syscall.SIGSTOP {
+		return err
+	}
+	// The kernel tells a parent when the last thread has stopped; on a busy machine that
+	// is some time after the signal.
+	for {
+		err := unix.Waitid(unix.P_PID, p.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil)
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 // Stop sends SIGTERM and waits for the process; after grace it is killed and

@@ -35,6 +35,11 @@ func (l *Locks) stop(ctx context.Context) error {
 	return errors.Join(l.NLM.Stop(ctx), l.NSM.Stop(ctx))
 }
 
+// endCalls ends what is being sent to clients. It does not wait for any target.
+func (l *Locks) endCalls(ctx context.Context) error {
+	return errors.Join(l.NLM.EndCalls(ctx), l.NSM.EndCalls(ctx))
+}
+
 // lockServiceCall sends OpLockService for a service address.
 func (d *Deps) lockServiceCall(ctx context.Context, v *mgs.VIP, a wire.LockArgs) (wire.LockServiceInfo, error) {
 	req := wire.Request{Header: wire.Header{Op: wire.OpLockService, Flags: wire.FlagWaitCommit}, Lock: &a}

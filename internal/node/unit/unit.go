@@ -75,6 +75,7 @@ type Unit struct {
 	begun    bool // Begun was called
 	served   bool
 	quiet    bool // Drain was called
+	closing  bool // Close was called
 	finished bool
 }
 
@@ -298,7 +299,7 @@ func (u *Unit) Notify(ctx context.Context) (failover.Notified, error) {
 	err := u.d.Portmap.add(ctx, u.addr)
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.quiet || u.finished || u.locks == nil {
+	if u.quiet || u.closing || u.finished || u.locks == nil {
 		return failover.Notified{}, err
 	}
 	u.locks.start()
@@ -366,10 +367,18 @@ func (u *Unit) Conns() []vip.Conn {
 	return l
 }
 
-// Close implements failover.Service.
+// Close implements failover.Service. Calls to clients end, too, so that no socket of
+// theirs is closed after those of the address were cleared away: a teardown that is
+// fenced has no Drain, and one that is cut has not ended.
 func (u *Unit) Close(ctx context.Context, how failover.Closing) (failover.Closed, error) {
 	var c failover.Closed
 	var errs []error
+	u.mu.Lock()
+	u.closing = true
+	u.mu.Unlock()
+	if u.locks != nil {
+		errs = append(errs, u.locks.endCalls(ctx))
+	}
 	for _, s := range u.Servers() {
 		var r sunrpc.DrainResult
 		var err error
