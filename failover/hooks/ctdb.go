@@ -107,7 +107,9 @@ func CTDBEvent(ctx context.Context, e *Env, part Part, addrs []netip.Addr, args 
 		if part == After {
 			stage = vipctl.StageFinish
 		}
-		return each(addrs, func(a netip.Addr) Exit { return Release(ctx, e, vipctl.ReleaseArgs{Addr: a, Stage: stage, Given: true}) })
+		return each(addrs, func(a netip.Addr) Exit {
+			return Release(ctx, e, vipctl.ReleaseArgs{Addr: a, Stage: stage, Given: true})
+		})
 	case "monitor":
 		if part == Before {
 			return ctdbMonitor(ctx, e, addrs)

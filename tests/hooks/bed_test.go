@@ -73,7 +73,14 @@ type site struct {
 	mu     sync.Mutex // guards what is below
 	m      map[string]*machine
 	dead   map[string]bool
-	soiled map[string]bool // baton was killed there
+	soiled map[soil]bool
+}
+
+// soil is an address on a machine where baton was killed: the dead process's sockets stay
+// until the address is taken there again.
+type soil struct {
+	machine string
+	addr    netip.Addr
 }
 
 // living are the machines that have power.
@@ -112,7 +119,7 @@ func newSite(t *testing.T, addrs ...string) *site {
 	hub, err := bed.NewNode("hub")
 	bed.Need(t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
-	s := &site{t: t, ctx: ctx, tree: tree, dir: bed.Dir(t), hub: hub, m: map[string]*machine{}, dead: map[string]bool{}, soiled: map[string]bool{}, verf: map[netip.Addr][8]byte{}}
+	s := &site{t: t, ctx: ctx, tree: tree, dir: bed.Dir(t), hub: hub, m: map[string]*machine{}, dead: map[string]bool{}, soiled: map[soil]bool{}, verf: map[netip.Addr][8]byte{}}
 	t.Cleanup(func() {
 		defer cancel()
 		if t.Failed() {
@@ -154,7 +161,9 @@ func (s *site) boot(i int) *machine {
 	s.mu.Lock()
 	s.m[name] = m
 	delete(s.dead, name)
-	delete(s.soiled, name)
+	for _, a := range s.addrs {
+		delete(s.soiled, soil{name, a})
+	}
 	s.mu.Unlock()
 	if err := m.Plug(s.hub, "br0", m.port, "eth0", netip.PrefixFrom(m.addr, 24)); err != nil {
 		s.t.Fatal(err)
@@ -242,7 +251,9 @@ func (m *machine) killBaton() {
 		return
 	}
 	m.s.mu.Lock()
-	m.s.soiled[m.Name()] = true
+	for _, a := range m.s.addrs {
+		m.s.soiled[soil{m.Name(), a}] = true
+	}
 	m.s.mu.Unlock()
 	m.s.members[m.Name()].Kill()
 }

@@ -153,7 +153,7 @@ func (s *site) reach(what, addr, node string, orderly bool) {
 	s.wait(fmt.Sprintf("%s: %s on %s", what, addr, node), func() bool { return s.served(a) == node && s.holders(a) == node })
 	took, waited := time.Since(begin), time.Duration(0)
 	s.mu.Lock()
-	delete(s.soiled, node) // taking the address has destroyed what was left
+	delete(s.soiled, soil{node, a}) // taking the address has destroyed what was left
 	s.mu.Unlock()
 	for _, w := range s.workers {
 		if w.c.addr != a {
@@ -217,9 +217,8 @@ func subsequence(l []string, want ...string) bool {
 	return len(want) == 0
 }
 
-// stale finds sockets of an address on machines other than its owner; only those with a
-// peer unless all is set. Where baton was killed the dead process's stay until the
-// address is taken there again.
+// stale finds sockets of an address on machines other than its owner, but for soiled ones;
+// only those with a peer unless all is set.
 func (s *site) stale(a netip.Addr, owner string, all bool) map[string][]bed.Socket {
 	stale := map[string][]bed.Socket{}
 	for name, m := range s.living() {
@@ -231,7 +230,7 @@ func (s *site) stale(a netip.Addr, owner string, all bool) map[string][]bed.Sock
 			continue // it has just lost its power
 		}
 		s.mu.Lock()
-		soiled := s.soiled[name]
+		soiled := s.soiled[soil{name, a}]
 		s.mu.Unlock()
 		for _, x := range ss {
 			if !soiled && (all || !x.Listening()) {
