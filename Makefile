@@ -3,6 +3,7 @@
 # make test     everything: unit tests, real kernel client, libnfs, benchmark smoke test (root)
 # make bench    compare with nfs-ganesha (root), tables on standard output
 # make demo     a floating address moves under a real kernel client: a timeline (root)
+# make deb      a Debian package in dist/
 # make fuzz     all fuzz targets, FUZZTIME each
 
 GO          ?= go
@@ -19,9 +20,9 @@ REST = $(filter-out $(shell $(GO) list $(RACE)),$(shell $(GO) list ./...))
 # Everything but the black-box suites.
 UNIT = $(shell $(GO) list ./... | grep -v /tests/)
 # Suites that must not end without a passed test.
-SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim,tests/moves,tests/moves/rig,tests/hooks
+SUITES = tests/bed,tests/uml,tests/kernel,tests/libnfs,tests/bench,tests/cluster,tests/sim,tests/moves,tests/moves/rig,tests/hooks,tests/systemd
 
-.PHONY: build run check lint test bench bench-quick demo fuzz fuzz-short clean
+.PHONY: build run check lint test bench bench-quick demo fuzz fuzz-short deb clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o baton ./cmd/baton
@@ -61,6 +62,9 @@ demo:
 	sh tests/install.sh
 	$(GO) run ./tests/demo
 
+deb:
+	sh packaging/deb/build.sh dist
+
 # Every fuzz target for FUZZTIME (fuzz) or a moment (fuzz-short): `go test` takes
 # one target at a time.
 fuzz:
@@ -70,4 +74,4 @@ fuzz-short:
 	sh tests/fuzz.sh 2000x
 
 clean:
-	rm -rf baton baton-data bench.json bench.md
+	rm -rf baton baton-data dist bench.json bench.md

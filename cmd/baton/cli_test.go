@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -164,6 +165,9 @@ type bed struct {
 	every   time.Duration
 	now     time.Time
 	dir     string
+
+	shutdown chan struct{} // of the machine
+	released atomic.Bool   // it is no longer held up
 }
 
 func newBed(t *testing.T) *bed {
@@ -188,6 +192,7 @@ func (b *bed) app(stdout, stderr io.Writer) *app {
 			},
 			watchdog:  func() time.Duration { return b.every },
 			monotonic: func() string { return "MONOTONIC_USEC=1" },
+			inhibit:   func(*slog.Logger) (<-chan struct{}, func()) { return b.shutdown, func() { b.released.Store(true) } },
 		},
 		now:           func() time.Time { return b.now },
 		defaultConfig: filepath.Join(b.dir, "none.toml"),
@@ -418,7 +423,7 @@ func TestServeLifecycle(t *testing.T) {
 		t.Errorf("exit %d: %s", code, errs)
 	}
 	want := "READY=1\nSTATUS=serving|RELOADING=1\nMONOTONIC_USEC=1|READY=1\nSTATUS=serving; the last reload of the exports failed|" +
-		"RELOADING=1\nMONOTONIC_USEC=1|READY=1\nSTATUS=serving|STOPPING=1\nSTATUS=stopping"
+		"RELOADING=1\nMONOTONIC_USEC=1|READY=1\nSTATUS=serving|STOPPING=1\nEXTEND_TIMEOUT_USEC=50000000\nSTATUS=stopping"
 	if got := strings.Join(b.states, "|"); got != want {
 		t.Errorf("states %q\nwant   %q", got, want)
 	}
@@ -430,6 +435,24 @@ func TestServeLifecycle(t *testing.T) {
 	}
 	if _, err := os.Stat(config.SocketPath(b.dir)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the control socket stays: %v", err)
+	}
+}
+
+// A shutdown of the machine stops the node, and goes on when that is done.
+func TestServeUntilShutdown(t *testing.T) {
+	b := newBed(t)
+	b.shutdown = make(chan struct{})
+	b.node.stop = func(context.Context) error {
+		if b.released.Load() {
+			return errors.New("the machine does not wait")
+		}
+		return nil
+	}
+	errs, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	close(b.shutdown)
+	if code := <-end; code != 0 || !b.released.Load() {
+		t.Errorf("exit %d, lock released: %v: %s", code, b.released.Load(), errs)
 	}
 }
 

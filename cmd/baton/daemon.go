@@ -1,12 +1,14 @@
 package main
 
 import (
+	"log/slog"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/baton-nfs/baton/internal/logind"
 	sd "github.com/coreos/go-systemd/v22/daemon"
 )
 
@@ -21,6 +23,9 @@ type daemon struct {
 	watchdog func() time.Duration
 	// monotonic is the MONOTONIC_USEC assignment that goes with RELOADING=1.
 	monotonic func() string
+	// inhibit holds up a shutdown of the machine until release is called. The channel
+	// is closed when one waits; nothing of it is an error.
+	inhibit func(log *slog.Logger) (shutdown <-chan struct{}, release func())
 }
 
 // systemDaemon is systemd, if it started the process.
@@ -40,6 +45,40 @@ func systemDaemon() daemon {
 			return d
 		},
 		monotonic: func() string { return strings.TrimSpace(sd.SdNotifyMonotonicUsec()) },
+		inhibit:   inhibit,
+	}
+}
+
+// underSystemd tells whether systemd started the process as a service.
+func underSystemd() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+
+// inhibit asks logind in the background: a bus that hangs holds up nothing.
+func inhibit(log *slog.Logger) (<-chan struct{}, func()) {
+	if !underSystemd() {
+		return nil, func() {}
+	}
+	shutdown, end, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		d, err := logind.TakeDelay("baton", "clients of the NFS service addresses are taken leave of first")
+		if err != nil {
+			log.Info("a shutdown of the machine does not wait for the service addresses to be drained, other than for the stop of this service", "err", err)
+			return
+		}
+		defer d.Release()
+		select {
+		case <-d.Shutdown():
+			close(shutdown)
+			<-end
+		case <-end:
+		}
+	}()
+	return shutdown, func() {
+		close(end)
+		select {
+		case <-ended:
+		case <-time.After(time.Second): // the end of the process releases the lock, too
+		}
 	}
 }
 

@@ -89,7 +89,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.`,
 	root.SuggestionsMinimumDistance = 2
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.locksCmd(), a.targetCmd(), a.vipCmd(), a.nodeCmd(), a.eventsCmd(), a.recoveryCmd(), a.registryCmd(), a.hookCmd(), a.configCmd(), a.caCmd(), a.versionCmd()} {
+	for _, c := range []*cobra.Command{a.serveCmd(), a.statusCmd(), a.exportfsCmd(), a.locksCmd(), a.targetCmd(), a.vipCmd(), a.nodeCmd(), a.eventsCmd(), a.recoveryCmd(), a.registryCmd(), a.hookCmd(), a.configCmd(), a.caCmd(), a.versionCmd(), a.manCmd()} {
 		root.AddCommand(c)
 	}
 	root.AddCommand(a.fileCmds(node.OpenFS)...)

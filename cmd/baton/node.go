@@ -3,12 +3,14 @@ package main
 import (
 	"context"
 	"log/slog"
+	"os"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control/lockctl"
 	"github.com/baton-nfs/baton/internal/control/vipctl"
+	"github.com/baton-nfs/baton/internal/fdstore"
 	"github.com/baton-nfs/baton/internal/node"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/client"
@@ -43,5 +45,10 @@ type service interface {
 type nodeFunc func(*config.Config, *slog.Logger) (service, error)
 
 func newNode(cfg *config.Config, log *slog.Logger) (service, error) {
-	return node.New(cfg, log)
+	n, err := node.New(cfg, log)
+	if err != nil || !underSystemd() {
+		return n, err
+	}
+	n.Keep(fdstore.Receive(cfg.DataDir, log), fdstore.Systemd{Notify: os.Getenv("NOTIFY_SOCKET")})
+	return n, nil
 }

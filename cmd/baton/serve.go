@@ -30,6 +30,11 @@ const (
 	giveUpTime = 5 * time.Second
 )
 
+// stopTime is what a stop takes at most, with some reserve.
+func stopTime(drain time.Duration) time.Duration {
+	return drain + closeTime + giveUpTime + 5*time.Second
+}
+
 func (a *app) serveCmd() *cobra.Command {
 	var f config.Flags
 	cmd := &cobra.Command{
@@ -53,7 +58,8 @@ for one start, never in a unit file.
 
 Under systemd with Type=notify readiness, reloading and stopping are reported,
 and the watchdog is fed as long as a probe through frontend and targets
-succeeds.`,
+succeeds. A shutdown of the machine waits until the service addresses are
+drained, if logind permits that.`,
 		Example: `  baton serve --data /srv/baton --export /home=/
   baton serve --data /tmp/b --export /t=/ --export-options rw,insecure,no_root_squash \
       --port 12049 --rpcbind off --http off
@@ -154,6 +160,8 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 		}
 	}
 	endWatchdog := s.watchdog(ctx)
+	shutdown, release := a.daemon.inhibit(log)
+	defer release()
 
 	var got os.Signal
 	var failure error
@@ -169,15 +177,19 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 		case <-ctx.Done():
 			got = os.Interrupt
 			log.Info("stopping", "reason", ctx.Err())
+		case <-shutdown:
+			got = os.Interrupt
+			log.Info("stopping", "reason", "the machine is about to shut down or to restart, which waits until the service addresses are drained")
 		case failure = <-n.Failed():
 			got = os.Interrupt
 			log.Error("stopping, because the service addresses cannot be served", "err", failure)
 		}
 	}
-	a.daemon.notify(sd.SdNotifyStopping + "\nSTATUS=stopping")
+	drain := time.Duration(cfg.NFS.DrainTimeout)
+	a.daemon.notify(fmt.Sprintf("%s\nEXTEND_TIMEOUT_USEC=%d\nSTATUS=stopping", sd.SdNotifyStopping, stopTime(drain).Microseconds()))
 	endWatchdog()
 	surround()
-	return errors.Join(failure, s.stop(ctx, time.Duration(cfg.NFS.DrainTimeout), signals))
+	return errors.Join(failure, s.stop(ctx, drain, signals))
 }
 
 // checkTLS says what is or will be wrong with the connections between nodes.

@@ -344,7 +344,8 @@ func (m *Machine) Health(now time.Duration, l []NodeHealth) {
 			continue
 		}
 		if l[i].State == Suspect && n.state != Suspect {
-			n.suspected = now
+			// A new leader has heard the silence before it led.
+			n.suspected = now - min(max(l[i].Suspected, 0), now)
 		}
 		if l[i].Slow && !n.slow {
 			n.slowSince = now

@@ -22,6 +22,8 @@ type NodeHealth struct {
 	Incarnation uint64      `json:"incarnation,omitempty"` // of the process; 0: never heard
 	// Silence is the time since the last beat.
 	Silence time.Duration `json:"silence,omitempty"`
+	// Suspected is how long it has been a suspect.
+	Suspected time.Duration `json:"suspected,omitempty"`
 	// Slow: beats come, and say that the node does not get on.
 	Slow bool `json:"slow,omitempty"`
 }

@@ -272,6 +272,9 @@ func (w *world) hears(n *wnode) (l []NodeHealth) {
 		if h := n.heard[o.name]; o != n && h != nil {
 			x := *h
 			x.Silence = max(w.now-n.last[o.name], 0)
+			if x.State == Suspect {
+				x.Suspected = max(x.Silence-4*beat, 0)
+			}
 			l = append(l, x)
 		}
 	}

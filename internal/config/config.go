@@ -142,6 +142,8 @@ type NFS struct {
 	Wtpref         Size     `toml:"wtpref"`
 	Dtpref         Size     `toml:"dtpref"`
 	DrainTimeout   Duration `toml:"drain_timeout"`
+	// KeepConnections is KeepOnRestart or KeepNever.
+	KeepConnections string `toml:"keep_connections"`
 }
 
 // Exports names the exports(5) file.
@@ -186,6 +188,12 @@ type Locks struct {
 	MaxWaitingPerClient int      `toml:"max_waiting_per_client"`
 	MaxHosts            int      `toml:"max_hosts"`
 }
+
+// Values of NFS.KeepConnections.
+const (
+	KeepOnRestart = "restart"
+	KeepNever     = "never"
+)
 
 // Values of FS.Durability and FS.Atime.
 const (
@@ -245,18 +253,19 @@ func Default() *Config {
 	return &Config{
 		DataDir: "/var/lib/baton",
 		NFS: NFS{
-			Addresses:      []string{"127.0.0.1"},
-			Port:           2049,
-			MountPort:      20048,
-			MaxConnections: 4096,
-			ConnInflight:   16 * MiB,
-			Inflight:       256 * MiB,
-			Rtmax:          MiB,
-			Rtpref:         MiB,
-			Wtmax:          MiB,
-			Wtpref:         MiB,
-			Dtpref:         MiB,
-			DrainTimeout:   Duration(10 * time.Second),
+			Addresses:       []string{"127.0.0.1"},
+			Port:            2049,
+			MountPort:       20048,
+			MaxConnections:  4096,
+			ConnInflight:    16 * MiB,
+			Inflight:        256 * MiB,
+			Rtmax:           MiB,
+			Rtpref:          MiB,
+			Wtmax:           MiB,
+			Wtpref:          MiB,
+			Dtpref:          MiB,
+			DrainTimeout:    Duration(10 * time.Second),
+			KeepConnections: KeepOnRestart,
 		},
 		Exports: Exports{File: "/etc/baton/exports"},
 		Rpcbind: Rpcbind{Mode: RpcbindAuto, Port: 111},
@@ -282,7 +291,7 @@ func Default() *Config {
 		Cluster: Cluster{TLS: TLSMutual, TLSDir: DefaultTLSDir, FileLocks: true},
 		Registry: Registry{
 			Kind: RegistryMGS, Prefix: "/baton", MaxDocument: 1520 * KiB, ClientPort: 7989, PeerPort: 7990,
-			Heartbeat: Duration(100 * time.Millisecond), ElectionTimeout: Duration(time.Second), Lease: Duration(3 * time.Second),
+			Heartbeat: Duration(100 * time.Millisecond), ElectionTimeout: Duration(500 * time.Millisecond), Lease: Duration(3 * time.Second),
 		},
 		MDT: MDT{BlockCache: 64 * MiB, InodeCache: 100000},
 		Recovery: Recovery{

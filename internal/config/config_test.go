@@ -79,7 +79,7 @@ func TestEveryKeyIsDocumented(t *testing.T) {
 		if k.Doc == "" {
 			t.Errorf("%s has no text in keyDocs", k.Name)
 		}
-		if sec, _ := splitKey(k.Name); sec != "" && sectionDocs[sec] == "" {
+		if sec, _ := SplitKey(k.Name); sec != "" && sectionDocs[sec] == "" {
 			t.Errorf("section %s has no text in sectionDocs", sec)
 		}
 		for l := range strings.Lines(k.Doc) {

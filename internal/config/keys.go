@@ -44,21 +44,22 @@ var keyDocs = map[string]string{
 	"data_dir":         "Directory that holds everything whose place is not named below.",
 	"cluster_key_file": "The key that signs file handles: 32 random bytes, made at the first start,\nmode 0600. Keep a copy: without it all handles that clients hold become\nstale. Empty: DATA_DIR/cluster.key.",
 
-	"nfs.addresses":       "Service addresses, IPv4 or IPv6, one listener for each. Wildcards are\nrefused: an address must be able to move to another node alone.",
-	"nfs.floating":        "Let this node serve floating addresses, too: those that \"baton vip add\"\nenters and that move between nodes. It adds them to the machine and takes\nthem away, which needs root or CAP_NET_ADMIN and CAP_NET_RAW. Only in a\ncluster.",
-	"nfs.port":            "Port of NFS, TCP (and UDP if udp is true).",
-	"nfs.mount_port":      "Port of MOUNT, TCP and UDP. It may be the same as port.",
-	"nfs.udp":             "Serve NFS over UDP, too. Fragmented datagrams can be put together wrongly\non fast networks; leave it off unless an old client needs it.",
-	"nfs.max_connections": "Open TCP connections of one service address. The next one is closed at\nonce.",
-	"nfs.conn_inflight":   "Bytes of requests and replies that one connection may have in memory;\nreading from it pauses above.",
-	"nfs.inflight":        "The same for all connections of one service address.",
-	"nfs.workers":         "Calls that may wait for the disk at the same time. 0: what fits the machine.",
-	"nfs.rtmax":           "Largest READ, told to clients by FSINFO. Multiple of 4 KiB, at most 1 MiB.",
-	"nfs.rtpref":          "Preferred READ size.",
-	"nfs.wtmax":           "Largest WRITE. Multiple of 4 KiB, at most 1 MiB.",
-	"nfs.wtpref":          "Preferred WRITE size.",
-	"nfs.dtpref":          "Preferred READDIR size.",
-	"nfs.drain_timeout":   "How long an orderly stop waits for calls in progress.",
+	"nfs.addresses":        "Service addresses, IPv4 or IPv6, one listener for each. Wildcards are\nrefused: an address must be able to move to another node alone.",
+	"nfs.floating":         "Let this node serve floating addresses, too: those that \"baton vip add\"\nenters and that move between nodes. It adds them to the machine and takes\nthem away, which needs root or CAP_NET_ADMIN and CAP_NET_RAW. Only in a\ncluster.",
+	"nfs.port":             "Port of NFS, TCP (and UDP if udp is true).",
+	"nfs.mount_port":       "Port of MOUNT, TCP and UDP. It may be the same as port.",
+	"nfs.udp":              "Serve NFS over UDP, too. Fragmented datagrams can be put together wrongly\non fast networks; leave it off unless an old client needs it.",
+	"nfs.max_connections":  "Open TCP connections of one service address. The next one is closed at\nonce.",
+	"nfs.conn_inflight":    "Bytes of requests and replies that one connection may have in memory;\nreading from it pauses above.",
+	"nfs.inflight":         "The same for all connections of one service address.",
+	"nfs.workers":          "Calls that may wait for the disk at the same time. 0: what fits the machine.",
+	"nfs.rtmax":            "Largest READ, told to clients by FSINFO. Multiple of 4 KiB, at most 1 MiB.",
+	"nfs.rtpref":           "Preferred READ size.",
+	"nfs.wtmax":            "Largest WRITE. Multiple of 4 KiB, at most 1 MiB.",
+	"nfs.wtpref":           "Preferred WRITE size.",
+	"nfs.dtpref":           "Preferred READDIR size.",
+	"nfs.drain_timeout":    "How long an orderly stop waits for calls in progress.",
+	"nfs.keep_connections": "Whether clients' TCP connections to the addresses above outlive a restart\nby systemd: \"restart\" (they do, if the unit has FileDescriptorStoreMax) or\n\"never\".",
 
 	"exports.file": "File in the syntax of exports(5). Empty: only the [[export]] tables.",
 
@@ -243,14 +244,19 @@ func tomlValue(v any) string {
 	return fmt.Sprint(v)
 }
 
-func splitKey(k string) (section, name string) {
+// SplitKey cuts a key's full name into its table's name ("" at the top level) and its own.
+func SplitKey(k string) (section, name string) {
 	i := strings.LastIndexByte(k, '.')
 	return k[:max(0, i)], k[i+1:]
 }
 
-func isArray(section string) bool {
+// IsArray tells whether a table is an array of tables, which may occur many times.
+func IsArray(section string) bool {
 	return section == "export" || section == "ost" || section == "cluster.nodes"
 }
+
+// SectionDoc introduces a table; "" for one without an introduction.
+func SectionDoc(section string) string { return sectionDocs[section] }
 
 // PrintDefault returns a commented configuration file that says what the
 // defaults say.
@@ -264,12 +270,12 @@ func PrintDefault() string {
 	comment("Configuration of baton. Every key is listed with its default.\nSizes are bytes, or strings with KiB, MiB, GiB or TiB.")
 	section := ""
 	for _, k := range Keys() {
-		sec, name := splitKey(k.Name)
+		sec, name := SplitKey(k.Name)
 		if sec != section {
 			section = sec
 			b.WriteByte('\n')
 			comment(sectionDocs[sec])
-			if isArray(sec) {
+			if IsArray(sec) {
 				fmt.Fprintf(&b, "#[[%s]]\n", sec)
 			} else {
 				fmt.Fprintf(&b, "[%s]\n", sec)
@@ -277,7 +283,7 @@ func PrintDefault() string {
 		}
 		b.WriteByte('\n')
 		comment(k.Doc)
-		if isArray(sec) {
+		if IsArray(sec) {
 			fmt.Fprintf(&b, "#%s = %s\n", name, k.Example)
 		} else {
 			fmt.Fprintf(&b, "%s = %s\n", name, k.Default)
@@ -291,7 +297,7 @@ func PrintDefault() string {
 func Markdown() string {
 	var b strings.Builder
 	row := func(k Key) {
-		_, name := splitKey(k.Name)
+		_, name := SplitKey(k.Name)
 		def := k.Default
 		if def == "" {
 			def = "e.g. `" + k.Example + "`"
@@ -305,10 +311,10 @@ func Markdown() string {
 	b.WriteString("### Top level\n\n" + head)
 	section := ""
 	for _, k := range Keys() {
-		if sec, _ := splitKey(k.Name); sec != section {
+		if sec, _ := SplitKey(k.Name); sec != section {
 			section = sec
 			title := "[" + sec + "]"
-			if isArray(sec) {
+			if IsArray(sec) {
 				title = "[[" + sec + "]]"
 			}
 			fmt.Fprintf(&b, "\n### `%s`\n\n%s\n\n%s", title, strings.ReplaceAll(sectionDocs[sec], "\n", " "), head)

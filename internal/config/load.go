@@ -157,7 +157,7 @@ func nearestKey(key string) string {
 	var same []string
 	best, bestDist := "", 1<<30
 	for _, k := range Keys() {
-		sec, klast := splitKey(k.Name)
+		sec, klast := SplitKey(k.Name)
 		if klast == last {
 			same = append(same, k.Name)
 		}

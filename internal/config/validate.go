@@ -162,6 +162,7 @@ func (v *validator) nfs() {
 	if n.DrainTimeout < 0 || n.DrainTimeout > Duration(10*60*1e9) {
 		v.bad("nfs.drain_timeout", n.DrainTimeout, "out of range", "use \"0s\" to \"10m\"")
 	}
+	v.oneOf("nfs.keep_connections", n.KeepConnections, KeepOnRestart, KeepNever)
 	v.oneOf("rpcbind.mode", v.c.Rpcbind.Mode, RpcbindAuto, RpcbindSystem, RpcbindOwn, RpcbindOff)
 	v.port("rpcbind.port", v.c.Rpcbind.Port)
 	if m := v.c.Rpcbind.Mode; m == RpcbindAuto || m == RpcbindOwn {

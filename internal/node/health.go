@@ -233,6 +233,9 @@ func (c *cluster) learn(events []health.Event) {
 			c.lives.set(e.Peer, false)
 			c.asks.cut(e.Peer)
 			n := c.paths.cut(e.Peer, "", time.Now(), errSuspected)
+			if c.etcd != nil {
+				n += c.etcd.cut(e.Peer)
+			}
 			log.Warn("node does not answer beats: it may be dead, stopped or cut off; connections to it are made anew, and what was on its way is sent again",
 				"silence", e.Silence.Round(time.Millisecond), "connections", n)
 		case health.Restarted:

@@ -50,7 +50,8 @@ func NewEtcd(cfg *config.Config, log *slog.Logger) (*etcd.Client, error) {
 			return nil, err
 		}
 		o.Endpoints = etcd.Endpoints(peers, cfg.Cluster.Node, o.TLS != nil)
-		o.MaxDocument, o.Probe = etcd.EmbeddedMaxDocument, 2*time.Second
+		// What was passed on to a leader of etcd that is dead is lost, and asked again.
+		o.MaxDocument, o.Probe, o.Timeout = etcd.EmbeddedMaxDocument, 2*time.Second, time.Second
 	}
 	return etcd.New(o)
 }
@@ -97,6 +98,23 @@ func newInEtcd(c *cluster) (*inEtcd, error) {
 	return e, nil
 }
 
+// cut ends the connections to the member of a silent node.
+func (e *inEtcd) cut(node string) int {
+	if e.c.cfg.Registry.Kind != config.RegistryEmbedded {
+		return 0
+	}
+	peers, err := EtcdPeers(e.c.cfg)
+	if err != nil {
+		return 0 // it was told when the client was made
+	}
+	for _, p := range peers {
+		if p.Name == node {
+			return e.client.Cut(p.Client)
+		}
+	}
+	return 0
+}
+
 // start starts the member, if this node is to have one, and takes part in elections.
 func (e *inEtcd) start() {
 	e.run, e.cancel = context.WithCancel(context.Background())
@@ -107,6 +125,7 @@ func (e *inEtcd) start() {
 	}
 	e.work.Go(func() { e.election.Run(e.run) })
 	e.work.Go(e.serve)
+	e.work.Go(func() { e.depose(e.run) })
 }
 
 // keepMember starts the member, trying until it can, and closes it in the end. One that

@@ -66,6 +66,7 @@ func (c *cluster) answerManager() {
 		}
 		return c.report(&q)
 	})
+	c.asks.handle(hearsMethod, func(context.Context, string, json.RawMessage) (any, error) { return c.hears(), nil })
 }
 
 // report is this node's answer to the one that decides.
@@ -95,7 +96,7 @@ func (c *cluster) hears() []manager.NodeHealth {
 		case health.StateAlive:
 			h.State = manager.Alive
 		case health.StateSuspect:
-			h.State = manager.Suspect
+			h.State, h.Suspected = manager.Suspect, max(p.Silence-p.Timeout, 0)
 		}
 		l = append(l, h)
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/fdstore"
 	"github.com/baton-nfs/baton/internal/node/unit"
 	"github.com/baton-nfs/baton/lockd"
 	"github.com/baton-nfs/baton/nfsd"
@@ -85,8 +86,28 @@ type Node struct {
 	deaf       func() // ends the hearing of news
 	failed     chan error
 
+	// inherited are sockets of the process before; store keeps them for the next one, if
+	// it is to have them, and is nil without a service manager that could.
+	inherited *fdstore.Inherited
+	store     Store
+
 	rates rateKeeper
 	load  loadKeeper
+}
+
+// Store keeps sockets over a restart of the process.
+type Store interface {
+	// Restarts tells whether this stop is the first half of a restart, after which
+	// there is room for n descriptors.
+	Restarts(ctx context.Context) (room int, err error)
+	Put(*fdstore.Handover) error
+}
+
+// Keep has the node go on with sockets of the process before, nil if there are none,
+// and leave its own to the next one. Call it before Start. The node closes what of
+// them it does not use.
+func (n *Node) Keep(inherited *fdstore.Inherited, store Store) {
+	n.inherited, n.store = inherited, store
 }
 
 // New checks what can be checked without starting anything.
@@ -262,7 +283,7 @@ func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	n.portmap = unit.NewPortmap(ctx, n.cfg, n.log)
 	n.deps = &unit.Deps{
 		Config: n.cfg, Log: n.log, FS: n.fs, NFS: n.nfs, Lockd: n.lockd, Statd: n.statd, Registry: n.reg, Portmap: n.portmap,
-		MaxConns: n.maxConns(), Begun: n.begun, Ended: n.ended, Silence: vip.CloseQuietly,
+		MaxConns: n.maxConns(), Begun: n.begun, Ended: n.ended, Silence: vip.CloseQuietly, Inherited: n.inherited,
 	}
 	if err = n.serveFixed(ctx); err != nil {
 		return err
@@ -405,7 +426,9 @@ func (n *Node) serveFixed(ctx context.Context) error {
 		if err := u.Serve(); err != nil {
 			return err
 		}
+		u.Adopt()
 	}
+	n.inherited.Close()
 	for _, u := range l {
 		if _, err := u.Notify(ctx); err != nil {
 			return err
@@ -436,16 +459,28 @@ func (n *Node) Stop(ctx context.Context) error {
 	ferr := n.stopFloating(ctx, true)
 	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 	defer cancel()
+	kept := n.keeping(ctx)
+	defer kept.Close()
 	var wg sync.WaitGroup
 	for _, u := range n.serving() {
-		wg.Go(func() { n.drain(dctx, u) })
+		wg.Go(func() {
+			if kept == nil {
+				n.drain(dctx, u)
+			} else {
+				kept.take(dctx, u)
+			}
+		})
 	}
 	wg.Wait()
 	if n.cluster != nil {
 		n.cluster.vips.Store(nil)
 	}
 	n.orderly = true
-	return errors.Join(ferr, n.teardown(ctx))
+	err := errors.Join(ferr, n.teardown(ctx))
+	if err == nil {
+		kept.put()
+	}
+	return err
 }
 
 // drain ends the service of a fixed address in an orderly way.
@@ -473,6 +508,7 @@ func (n *Node) teardown(ctx context.Context) error {
 		n.noFrontend()
 		n.frontend.Wait()
 	}
+	n.inherited.Close()
 	errs := []error{n.stopFloating(ctx, false)}
 	fixed := n.serving()
 	for _, u := range fixed {

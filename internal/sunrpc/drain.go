@@ -144,8 +144,11 @@ func (s *Server) waitConns(ctx context.Context, conns []*Conn, done func(*Conn) 
 // means that SYNs are not stopped; the rest is done all the same.
 func (s *Server) stopAccepting(l *listener) error {
 	var ferr error
+	s.mu.Lock()
+	alone := !s.keep && !l.opts.Shared // else what comes is for another process
+	s.mu.Unlock()
 	rc, err := l.ln.SyscallConn()
-	if err == nil {
+	if err == nil && alone {
 		err = rc.Control(func(fd uintptr) { ferr = dropSYN(int(fd)) })
 	}
 	if errors.Is(err, net.ErrClosed) {
@@ -162,7 +165,7 @@ func (s *Server) stopAccepting(l *listener) error {
 	}
 	_ = l.ln.SetDeadline(time.Unix(1, 0)) // ends the accept goroutine
 	<-l.done
-	if err == nil {
+	if err == nil && alone {
 		err = rc.Control(func(fd uintptr) {
 			for {
 				nfd, _, err := unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
@@ -241,12 +244,18 @@ func (c *Conn) finishDrain() {
 		}
 		time.Sleep(d)
 	}
+	whole := !c.midRecord()
 	c.dropInput()
 	c.quiet.Store(true)
 	c.srv.mu.Lock()
 	c.srv.connChanged()
 	c.srv.mu.Unlock()
 	switch c.awaitEnding() {
+	case endHanded:
+		// The next process would take the rest of a record for its beginning.
+		if !whole || !c.handOver() {
+			c.endOrderly()
+		}
 	case endOrderly:
 		c.endOrderly()
 	case endSilent:

@@ -152,6 +152,7 @@ const (
 	endUnsaid ending = iota
 	endOrderly
 	endSilent
+	endHanded
 	endGone // the socket is closed
 )
 

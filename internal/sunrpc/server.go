@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -89,6 +90,11 @@ type ListenOptions struct {
 	// HoldOnDrain keeps the listener's port through Drain with SYNs dropped instead of refused, until
 	// Close: a client whose SYN is dropped retries sooner than one that is refused.
 	HoldOnDrain bool
+	// File is a socket that listens already (for UDP: is bound) at the address. It is taken over, also
+	// when an error is returned. Shared: somebody else holds it, too, and goes on when this Server ends,
+	// so no filter is set on it and its queue is left alone.
+	File   *os.File
+	Shared bool
 	// Held leaves connections in the accept queue and datagrams in the socket until Open.
 	Held bool
 }
@@ -128,6 +134,8 @@ type Server struct {
 	opened    bool          // Open was called
 	refusing  bool          // Refuse or a later phase was called: nothing is admitted any more but what was queued
 	silence   func(syscall.RawConn) error
+	keep      bool       // KeepSockets was called
+	handed    []*os.File // by connections, for Handover
 }
 
 type program struct {
@@ -339,20 +347,21 @@ func (s *Server) dispatch(c *Call, rec []byte) bool {
 func (s *Server) ListenTCP(addr netip.AddrPort, opts ListenOptions) (netip.AddrPort, error) {
 	network, addr, err := checkAddr("tcp", addr, opts)
 	if err != nil {
+		opts.closeFile()
 		return netip.AddrPort{}, err
 	}
 	lc := net.ListenConfig{
 		Control:         control(opts),
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4},
+		KeepAliveConfig: keepAlive,
 	}
 	// Go listens with MPTCP by default, whose sockets refuse the filter that holds off SYNs, and which
 	// would bind a client to the host instead of the service address.
 	lc.SetMultipathTCP(false)
-	ln, err := lc.Listen(context.Background(), network, addr.String())
+	ln, err := listenTCP(&lc, network, addr, opts.File)
 	if err != nil {
 		return netip.AddrPort{}, fmt.Errorf("sunrpc: %w", err)
 	}
-	l := &listener{ln: ln.(*net.TCPListener), opts: opts, done: make(chan struct{})}
+	l := &listener{ln: ln, opts: opts, done: make(chan struct{})}
 	bound := tcpAddrPort(ln.Addr())
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -369,6 +378,35 @@ func (s *Server) ListenTCP(addr netip.AddrPort, opts ListenOptions) (netip.AddrP
 	s.wg.Add(1)
 	go s.accept(l)
 	return bound, nil
+}
+
+func (o *ListenOptions) closeFile() {
+	if o.File != nil {
+		_ = o.File.Close() // never used
+	}
+}
+
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+
+// listenTCP listens at addr, or takes over a socket that does.
+func listenTCP(lc *net.ListenConfig, network string, addr netip.AddrPort, f *os.File) (*net.TCPListener, error) {
+	if f == nil {
+		ln, err := lc.Listen(context.Background(), network, addr.String())
+		if err != nil {
+			return nil, err
+		}
+		return ln.(*net.TCPListener), nil
+	}
+	ln, err := net.FileListener(f)
+	_ = f.Close() // FileListener has its own duplicate
+	if err != nil {
+		return nil, err
+	}
+	if l, ok := ln.(*net.TCPListener); ok && tcpAddrPort(ln.Addr()) == addr {
+		return l, nil
+	}
+	_ = ln.Close() // never used
+	return nil, fmt.Errorf("listen %s: the socket that was passed is bound to %s", addr, ln.Addr())
 }
 
 func checkAddr(network string, addr netip.AddrPort, opts ListenOptions) (string, netip.AddrPort, error) {
@@ -430,6 +468,9 @@ func (s *Server) accept(l *listener) {
 			case <-time.After(100 * time.Millisecond):
 			}
 			continue
+		}
+		if l.opts.File != nil {
+			_ = nc.SetKeepAliveConfig(keepAlive) // the listener did not know it; the default serves, too
 		}
 		s.admit(l.ep, nc)
 	}

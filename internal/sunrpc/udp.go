@@ -35,6 +35,7 @@ type udpSocket struct {
 func (s *Server) ListenUDP(addr netip.AddrPort, opts ListenOptions) (netip.AddrPort, error) {
 	network, addr, err := checkAddr("udp", addr, opts)
 	if err != nil {
+		opts.closeFile()
 		return netip.AddrPort{}, err
 	}
 	u := &udpSocket{
@@ -56,11 +57,21 @@ func (s *Server) ListenUDP(addr netip.AddrPort, opts ListenOptions) (netip.AddrP
 		})
 		return errors.Join(err, serr)
 	}}
-	pc, err := lc.ListenPacket(context.Background(), network, addr.String())
+	var pc net.PacketConn
+	if opts.File == nil {
+		pc, err = lc.ListenPacket(context.Background(), network, addr.String())
+	} else {
+		pc, err = net.FilePacketConn(opts.File)
+		_ = opts.File.Close() // FilePacketConn has its own duplicate
+	}
 	if err != nil {
 		return netip.AddrPort{}, fmt.Errorf("sunrpc: %w", err)
 	}
-	u.pc = pc.(*net.UDPConn)
+	var ok bool
+	if u.pc, ok = pc.(*net.UDPConn); !ok {
+		_ = pc.Close() // never used
+		return netip.AddrPort{}, fmt.Errorf("sunrpc: listen %s: the socket that was passed is not UDP", addr)
+	}
 	_ = u.pc.SetReadBuffer(1 << 20) // more than the default helps, less still works
 	ap := u.pc.LocalAddr().(*net.UDPAddr).AddrPort()
 	bound := netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())

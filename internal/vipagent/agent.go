@@ -256,7 +256,7 @@ func (a *Agent) changes() <-chan struct{} {
 type Report struct {
 	Index  uint32     `json:"index"`
 	Addr   netip.Addr `json:"addr"`
-	Epoch  uint64     `json:"epoch,omitempty"` // served, or taken
+	Epoch  uint64     `json:"epoch,omitempty"` // served, or taken; of Failed: that cannot be given up
 	State  State      `json:"state"`
 	Since  time.Time  `json:"since"`
 	Reason string     `json:"reason,omitempty"` // of Failed

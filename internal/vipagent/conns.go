@@ -75,6 +75,9 @@ func (b *book) enter(from string, a *connsArgs) (connsResult, error) {
 	if p != nil && (a.Epoch < p.epoch || a.Epoch == p.epoch && from != p.node) {
 		return connsResult{}, fmt.Errorf("address %d has epoch %d: what is told of epoch %d is old", a.Index, p.epoch, a.Epoch)
 	}
+	if p != nil && a.Epoch == p.epoch && a.Seq < p.seq {
+		return connsResult{Seq: p.seq}, nil // it was long on its way
+	}
 	if a.Base != 0 && (p == nil || p.epoch != a.Epoch || p.seq != a.Base) {
 		return connsResult{}, nil
 	}

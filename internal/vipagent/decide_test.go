@@ -90,6 +90,8 @@ func TestBook(t *testing.T) {
 	has(3, 2)
 	enter("b", connsArgs{Epoch: 3, Seq: 9, Base: 7, Gone: []told{c1}}, 9)
 	has(3, 1)
+	enter("b", connsArgs{Epoch: 3, Seq: 6, Add: []told{c1, c2}}, 9) // a list that comes late
+	has(3, 1)
 	for _, x := range []struct {
 		from  string
 		epoch uint64

@@ -148,6 +148,9 @@ func (k *keeper) report() Report {
 	if k.s.state == Serving || k.s.state == Releasing || k.s.state == Taking {
 		r.Epoch = k.s.epoch
 	}
+	if k.s.state == Failed && k.owe != nil {
+		r.Epoch = k.owe.epoch // it has to do with that still
+	}
 	if k.unit != nil && (k.s.state == Serving || k.s.state == Releasing) {
 		r.Conns = len(k.unit.Conns())
 	}

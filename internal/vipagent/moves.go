@@ -22,6 +22,7 @@ type candidate struct {
 	over  bool // Finish was called
 	conns []vip.Conn
 	began *mgs.VIP // what Take gave
+	left  bool     // the keeper has gone on without the rest
 }
 
 // Listen implements failover.Candidate.
@@ -49,14 +50,20 @@ func (c *candidate) Begin(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	k.mu.Lock()
-	k.s.began, k.s.epoch = got.Epoch, got.Epoch
-	k.mu.Unlock()
 	c.mu.Lock()
 	c.conns, c.began = conns, &got
-	u, over := c.unit, c.over
+	u, over, left := c.unit, c.over, c.left
 	c.mu.Unlock()
+	k.mu.Lock()
+	k.s.began = got.Epoch
+	if left {
+		k.owe = &debt{epoch: got.Epoch, clean: !got.Crashed} // nothing was answered
+	} else {
+		k.s.epoch = got.Epoch
+	}
+	k.mu.Unlock()
 	k.update(&got)
+	k.wake()
 	if over {
 		return errors.New("the take-over was given up meanwhile")
 	}
@@ -123,6 +130,7 @@ func (k *keeper) listen() error {
 	}
 	k.mu.Lock()
 	k.taking, k.candidate, k.at = t, c, o.Address
+	k.keepPorts = false // an order to drain what was not here
 	k.s.move, k.s.ready, k.s.opened = v.MoveID, false, given
 	k.mu.Unlock()
 	k.become(Listening, "")
@@ -158,6 +166,7 @@ func (k *keeper) take(v *mgs.VIP) error {
 	end()
 	c.mu.Lock()
 	u, began := c.unit, c.began
+	c.left = true // the registry may answer still
 	c.mu.Unlock()
 	if rep.Outcome == failover.Serving {
 		if rep.Err != nil {

@@ -643,6 +643,54 @@ func TestRemoteWatch(t *testing.T) {
 }
 
 // Pages of a view belong together although it changes between them.
+// One watcher that waits holds up neither a look nor a watcher that has missed something,
+// and news reach all at once.
+func TestRemoteWatchersTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := NewStored(&memory{}, rand.NewChaCha8([32]byte{}))
+		s := NewService(reg, nil)
+		defer s.Close()
+		r := remote(t, &network{at: map[string]*Service{"a": s}}, "n1", nil, "a")
+		began := time.Now()
+		look := func(rev string) View {
+			t.Helper()
+			v, err := r.Watch(ctx, rev)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return v
+		}
+		first := look("")
+		if err := reg.SetDrained(ctx, "n2", true); err != nil {
+			t.Fatal(err)
+		}
+		now := look(first.Rev)
+		views := make([]View, 3)
+		var wg sync.WaitGroup
+		for i := range views {
+			wg.Go(func() { views[i] = look(now.Rev) })
+		}
+		synctest.Wait()
+		for _, rev := range []string{"", first.Rev} {
+			if v := look(rev); v.Rev != now.Rev || !slices.Equal(v.Drained, []string{"n2"}) {
+				t.Errorf("from %q: %+v, want revision %s", rev, v, now.Rev)
+			}
+		}
+		if err := reg.SetDrained(ctx, "n3", true); err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+		for _, v := range views {
+			if !slices.Equal(v.Drained, []string{"n2", "n3"}) {
+				t.Errorf("%+v", v)
+			}
+		}
+		if d := time.Since(began); d != 0 {
+			t.Errorf("it took %v", d)
+		}
+	})
+}
+
 func TestRemoteWatchPages(t *testing.T) {
 	m := &memory{}
 	reg := NewStored(m, rand.NewChaCha8([32]byte{}))

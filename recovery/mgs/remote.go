@@ -46,13 +46,14 @@ type Remote struct {
 	// arrive in order. seq is guarded by it.
 	change chan struct{}
 	seq    uint64
-	// polling is held by the one OpWatchVIPs that is on its way.
+	// polling is held by the one OpWatchVIPs that waits for news.
 	polling chan struct{}
+	ended   atomic.Uint64 // how many have ended
 
 	mu      sync.Mutex // never held while waiting
 	closed  bool
 	calls   link      // for calls
-	polls   link      // for OpWatchVIPs, which is not to hold up calls
+	polls   link      // for OpWatchVIPs that wait, which are not to hold up calls
 	waiting time.Time // when the wait was told, zero: nobody waits or was told
 }
 

@@ -72,11 +72,13 @@ func (s *Service) TryHandle(*wire.Request, *wire.Reply) bool { return false }
 // Handle implements wire.Target, for callers in this process.
 func (s *Service) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	if req.Op == wire.OpWatchVIPs {
-		s.watch(s.ctx, "", req, rep, done)
+		s.watch("", req, rep, done, s.context)
 		return
 	}
 	s.handle("", req, rep, done)
 }
+
+func (s *Service) context(bool) context.Context { return s.ctx }
 
 // connection is the service for what comes from one node.
 type connection struct {
@@ -85,7 +87,7 @@ type connection struct {
 	table *ir.Conn // nil: there is no table of targets
 
 	mu     sync.Mutex         // never held while waiting
-	end    context.CancelFunc // of the last OpWatchVIPs, nil: there was none
+	end    context.CancelFunc // of the last OpWatchVIPs that waits, nil: there was none
 	closed bool
 }
 
@@ -107,7 +109,7 @@ func (c *connection) TryHandle(*wire.Request, *wire.Reply) bool { return false }
 
 func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	if req.Op == wire.OpWatchVIPs {
-		c.s.watch(c.poll(), c.node, req, rep, done)
+		c.s.watch(c.node, req, rep, done, c.poll)
 		return
 	}
 	if c.table == nil || !ir.Serves(req.Op) {
@@ -119,8 +121,11 @@ func (c *connection) Handle(req *wire.Request, rep *wire.Reply, done func()) {
 	c.table.Handle(req, rep, done)
 }
 
-// poll begins an OpWatchVIPs, which ends the one before.
-func (c *connection) poll() context.Context {
+// poll begins an OpWatchVIPs, which ends the one before if it waits.
+func (c *connection) poll(waits bool) context.Context {
+	if !waits {
+		return c.s.ctx
+	}
 	ctx, end := context.WithCancel(c.s.ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -134,8 +139,8 @@ func (c *connection) poll() context.Context {
 }
 
 // watch answers an OpWatchVIPs from a goroutine of its own, which Close waits for: when
-// there is news, after some time without, or when ctx ends.
-func (s *Service) watch(ctx context.Context, from string, req *wire.Request, rep *wire.Reply, done func()) {
+// there is news, after some time without, or when the context that begin gives ends.
+func (s *Service) watch(from string, req *wire.Request, rep *wire.Reply, done func(), begin func(waits bool) context.Context) {
 	rep.Reset()
 	rep.XID = req.XID
 	a, err := decodePoll(req.Data)
@@ -148,6 +153,7 @@ func (s *Service) watch(ctx context.Context, from string, req *wire.Request, rep
 		done()
 		return
 	}
+	ctx := begin(a.waits())
 	s.work.RLock()
 	if ctx.Err() != nil {
 		s.work.RUnlock()

@@ -159,6 +159,27 @@ func TestServiceIdentity(t *testing.T) {
 	}
 }
 
+// The registry has the name that was told first, though it did not exist: nodes
+// remember it.
+func TestServiceIdentityOfNewRegistry(t *testing.T) {
+	m := &memory{}
+	rnd := &counter{}
+	var told []string
+	for _, node := range []string{"n1", "n2", "n1"} {
+		s := NewService(NewStored(m, rnd), nil) // each node has its own, in etcd
+		rep := handle(t, s, request(methodIdentity, call{Node: node, Args: json.RawMessage("{}")}))
+		var a struct{ Result identityResult }
+		if err := json.Unmarshal(rep.Data, &a); err != nil || rep.Status != wire.OK {
+			t.Fatalf("%v %s: %v", rep.Status, rep.Data, err)
+		}
+		told = append(told, a.Result.ID)
+	}
+	d, err := Inspect("m", []byte(m.content()))
+	if err != nil || told[0] == "" || told[0] != d.Identity || told[1] != told[0] || told[2] != told[0] {
+		t.Errorf("told %q, stored %q, %v", told, d.Identity, err)
+	}
+}
+
 func TestServiceRefusesBadRequests(t *testing.T) {
 	m := &memory{}
 	s := NewService(NewStored(m, &counter{}), nil)

@@ -145,19 +145,44 @@ func (r *Stored) poll(ctx context.Context, a pollArgs) ([]byte, error) {
 	return encodeReply(&res, nil)
 }
 
+// waits tells whether the answer waits for news.
+func (a *pollArgs) waits() bool { return a.Rev != "" && a.After == 0 }
+
 // Watch implements Floating. One caller's poll is on its way at a time, by a connection
-// that calls do not use; others wait for it.
+// that calls do not use. Others wait for it, since what ends it is news for them, too,
+// but only when they know what is so now. What is asked for at once goes with the calls.
 func (r *Remote) Watch(ctx context.Context, rev string) (View, error) {
 	if len(rev) > maxRev {
 		return View{}, invalid("a revision of %d bytes", len(rev))
 	}
-	if err := acquire(ctx, r.polling); err != nil {
-		return View{}, fmt.Errorf("mgs: %s: %w", methodWatch, err)
+	if rev == "" {
+		return r.pages(ctx, &r.calls, "")
 	}
-	defer func() { <-r.polling }()
+	select {
+	case r.polling <- struct{}{}:
+	default:
+		for ended := ^uint64(0); ended != r.ended.Load(); {
+			ended = r.ended.Load()
+			if v, err := r.pages(ctx, &r.calls, ""); err != nil || v.Rev != rev {
+				return v, err
+			}
+		}
+		if err := acquire(ctx, r.polling); err != nil {
+			return View{}, fmt.Errorf("mgs: %s: %w", methodWatch, err)
+		}
+	}
+	defer func() {
+		r.ended.Add(1)
+		<-r.polling
+	}()
+	return r.pages(ctx, &r.polls, rev)
+}
+
+// pages gets a whole View by a connection, at once if rev is empty.
+func (r *Remote) pages(ctx context.Context, l *link, rev string) (View, error) {
 	v := View{}
 	for a := (pollArgs{Node: r.o.Node, Rev: rev}); ; {
-		res, err := r.pollOnce(ctx, a)
+		res, err := r.pollOnce(ctx, l, a)
 		if err != nil {
 			return View{}, err
 		}
@@ -180,13 +205,17 @@ func (r *Remote) Watch(ctx context.Context, rev string) (View, error) {
 const methodWatch = "watch"
 
 // pollOnce gets a page and checks it.
-func (r *Remote) pollOnce(ctx context.Context, a pollArgs) (res pollResult, err error) {
+func (r *Remote) pollOnce(ctx context.Context, l *link, a pollArgs) (res pollResult, err error) {
 	data, err := json.Marshal(&a)
 	if err != nil {
 		return res, fmt.Errorf("mgs: %s: %w", methodWatch, err)
 	}
 	req := wire.Request{Header: wire.Header{Op: wire.OpWatchVIPs}, Data: data}
-	if err := r.try(ctx, &r.polls, methodWatch, &req, watchTime+r.o.Attempt, &res); err != nil {
+	most := r.o.Attempt
+	if a.waits() {
+		most += watchTime
+	}
+	if err := r.try(ctx, l, methodWatch, &req, most, &res); err != nil {
 		return res, err
 	}
 	if res.Rev == "" || len(res.Rev) > maxRev || len(res.Drained) > maxNodes || !strictlySorted(res.Drained) {

@@ -329,9 +329,6 @@ var backs = []time.Duration{100 * time.Millisecond, time.Second, 3 * time.Second
 // once, an idle client keeps its lock, and who has mounted the other address keeps
 // its connection.
 func TestMoves(t *testing.T) {
-	if os.Getenv(moverEnv) == "" && rig.DefaultMover == "cold" {
-		t.Skipf("SKIPPED, reason: there is no mover but the yardstick, which tells the client's kernel nothing when an address has moved; %s=cold tries the bed with it", moverEnv)
-	}
 	moves, kills, backs := 12, 6, backs[:3]
 	if os.Getenv(soakEnv) != "" {
 		moves, kills, backs = 100, 50, backs[:4]

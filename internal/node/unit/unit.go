@@ -17,12 +17,14 @@ import (
 
 	"github.com/baton-nfs/baton/failover"
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/fdstore"
 	"github.com/baton-nfs/baton/internal/rpcbind"
 	"github.com/baton-nfs/baton/internal/sunrpc"
 	"github.com/baton-nfs/baton/lockd"
 	"github.com/baton-nfs/baton/nfsd"
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/statd"
 	"github.com/baton-nfs/baton/vip"
 )
@@ -47,6 +49,8 @@ type Deps struct {
 	// Silence makes it so that closing a TCP socket sends nothing (vip.CloseQuietly).
 	// nil: connections are reset instead.
 	Silence func(syscall.RawConn) error
+	// Inherited are sockets of the process before, or of the service manager; nil: none.
+	Inherited *fdstore.Inherited
 }
 
 // Unit is what is served at one address, from Listen to Finish; it is used once. It
@@ -61,14 +65,14 @@ type Unit struct {
 	// changed gets a value when a connection has come or gone.
 	changed chan struct{}
 
-	// Set by Begin, which Begun follows.
+	// Set by Begin, which Begun follows, under mu.
 	vip   mgs.VIP
 	nfs   *nfsd.Address
 	locks *Locks
 	hosts int // clients to be told that they have to reclaim their locks
-	begun bool
 
 	mu       sync.Mutex
+	begun    bool // Begun was called
 	served   bool
 	quiet    bool // Drain was called
 	finished bool
@@ -158,7 +162,7 @@ func (u *Unit) openPorts(opts sunrpc.ListenOptions) error {
 	for _, l := range ports {
 		ap := netip.AddrPortFrom(u.addr, uint16(l.port))
 		if _, shared := u.port[ap]; !shared {
-			bound, err := u.rpc.ListenTCP(ap, opts)
+			bound, err := u.rpc.ListenTCP(ap, u.inherit(false, ap, opts))
 			if err != nil {
 				return listenError(ap, "tcp", l.name, err)
 			}
@@ -166,13 +170,19 @@ func (u *Unit) openPorts(opts sunrpc.ListenOptions) error {
 			u.port[ap] = l.name
 		}
 		if l.udp && !udp[ap] {
-			if _, err := u.rpc.ListenUDP(ap, opts); err != nil {
+			if _, err := u.rpc.ListenUDP(ap, u.inherit(true, ap, opts)); err != nil {
 				return listenError(ap, "udp", l.name, err)
 			}
 			udp[ap] = true
 		}
 	}
 	return nil
+}
+
+// inherit completes opts by a socket that is there already.
+func (u *Unit) inherit(udp bool, ap netip.AddrPort, opts sunrpc.ListenOptions) sunrpc.ListenOptions {
+	opts.File, opts.Shared = u.d.Inherited.Socket(udp, ap)
+	return opts
 }
 
 // openPortmap opens the own portmapper's listeners, if it is to answer.
@@ -186,9 +196,9 @@ func (u *Unit) openPortmap(opts sunrpc.ListenOptions) error {
 		Programs: srv.Programs(), Logger: u.d.Log, MaxRecord: 64 << 10, MaxConns: 256, MaxInflightBytes: 8 << 20, Workers: 4,
 	})
 	ap := netip.AddrPortFrom(u.addr, uint16(u.d.Config.Rpcbind.Port))
-	_, err := u.bind.ListenTCP(ap, opts)
+	_, err := u.bind.ListenTCP(ap, u.inherit(false, ap, opts))
 	if err == nil {
-		_, err = u.bind.ListenUDP(ap, opts)
+		_, err = u.bind.ListenUDP(ap, u.inherit(true, ap, opts))
 	}
 	if err == nil {
 		u.port[ap] = "rpcbind"
@@ -219,7 +229,7 @@ func listenError(ap netip.AddrPort, network, name string, err error) error {
 
 // Begin begins the period of service that the registry has given v for: all targets
 // refuse earlier ones from now on, and the lock table knows in which state the locks
-// are.
+// are. It may still run when Finish is called, and has no effect here after that.
 func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	if err := u.d.FS.RaiseEpoch(ctx, client.Owner{VIP: v.Index, Epoch: v.Epoch}); err != nil {
 		return err
@@ -227,6 +237,29 @@ func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	in, forgotten, err := u.d.beginLocks(ctx, &v, forget)
 	if err != nil {
 		return err
+	}
+	if err := u.enter(v, &in, forgotten); err != nil {
+		return err
+	}
+	err = u.d.Begun(ctx, u)
+	u.mu.Lock()
+	u.begun = true
+	over := u.finished
+	u.mu.Unlock()
+	if over {
+		u.d.Ended(u)
+	}
+	return err
+}
+
+var errFinished = errors.New("the address was given up meanwhile")
+
+// enter makes what serves v, unless the unit is finished already.
+func (u *Unit) enter(v mgs.VIP, in *wire.LockServiceInfo, forgotten uint64) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.finished {
+		return errFinished
 	}
 	u.vip = v
 	u.nfs = u.d.NFS.Address(v.Index, v.Epoch, v.VerifierBytes())
@@ -239,8 +272,7 @@ func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	if v.Crashed || in.Grace {
 		u.hosts = int(in.Hosts)
 	}
-	u.begun = true
-	return u.d.Begun(ctx, u)
+	return nil
 }
 
 // Serve has calls answered from now on, those too that have waited.
@@ -357,7 +389,7 @@ func (u *Unit) Close(ctx context.Context, how failover.Closing) (failover.Closed
 // be called at any time and more than once.
 func (u *Unit) Finish(ctx context.Context) error {
 	u.mu.Lock()
-	done := u.finished
+	done, begun := u.finished, u.begun
 	u.finished = true
 	u.mu.Unlock()
 	if done {
@@ -369,7 +401,7 @@ func (u *Unit) Finish(ctx context.Context) error {
 	wg.Go(func() { perr = u.d.Portmap.remove(ctx, u.addr) })
 	err := u.closeServers(ctx)
 	wg.Wait()
-	if u.begun {
+	if begun {
 		u.d.Ended(u)
 	}
 	return errors.Join(err, lerr, perr)

@@ -12,6 +12,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -53,7 +54,8 @@ type Options struct {
 
 // Client is a connection to etcd, which is made, and made again, when it is needed.
 type Client struct {
-	o Options
+	o     Options
+	conns conns
 
 	mu     sync.Mutex // never held while waiting
 	closed bool
@@ -140,6 +142,7 @@ func (c *Client) connect(made chan struct{}) {
 		DialTimeout: c.o.Timeout, DialKeepAliveTime: c.o.Probe, DialKeepAliveTimeout: c.o.Probe, PermitWithoutStream: true,
 		MaxCallSendMsgSize: c.o.MaxDocument + overhead,
 		BackoffWaitBetween: 100 * time.Millisecond,
+		DialOptions:        []grpc.DialOption{grpc.WithContextDialer(c.conns.dial)},
 		Logger:             newZap(c.o.Logger, func() bool { return true }, nil), // its errors are returned
 	})
 	c.mu.Lock()

@@ -27,7 +27,7 @@ type ElectionOptions struct {
 // Election settles which node is the leader, by a key with a lease. A leader
 // takes itself for one until its lease could have ended by its own clock, if that
 // is not more than a tenth slower than etcd's; so no two do at any time, whether
-// etcd answers or not. Its methods are safe for concurrent use.
+// etcd answers or not, unless one is deposed (Depose). Its methods are safe for concurrent use.
 type Election struct {
 	c *Client
 	o ElectionOptions
@@ -146,6 +146,18 @@ func (e *Election) extend(until time.Duration) {
 	e.mu.Unlock()
 }
 
+// Depose ends the tenure of a term before its lease does, for those who know otherwise
+// that its node is dead. If it is not, it learns of it by its watch: for that moment
+// two nodes may take themselves for the leader, if the other one hears nothing of etcd
+// until its lease ends. A tenure that has ended is no error.
+func (e *Election) Depose(ctx context.Context, term uint64) error {
+	key := e.c.key(leaderKey)
+	return e.c.do(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		_, err := cli.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(key), "=", int64(term))).Then(clientv3.OpDelete(key)).Commit()
+		return err
+	})
+}
+
 // Run takes part until ctx ends; if the node leads then, it gives that up, so that
 // the others need not wait.
 func (e *Election) Run(ctx context.Context) {
@@ -243,7 +255,8 @@ func (e *Election) lead(ctx context.Context, lease clientv3.LeaseID, mine tenure
 			return context.Cause(ctx)
 		}
 		sent := e.o.Clock()
-		err := e.renew(ctx, lease, mine.until-sent)
+		// One that a dead leader of etcd was asked must leave time for another.
+		err := e.renew(ctx, lease, min(mine.until-sent, e.o.TTL/4))
 		switch {
 		case err == nil:
 			mine.until = lasts(sent, e.o.TTL)

@@ -8,7 +8,7 @@ import (
 )
 
 // DefaultMover is what is tested if nothing else was asked for.
-const DefaultMover = "cold"
+const DefaultMover = "baton"
 
 // NewMover makes a network and, on it, the named service with the addresses. What
 // it stores is below dir. The caller closes the network after the service's Stop.
@@ -48,7 +48,7 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 }
 
 // Compared are the services of the benchmark.
-var Compared = []string{"keepalived", "keepalived-default", "ctdb"}
+var Compared = []string{"baton", "keepalived", "keepalived-default", "ctdb"}
 
 // Names are the services that NewMover makes.
 var Names = []string{"cold", "baton", "baton-manual", "keepalived", "keepalived-default", "ctdb", "ctdb-default"}

@@ -22,7 +22,7 @@ func TestMovers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("SKIPPED, reason: CTDB alone needs most of a minute")
 	}
-	for _, name := range []string{"cold", "keepalived", "ctdb"} {
+	for _, name := range []string{"cold", "baton", "baton-manual", "keepalived", "ctdb"} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 			defer cancel()
@@ -78,6 +78,15 @@ func TestMovers(t *testing.T) {
 				t.Fatalf("%v\n%s", err, m.Log())
 			}
 			write("fourth")
+			if e, ok := m.(interface {
+				Events(context.Context) (string, error)
+			}); ok {
+				events, err := e.Events(ctx)
+				if err != nil {
+					t.Error(err)
+				}
+				t.Logf("events:\n%s", events)
+			}
 			if err := m.Stop(ctx); err != nil {
 				t.Fatal(err)
 			}

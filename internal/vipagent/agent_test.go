@@ -1,0 +1,264 @@
+package vipagent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
+	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/vip"
+	"github.com/baton-nfs/baton/vip/viptest"
+)
+
+// patience is only for tests that hang.
+const patience = 30 * time.Second
+
+var addr = netip.MustParseAddr("192.0.2.9")
+
+// document is a registry's storage in memory.
+type document struct {
+	mu  sync.Mutex
+	doc []byte
+	rev uint64
+}
+
+func (d *document) Name() string { return "memory" }
+
+func (d *document) Load(context.Context) ([]byte, uint64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.doc, d.rev, nil
+}
+
+func (d *document) Swap(_ context.Context, rev uint64, doc []byte) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if rev != d.rev {
+		return mgs.ErrConflict
+	}
+	d.doc, d.rev = doc, rev+1
+	return nil
+}
+
+// registry is one whose answers can be late.
+type registry struct {
+	*mgs.Stored
+	taken chan struct{} // gets a value when Take was done; nil: answers come at once
+	let   chan struct{} // has Take's answer come
+	news  chan struct{} // and what Watch says after its first answer
+}
+
+func (r *registry) Take(ctx context.Context, index uint32, move uint64) (mgs.VIP, error) {
+	v, err := r.Stored.Take(ctx, index, move)
+	if r.taken != nil {
+		r.taken <- struct{}{}
+		<-r.let
+	}
+	return v, err
+}
+
+func (r *registry) Watch(ctx context.Context, rev string) (mgs.View, error) {
+	if r.news != nil && rev != "" {
+		select {
+		case <-r.news:
+		case <-ctx.Done():
+		}
+	}
+	return r.Stored.Watch(ctx, rev)
+}
+
+// plain is a Unit that does nothing.
+type plain struct{ changed chan struct{} }
+
+func newPlain(netip.Addr) Unit { return &plain{make(chan struct{}, 1)} }
+
+func (*plain) Refuse(context.Context, failover.Refuse) error { return nil }
+func (*plain) Drain(context.Context) (failover.Drained, error) {
+	return failover.Drained{}, nil
+}
+func (*plain) Commit(context.Context) error { return nil }
+func (*plain) Conns() []vip.Conn            { return nil }
+func (*plain) Close(context.Context, failover.Closing) (failover.Closed, error) {
+	return failover.Closed{}, nil
+}
+func (*plain) Finish(context.Context) error         { return nil }
+func (*plain) Listen(bool) error                    { return nil }
+func (*plain) Begin(context.Context, mgs.VIP) error { return nil }
+func (*plain) Serve() error                         { return nil }
+func (*plain) Served() bool                         { return true }
+func (*plain) Notify(context.Context) (failover.Notified, error) {
+	return failover.Notified{}, nil
+}
+func (p *plain) Changed() <-chan struct{} { return p.changed }
+
+// bed is an agent of node a.
+type bed struct {
+	t   *testing.T
+	ctx context.Context
+	reg *registry
+	net *viptest.Net
+	a   *Agent
+}
+
+// newBed makes an agent that has not started.
+func newBed(t *testing.T) *bed {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	t.Cleanup(cancel)
+	b := &bed{t: t, ctx: ctx, reg: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}, net: viptest.NewNetwork().Machine("a")}
+	b.a = New(Options{
+		Node: "a", Others: []string{"b"}, Registry: b.reg, Net: b.net, New: newPlain, Retry: time.Millisecond, RetryMax: 5 * time.Millisecond,
+		Ask: func(context.Context, string, string, any, any) error { return errors.New("away") },
+	})
+	if _, err := b.reg.AddVIP(ctx, mgs.VIPSpec{Addr: addr, Bits: 24, Interface: "eth0"}); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func (b *bed) start() {
+	b.a.Start()
+	b.t.Cleanup(func() { b.a.Stop(b.ctx) })
+}
+
+func (b *bed) vip() mgs.VIP {
+	b.t.Helper()
+	v, err := b.reg.Watch(b.ctx, "")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return v.VIPs[0]
+}
+
+func (b *bed) assign(node string) {
+	b.t.Helper()
+	v := b.vip()
+	if _, err := b.reg.Assign(b.ctx, v.Index, v.Epoch, node); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// until waits for what the agent comes to.
+func (b *bed) until(what string, ok func() bool) {
+	b.t.Helper()
+	for {
+		changed := b.a.changes()
+		if ok() {
+			return
+		}
+		select {
+		case <-changed:
+		case <-time.After(10 * time.Millisecond): // the registry tells nobody here
+		case <-b.ctx.Done():
+			b.t.Fatalf("%s: %+v, registry %+v", what, b.a.Reports(), b.vip())
+		}
+	}
+}
+
+func (b *bed) state() State {
+	if l := b.a.Reports(); len(l) > 0 {
+		return l[0].State
+	}
+	return ""
+}
+
+func (b *bed) become(s State) {
+	b.t.Helper()
+	b.until(string(s), func() bool { return b.state() == s })
+}
+
+// A period of service that the registry gives when the take-over was broken off already
+// is ended: else nobody could ever take the address from this node.
+func TestTakenTooLate(t *testing.T) {
+	b := newBed(t)
+	b.reg.taken, b.reg.let, b.reg.news = make(chan struct{}), make(chan struct{}), make(chan struct{})
+	b.assign("a")
+	b.start()
+	<-b.reg.taken
+	b.a.leave(false)
+	b.become(Absent)
+	close(b.reg.let)
+	k := b.a.find(addr)
+	b.until("the answer", func() bool {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return k.s.began != 0
+	})
+	close(b.reg.news)
+	b.until("the period of service ends", func() bool { v := b.vip(); return v.Free() && v.Clean })
+}
+
+// Ports are held after a release only if that release was told to.
+func TestPortsHeldOnce(t *testing.T) {
+	b := newBed(t)
+	b.start()
+	// The cluster manager drains what is not here.
+	b.until("the address is known", func() bool { return b.a.find(addr) != nil })
+	if _, err := b.a.ReleaseVIP(b.ctx, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageDrain, Given: true}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.a.TakeVIP(b.ctx, vipctl.TakeArgs{Addr: addr, Stage: vipctl.StageServe}); err != nil {
+		t.Fatal(err)
+	}
+	b.become(Serving)
+	b.assign("")
+	b.become(Absent)
+}
+
+// An agent that stops does not wait for a cluster manager that is to have the ports
+// closed.
+func TestStopHoldsNoPorts(t *testing.T) {
+	b := newBed(t)
+	b.assign("a")
+	v, err := b.reg.Take(b.ctx, b.vip().Index, b.vip().MoveID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := newKeeper(b.a, &v)
+	k.s.state, k.s.epoch, k.unit, k.s.given, k.keepPorts = Serving, v.Epoch, newPlain(addr), true, true
+	k.teller = k.startTeller(k.unit, v.Epoch)
+	k.leave(true)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		k.release(decide(&k.s))
+	}()
+	select {
+	case <-done:
+	case <-b.ctx.Done():
+		t.Fatal("the release goes on")
+	}
+	b.a.cancel()
+	b.a.runner.Close()
+}
+
+// The machine still has an address that was given up: whoever decides hears of which
+// period of service it is.
+func TestStuckIsReported(t *testing.T) {
+	b := newBed(t)
+	b.start()
+	b.assign("a")
+	b.become(Serving)
+	epoch := b.vip().Epoch
+	b.net.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
+	b.assign("")
+	b.become(Failed)
+	if r := b.a.Reports()[0]; r.Epoch != epoch || r.Reason == "" {
+		t.Errorf("%+v, want epoch %d", r, epoch)
+	}
+	if v := b.vip(); v.Free() {
+		t.Errorf("the registry was told: %+v", v)
+	}
+	b.net.Fail(viptest.Remove, nil, 0)
+	b.until("it is told", func() bool { v := b.vip(); return v.Free() })
+	b.become(Absent)
+	if r := b.a.Reports()[0]; r.Epoch != 0 {
+		t.Errorf("%+v", r)
+	}
+}
