@@ -550,8 +550,8 @@ func (a *app) hookCTDBEventCmd() *cobra.Command {
 		Short: "Handle an event of an event script",
 		Long: `Handle an event. --part says whether the script's number is below or above that of
 10.interface: takeip listens before and serves after the address was added,
-releaseip drains before and finishes after it was removed. startup, monitor, init and
-shutdown are handled before.`,
+releaseip and shutdown drain before and finish after it was removed. startup, monitor
+and init are handled before.`,
 		Example: "  baton hook ctdb event --part before releaseip eth0 192.0.2.50 24",
 		Args:    cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, argv []string) error {

@@ -96,11 +96,20 @@ func CTDBEvent(ctx context.Context, e *Env, part Part, addrs []netip.Addr, args 
 		if part == Before {
 			return Health(ctx, e)
 		}
-	case "init", "shutdown":
-		// CTDB itself tells of no releases, and 10.interface drops the addresses.
+	case "init":
 		if part == Before {
 			return each(addrs, func(a netip.Addr) Exit { return ReleaseAll(ctx, e, vipctl.ReleaseArgs{Addr: a, Given: true}) })
 		}
+	case "shutdown":
+		// CTDB itself tells of no releases, and 10.interface drops the addresses. Until
+		// then new connections are held, not refused.
+		stage := vipctl.StageDrain
+		if part == After {
+			stage = vipctl.StageFinish
+		}
+		return each(addrs, func(a netip.Addr) Exit {
+			return Release(ctx, e, vipctl.ReleaseArgs{Addr: a, Stage: stage, Given: true})
+		})
 	case "monitor":
 		if part == Before {
 			return ctdbMonitor(ctx, e, addrs)
@@ -174,7 +183,8 @@ func CTDBCallout(ctx context.Context, e *Env, addrs []netip.Addr, args []string)
 	case "takeip-pre", "releaseip-pre":
 		part, args[0] = Before, strings.TrimSuffix(args[0], "-pre")
 	case "takeip", "releaseip":
-	case "startup", "shutdown":
+	case "shutdown": // 60.nfs calls it
+	case "startup":
 		part = Before
 	case "monitor-pre":
 		part, args[0] = Before, "monitor"

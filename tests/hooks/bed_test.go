@@ -9,7 +9,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,7 +21,7 @@ import (
 func TestMain(m *testing.M) { bed.Main(m) }
 
 // patience is what nothing may take: only a hang exceeds it.
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 // record is a line of the stub's log; see there.
 type record struct {
@@ -50,17 +52,51 @@ func (r record) String() string {
 	return s
 }
 
-// site is some machines on a bridge, with stubs that share a registry.
+// site is some machines on a bridge. They run baton (newReal), or stubs that share a
+// registry.
 type site struct {
 	t     *testing.T
 	ctx   context.Context
 	tree  string
-	dir   string // shared with the machines as /srv/site
+	dir   string // shared with the machines as /srv/site, and under its own name
 	hub   *bed.Node
 	addrs []netip.Addr
-	m     map[string]*machine
 	seen  int // records that step has consumed
+
+	// Of baton itself.
+	cluster *bed.Cluster
+	store   *bed.Member
+	members map[string]*bed.Member
+	workers []*worker
+	verf    map[netip.Addr][8]byte // write verifiers that clients know
+
+	mu     sync.Mutex // guards what is below
+	m      map[string]*machine
+	dead   map[string]bool
+	soiled map[soil]bool
 }
+
+// soil is an address on a machine where baton was killed: the dead process's sockets stay
+// until the address is taken there again.
+type soil struct {
+	machine string
+	addr    netip.Addr
+}
+
+// living are the machines that have power.
+func (s *site) living() map[string]*machine {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := map[string]*machine{}
+	for name, m := range s.m {
+		if !s.dead[name] {
+			l[name] = m
+		}
+	}
+	return l
+}
+
+func machineAddr(i int) netip.Addr { return netip.MustParseAddr(fmt.Sprint("192.0.2.", i)) }
 
 type machine struct {
 	*bed.Machine
@@ -82,8 +118,8 @@ func newSite(t *testing.T, addrs ...string) *site {
 	bed.Need(t, err)
 	hub, err := bed.NewNode("hub")
 	bed.Need(t, err)
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
-	s := &site{t: t, ctx: ctx, tree: tree, dir: bed.Dir(t), hub: hub, m: map[string]*machine{}}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+	s := &site{t: t, ctx: ctx, tree: tree, dir: bed.Dir(t), hub: hub, m: map[string]*machine{}, dead: map[string]bool{}, soiled: map[soil]bool{}, verf: map[netip.Addr][8]byte{}}
 	t.Cleanup(func() {
 		defer cancel()
 		if t.Failed() {
@@ -110,7 +146,7 @@ func newSite(t *testing.T, addrs ...string) *site {
 
 func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
-// boot makes machine n1, n2, ... with 192.0.2.1, ... and starts its stub.
+// boot makes machine n1, n2, ... with 192.0.2.1, ... and starts baton, or its stub.
 func (s *site) boot(i int) *machine {
 	s.t.Helper()
 	name := fmt.Sprint("n", i)
@@ -121,8 +157,14 @@ func (s *site) boot(i int) *machine {
 	root := s.path(fmt.Sprintf("%s.%d", name, lives))
 	bm, err := bed.NewMachine(name, s.tree, root)
 	bed.Need(s.t, err)
-	m := &machine{Machine: bm, s: s, addr: netip.MustParseAddr(fmt.Sprint("192.0.2.", i)), lives: lives, port: fmt.Sprintf("p%d-%d", i, lives), procs: map[string]*bed.Proc{}}
+	m := &machine{Machine: bm, s: s, addr: machineAddr(i), lives: lives, port: fmt.Sprintf("p%d-%d", i, lives), procs: map[string]*bed.Proc{}}
+	s.mu.Lock()
 	s.m[name] = m
+	delete(s.dead, name)
+	for _, a := range s.addrs {
+		delete(s.soiled, soil{name, a})
+	}
+	s.mu.Unlock()
 	if err := m.Plug(s.hub, "br0", m.port, "eth0", netip.PrefixFrom(m.addr, 24)); err != nil {
 		s.t.Fatal(err)
 	}
@@ -130,7 +172,7 @@ func (s *site) boot(i int) *machine {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	for _, f := range []struct{ pkg, out, in string }{{"./cmd/baton", "", "/usr/bin/baton"}, {"./tests/hooks/stub", "", "/usr/bin/stub"}, {"", s.dir, "/srv/site"}, {"", packaging, "/usr/share/baton"}} {
+	for _, f := range []struct{ pkg, out, in string }{{"./cmd/baton", "", "/usr/bin/baton"}, {"./tests/hooks/stub", "", "/usr/bin/stub"}, {"", s.dir, "/srv/site"}, {"", s.dir, s.dir}, {"", packaging, "/usr/share/baton"}} {
 		if f.pkg != "" {
 			if f.out, err = bed.Build(f.pkg); err != nil {
 				s.t.Fatal(err)
@@ -165,9 +207,14 @@ func (m *machine) spawn(name, path string, args ...string) *bed.Proc {
 // socket is where baton's commands expect the socket if nothing is configured.
 const socket = "/var/lib/baton/control.sock"
 
-// serve starts the stub.
+// serve starts baton, or the stub.
 func (m *machine) serve() {
 	m.s.t.Helper()
+	if m.s.cluster != nil {
+		m.sh("mkdir -p /etc/baton && ln -sf " + m.s.cluster.ConfigFile(m.s.members[m.Name()]) + " /etc/baton/baton.toml")
+		m.batonOn()
+		return
+	}
 	m.sh("mkdir -p " + filepath.Dir(socket))
 	var list []string
 	for _, a := range m.s.addrs {
@@ -197,14 +244,34 @@ func (m *machine) write(path, text string) {
 	}
 }
 
+// killBaton kills baton, or the stub.
+func (m *machine) killBaton() {
+	if m.stub != nil {
+		m.stub.Kill()
+		return
+	}
+	m.s.mu.Lock()
+	for _, a := range m.s.addrs {
+		m.s.soiled[soil{m.Name(), a}] = true
+	}
+	m.s.mu.Unlock()
+	m.s.members[m.Name()].Kill()
+}
+
 // kill ends a machine as a power cut does: the cable first.
 func (m *machine) kill() {
 	m.s.t.Helper()
+	m.s.mu.Lock()
+	m.s.dead[m.Name()] = true
+	m.s.mu.Unlock()
 	if err := m.s.hub.SetLink(m.port, false); err != nil {
 		m.s.t.Fatal(err)
 	}
 	m.Close()
 	_ = m.s.hub.DelLink(m.port) // one that is gone is no error
+	if x := m.s.members[m.Name()]; x != nil {
+		x.Kill()
+	}
 }
 
 // wait waits until ok, and fails the test after a while.
@@ -283,13 +350,12 @@ func (s *site) answers(a netip.Addr) string {
 // holders are the living machines that have the address.
 func (s *site) holders(a netip.Addr) string {
 	var names []string
-	for _, name := range []string{"n1", "n2", "n3"} {
-		if m := s.m[name]; m != nil {
-			if has, err := m.Has(a); err == nil && has {
-				names = append(names, name)
-			}
+	for name, m := range s.living() {
+		if has, err := m.Has(a); err == nil && has {
+			names = append(names, name)
 		}
 	}
+	slices.Sort(names)
 	return strings.Join(names, " ")
 }
 

@@ -141,62 +141,63 @@ func TestOCF(t *testing.T) {
 	}
 }
 
-// TestPacemaker moves addresses by a real cluster of three nodes: an order of the
-// administrator, the death of baton, the death of a node, its return.
+// TestPacemaker moves addresses of a running baton by a real cluster of three nodes: an
+// order of the administrator, an address that is not served, the death of baton, the
+// death of a node, its return, a stop.
 func TestPacemaker(t *testing.T) {
 	t.Parallel()
 	const whole, group = "192.0.2.50", "192.0.2.60"
-	s := newSite(t, whole, group)
+	s := newReal(t, 3, whole, group)
 	begin := time.Now()
-	for i := 1; i <= 3; i++ {
-		s.boot(i)
-	}
 	for i := 1; i <= 3; i++ {
 		s.m[fmt.Sprint("n", i)].pacemaker()
 	}
-	rs := s.step("start", whole, "n1")
-	rs = append(rs, s.step("start", group, "n1")...)
+	both := func(what, node string, orderly bool) {
+		t.Helper()
+		s.reach(what, whole, node, orderly)
+		s.reach(what, group, node, orderly)
+	}
+	for _, a := range s.addrs {
+		s.owner(a.String(), "n2", "n3")
+		s.work(a)
+	}
+	both("start", "n1", true)
 	t.Logf("online after %v", time.Since(begin).Round(100*time.Millisecond))
-	s.sequence("start", of(rs, "n1", whole, "take"), "n1 take serve force has -> serving")
-	s.sequence("start of the group", of(rs, "n1", group, "take"), "n1 take listen given force -> listening", "n1 take serve given force had has -> serving")
 
 	n2 := s.m["n2"]
+	at := time.Now()
 	n2.sh("crm_resource --move --resource whole --node n2 && crm_resource --move --resource group --node n2")
-	rs = s.step("move", whole, "n2")
-	rs = append(rs, s.step("move", group, "n2")...)
-	s.sequence("move", of(rs, "", whole, "take", "release"), "n1 release drain had -> releasing", "n1 release finish -> absent", "n2 take serve force has -> serving")
-	s.sequence("move of the group", of(rs, "", group, "take", "release"),
-		"n1 release drain given had has -> releasing", "n1 release finish given -> absent", "n2 take listen given force -> listening", "n2 take serve given force had has -> serving")
+	both("move", "n2", true)
+	s.givenMove("move", group, "n1", "n2", at)
+	if gave := s.stages(whole, "n1", at); !subsequence(gave, "refuse", "drain", "commit", "remove", "told", "finish") {
+		t.Errorf("move: n1 gave %s up by %q", whole, gave)
+	}
+
+	// The monitor sees that an address is not served, and has it taken again.
+	at = time.Now()
+	n2.sh("baton hook release " + whole + " && baton hook release --given --stage drain " + group)
+	s.wait("end of the service", func() bool { return len(s.stages(whole, "n2", at)) > 0 && len(s.stages(group, "n2", at)) > 0 })
+	both("monitor failed", "n2", true)
+	n2.sh("crm_resource --cleanup >/dev/null 2>&1")
 
 	// baton dies: Pacemaker finds out, and has it taken where one runs.
-	n2.stub.Kill()
-	rs = s.step("baton killed", whole, "n1")
-	rs = append(rs, s.step("baton killed", group, "n1")...)
-	s.sequence("baton killed", of(rs, "", whole, "take"), "n1 take serve force has -> serving")
-	s.sequence("baton killed", of(rs, "", group, "take"), "n1 take listen given force -> listening", "n1 take serve given force had has -> serving")
+	n2.killBaton()
+	both("baton killed", "n1", false)
 	n2.serve()
 	n2.sh("crm_resource --cleanup >/dev/null 2>&1")
-	rs = s.step("failback", whole, "n2")
-	rs = append(rs, s.step("failback", group, "n2")...)
-	s.sequence("failback", of(rs, "", whole, "take", "release"), "n1 release drain had -> releasing", "n1 release finish -> absent", "n2 take serve force has -> serving")
+	both("failback", "n2", true)
 
 	n2.kill()
-	rs = s.step("node killed", whole, "n1")
-	rs = append(rs, s.step("node killed", group, "n1")...)
-	s.sequence("node killed", of(rs, "", whole, "take"), "n1 take serve force has -> serving")
-	s.sequence("node killed", of(rs, "", group, "take"), "n1 take listen given force -> listening", "n1 take serve given force had has -> serving")
+	both("node killed", "n1", false)
 
 	// The node returns; --move has left a rule that prefers it.
 	n2 = s.boot(2)
 	n2.pacemaker()
-	rs = s.step("node returned", whole, "n2")
-	rs = append(rs, s.step("node returned", group, "n2")...)
-	s.sequence("node returned", of(rs, "", whole, "take", "release"), "n1 release drain had -> releasing", "n1 release finish -> absent", "n2 take serve force has -> serving")
+	both("node returned", "n2", true)
 
 	// An orderly stop of the cluster's software hands over.
 	n2.sh("timeout 60 pacemakerd --shutdown >/dev/null 2>&1 || kill $(pidof pacemakerd)")
-	rs = s.step("Pacemaker stopped", whole, "n1")
-	rs = append(rs, s.step("Pacemaker stopped", group, "n1")...)
-	s.sequence("Pacemaker stopped", of(rs, "", whole, "take", "release"), "n2 release drain had -> releasing", "n2 release finish -> absent", "n1 take serve force has -> serving")
+	both("Pacemaker stopped", "n1", true)
 	t.Logf("all after %v", time.Since(begin).Round(100*time.Millisecond))
+	s.finish()
 }
