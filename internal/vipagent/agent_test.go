@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"net/netip"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -119,7 +120,7 @@ func newBed(t *testing.T) *bed {
 	t.Cleanup(cancel)
 	b := &bed{t: t, ctx: ctx, reg: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}, net: viptest.NewNetwork().Machine("a")}
 	b.a = New(Options{
-		Node: "a", Others: []string{"b"}, Registry: b.reg, Net: b.net, New: newPlain, Retry: time.Millisecond, RetryMax: 5 * time.Millisecond,
+		Node: "a", Others: []string{"b"}, Registry: b.reg, Net: b.net, New: newPlain, Retry: time.Millisecond, RetryMax: 5 * time.Millisecond, Given: filepath.Join(t.TempDir(), "given"),
 		Ask: func(context.Context, string, string, any, any) error { return errors.New("away") },
 	})
 	if _, err := b.reg.AddVIP(ctx, mgs.VIPSpec{Addr: addr, Bits: 24, Interface: "eth0"}); err != nil {
