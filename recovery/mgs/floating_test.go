@@ -313,7 +313,7 @@ func TestRemoteFloatingIsTheRegistry(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error("(-file +remote)", d)
 	}
-	if len(n.dials) != 3 { // for calls, for news, for who knows nothing yet
+	if len(n.dials) != 2 { // for calls and who wants the addresses at once, and for news
 		t.Errorf("%d connections", len(n.dials))
 	}
 }
