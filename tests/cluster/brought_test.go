@@ -95,12 +95,6 @@ func newStreet(t *testing.T, mode string, set ...func(*street)) *street {
 	t.Cleanup(func() {
 		for name, p := range s.procs {
 			p.Kill()
-			if d := os.Getenv("KEEPHACK"); d != "" {
-				for _, f := range []string{"log", "events.jsonl"} {
-					b, _ := os.ReadFile(s.path(name, f))
-					os.WriteFile(filepath.Join(d, name+"."+f), b, 0o600)
-				}
-			}
 			if t.Failed() {
 				b, _ := os.ReadFile(s.path(name, "log"))
 				t.Logf("end of the log of %s:\n%s", name, b[max(0, len(b)-6000):])
