@@ -61,14 +61,14 @@ type Unit struct {
 	// changed gets a value when a connection has come or gone.
 	changed chan struct{}
 
-	// Set by Begin, which Begun follows.
+	// Set by Begin, which Begun follows, under mu: Finish does not wait for it.
 	vip   mgs.VIP
 	nfs   *nfsd.Address
 	locks *Locks
 	hosts int // clients to be told that they have to reclaim their locks
-	begun bool
 
 	mu       sync.Mutex
+	begun    bool // Begun was called
 	served   bool
 	quiet    bool // Drain was called
 	finished bool
@@ -228,6 +228,7 @@ func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	if err != nil {
 		return err
 	}
+	u.mu.Lock()
 	u.vip = v
 	u.nfs = u.d.NFS.Address(v.Index, v.Epoch, v.VerifierBytes())
 	if u.d.Lockd != nil {
@@ -239,8 +240,19 @@ func (u *Unit) Begin(ctx context.Context, v mgs.VIP, forget bool) error {
 	if v.Crashed || in.Grace {
 		u.hosts = int(in.Hosts)
 	}
+	u.mu.Unlock()
+	err = u.d.Begun(ctx, u)
+	// A take-over that is broken off does not wait for this: who comes second says that
+	// the period has ended.
+	u.mu.Lock()
 	u.begun = true
-	return u.d.Begun(ctx, u)
+	over := u.finished
+	u.mu.Unlock()
+	if over {
+		u.d.Ended(u)
+		return errors.Join(errors.New("the take-over was broken off meanwhile"), err)
+	}
+	return err
 }
 
 // Serve has calls answered from now on, those too that have waited.
@@ -357,7 +369,7 @@ func (u *Unit) Close(ctx context.Context, how failover.Closing) (failover.Closed
 // be called at any time and more than once.
 func (u *Unit) Finish(ctx context.Context) error {
 	u.mu.Lock()
-	done := u.finished
+	done, begun := u.finished, u.begun
 	u.finished = true
 	u.mu.Unlock()
 	if done {
@@ -369,7 +381,7 @@ func (u *Unit) Finish(ctx context.Context) error {
 	wg.Go(func() { perr = u.d.Portmap.remove(ctx, u.addr) })
 	err := u.closeServers(ctx)
 	wg.Wait()
-	if u.begun {
+	if begun {
 		u.d.Ended(u)
 	}
 	return errors.Join(err, lerr, perr)
