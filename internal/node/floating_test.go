@@ -133,7 +133,8 @@ type rpcClient struct {
 	at   func() netip.AddrPort // where the address is now
 	conn net.Conn
 	xid  uint32
-	sent int // calls that were sent again
+	sent int            // calls that were sent again
+	from netip.AddrPort // of its connections, if valid
 }
 
 func (c *rpcClient) close() {
@@ -161,7 +162,7 @@ func (c *rpcClient) once(rec []byte, xid uint32) ([]byte, error) {
 		if !at.IsValid() {
 			return nil, errors.New("nobody serves the address")
 		}
-		conn, err := net.DialTimeout("tcp", at.String(), time.Second)
+		conn, err := dialFrom(c.from, at)
 		if err != nil {
 			return nil, err
 		}

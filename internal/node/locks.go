@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"net/netip"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/control/lockctl"
@@ -17,12 +18,20 @@ func (n *Node) startLockd() (err error) {
 	if !n.cfg.Locks.Enabled {
 		return nil
 	}
-	if n.lockd, err = lockd.New(lockd.Config{Table: n.fs, Logger: n.log, OnFenced: n.fenced}); err != nil {
+	l := lockd.Config{Table: n.fs, Logger: n.log, OnFenced: n.fenced}
+	s := statd.Config{Table: n.fs, Logger: n.log, GiveUp: time.Duration(n.cfg.Locks.NotifyTimeout), SimuCrash: n.simuCrash}
+	if ask := n.testPortmap; ask != nil {
+		l.Portmap = func(_ context.Context, _ netip.Addr, host netip.AddrPort, prog, _ uint32, netid string) (uint16, error) {
+			return ask(host.Addr(), prog, netid)
+		}
+		s.Portmap = func(_ context.Context, _, host netip.Addr, prog, _ uint32, netid string) (uint16, error) {
+			return ask(host, prog, netid)
+		}
+	}
+	if n.lockd, err = lockd.New(l); err != nil {
 		return err
 	}
-	n.statd, err = statd.New(statd.Config{
-		Table: n.fs, Logger: n.log, GiveUp: time.Duration(n.cfg.Locks.NotifyTimeout), SimuCrash: n.simuCrash,
-	})
+	n.statd, err = statd.New(s)
 	return err
 }
 

@@ -53,10 +53,12 @@ type Node struct {
 	lockd   *lockd.Server // nil without locks
 	statd   *statd.Server
 	names   *exports.NameCache
-	// Of floating addresses; nil without. testNet is taken instead of the machine's.
-	net     vip.Net
-	testNet vip.Net
-	events  *events.Log
+	// Of floating addresses; nil without. testNet is taken instead of the machine's,
+	// testPortmap is asked instead of clients' portmappers.
+	net         vip.Net
+	testNet     vip.Net
+	testPortmap func(host netip.Addr, prog uint32, netid string) (uint16, error)
+	events      *events.Log
 
 	deps    *unit.Deps
 	portmap *unit.Portmap

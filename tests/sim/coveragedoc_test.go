@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -48,6 +49,66 @@ func TestCoverageDoc(t *testing.T) {
 	}
 	if err := os.WriteFile(coverageDoc, []byte(string(head)+docMark+want), 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestCoverageByHand checks that the tables by hand have a line for each scenario and
+// requirement of moves of addresses, and that the tests they name exist.
+func TestCoverageByHand(t *testing.T) {
+	doc, err := os.ReadFile(coverageDoc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, _, _ := strings.Cut(string(doc), docMark)
+	missing := map[string]bool{}
+	for prefix, n := range map[string]int{"own ": 18, "004.": 33} {
+		for i := range n {
+			missing[prefix+strconv.Itoa(i+1)] = true
+		}
+	}
+	tests := map[string]map[string]bool{}
+	for line := range strings.Lines(head) {
+		f := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")
+		if len(f) < 2 || !strings.HasPrefix(line, "| ") || strings.TrimSpace(f[0]) == "id" {
+			continue
+		}
+		if len(f) != 4 {
+			t.Fatalf("%q has not 4 columns", line)
+		}
+		for i := range f {
+			f[i] = strings.TrimSpace(f[i])
+		}
+		id, list, state := f[0], f[2], f[3]
+		if !missing[id] {
+			t.Errorf("%s: not to be here, or here twice", id)
+		}
+		delete(missing, id)
+		if state != "done" && !strings.HasPrefix(state, "done: ") && !strings.HasPrefix(state, "part: ") {
+			t.Errorf("%s: state %q", id, state)
+		}
+		named := 0
+		for group := range strings.SplitSeq(list, "; ") {
+			pkg, names, ok := strings.Cut(strings.TrimPrefix(group, "`"), "` ")
+			if !ok {
+				t.Errorf("%s: %q names no package", id, group)
+				continue
+			}
+			if tests[pkg] == nil {
+				tests[pkg] = testsOf(t, pkg)
+			}
+			for name := range strings.SplitSeq(names, ", ") {
+				named++
+				if !tests[pkg][name] {
+					t.Errorf("%s: there is no test %s in %s", id, name, pkg)
+				}
+			}
+		}
+		if named == 0 {
+			t.Errorf("%s: no test", id)
+		}
+	}
+	for id := range missing {
+		t.Errorf("%s is missing", id)
 	}
 }
 
