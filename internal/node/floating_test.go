@@ -94,6 +94,14 @@ func superseded(err error) bool {
 	return errors.As(err, &e) && e.Code == mgs.CodeSuperseded
 }
 
+func (c *floatCell) abandon(n *Node) {
+	c.t.Helper()
+	v := c.vip(n)
+	if err := n.reg.Abandoned(ctx, v.Index, v.Epoch); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
 func addressState(n *Node) vipagent.State {
 	for _, r := range n.AddressReports() {
 		if r.Addr == floatAddr {
