@@ -178,7 +178,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 	if err != nil {
 		return vipctl.Result{}, err
 	}
-	before := k.unwant(ctx, args)
+	before, released := k.unwant(ctx, args)
 	end()
 	late := time.NewTimer(readyTime)
 	defer late.Stop()
@@ -186,10 +186,12 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		changed := a.changes()
 		k.mu.Lock()
 		state, held, mine, owes := k.s.state, k.s.held && args.Stage == vipctl.StageDrain, k.s.mine(), k.owe != nil
+		// A later order counts, also if the address has never been absent between.
+		again := mine && (state == Absent || state == Failed || k.s.vip.MoveID > released)
 		k.mu.Unlock()
 		over := state == Absent || state == Failed || state == Releasing && held
 		switch {
-		case over && mine:
+		case again:
 			return vipctl.Result{}, fmt.Errorf("%s was assigned to this node again meanwhile", k.addr)
 		case over && (before == Absent || before == Failed):
 			return k.result(vipctl.Absent, "nothing is served here")
@@ -222,8 +224,9 @@ func (k *keeper) bar() {
 	k.mu.Unlock()
 }
 
-// unwant has the address given up, and returns how it was here.
-func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before State) {
+// unwant has the address given up, and returns how it was here and the assignment that
+// is not followed, or the one that came instead.
+func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before State, released uint64) {
 	k.mu.Lock()
 	v := k.s.vip
 	before = k.s.state
@@ -237,23 +240,26 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 	}
 	k.look()
 	k.mu.Unlock()
-	if v.Next != k.a.o.Node && (args.To == "" || args.To == v.Next) {
-		return before
-	}
 	ctx, cancel := context.WithTimeout(ctx, registryTime)
 	defer cancel()
-	got, err := k.a.o.Registry.Assign(ctx, k.index, v.Epoch, args.To)
-	if err == nil {
-		k.update(&got)
-		return before
-	}
-	if isGone(err) { // somebody else has it
-		k.refresh()
-		return before
+	for range 3 {
+		if v.Next != k.a.o.Node && (args.To == "" || args.To == v.Next) {
+			return before, v.MoveID
+		}
+		got, err := k.a.o.Registry.Assign(ctx, k.index, v.Epoch, args.To)
+		if err == nil {
+			k.update(&got)
+			return before, got.MoveID
+		}
+		if !isGone(err) {
+			k.log.Warn("the address is released by order, and the registry cannot be told to whom it is to go", "to", args.To, "err", err)
+			break
+		}
+		k.refresh() // the epoch has risen meanwhile, perhaps by a take that this comes after
+		v = k.registry()
 	}
 	k.bar()
-	k.log.Warn("the address is released by order, and the registry cannot be told to whom it is to go", "to", args.To, "err", err)
-	return before
+	return before, k.registry().MoveID
 }
 
 // CheckVIP implements vipctl.Mover.

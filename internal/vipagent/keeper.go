@@ -186,6 +186,8 @@ func (k *keeper) run() {
 			stop()
 			return
 		case <-k.poked:
+			// Who waits for a state looks at what the registry says, too.
+			k.a.change()
 		case <-timer:
 		}
 		stop()
