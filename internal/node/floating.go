@@ -163,7 +163,10 @@ func (n *Node) stopFloating(ctx context.Context, wait bool) error {
 				a.Leave(wctx)
 				cancel()
 			}
-			if !a.Stop(ctx) {
+			// The rest of the stop needs its time, too.
+			sctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
+			defer cancel()
+			if !a.Stop(sctx) {
 				n.log.Warn("the registry could not be told that addresses were given up; their next owners act as after a crash")
 			}
 			n.cluster.agent.Store(nil)

@@ -2,7 +2,6 @@ package node
 
 import (
 	"encoding/json"
-	"net/netip"
 	"slices"
 	"sync"
 	"testing"
@@ -10,33 +9,28 @@ import (
 
 	"github.com/baton-nfs/baton/failover/manager"
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
 )
-
-// assigned is the address as the registry has it.
-func assigned(t *testing.T, n *Node, index uint32) mgs.VIP {
-	t.Helper()
-	l := vips(t, n.reg)
-	i := slices.IndexFunc(l, func(v mgs.VIP) bool { return v.Index == index })
-	if i < 0 {
-		t.Fatalf("no address %d among %+v", index, l)
-	}
-	return l[i]
-}
 
 // The node that runs the registry decides who serves floating addresses: it asks all
 // nodes, gives the addresses to those that can serve, and takes them from one that
 // stops. Nodes exchange beats with everybody as soon as there is such an address.
 func TestManagerDecides(t *testing.T) {
-	c := newCell(t)
-	a, b, k := c.up("a"), c.up("b"), c.up("c")
+	c := newFloatCell(t)
+	external := c.change
+	c.change = func(k *config.Config) {
+		external(k)
+		k.Manager.Mode = config.ManagerBuiltin
+	}
+	k, a, b := c.up("c"), c.up("a"), c.up("b")
 	c.ready(a)
 	c.ready(b)
 	if got := a.Manager(); got.Leads {
 		t.Errorf("a leads without the registry: %+v", got)
 	}
-	until(t, "b to lead", func() bool { return b.Manager().Leads })
+	until(t, "c to lead", func() bool { return k.Manager().Leads })
 	var mu sync.Mutex
 	var events []manager.Event
 	note := func(e manager.Event) {
@@ -44,14 +38,13 @@ func TestManagerDecides(t *testing.T) {
 		events = append(events, e)
 		mu.Unlock()
 	}
-	b.cluster.managing.onEvent.Store(&note)
+	k.cluster.managing.onEvent.Store(&note)
 
-	v, err := b.cluster.reg.AddVIP(ctx, mgs.VIPSpec{Addr: netip.MustParseAddr("127.0.0.77"), Bits: 8, Prefer: []string{"c", "a", "b"}})
-	if err != nil {
+	// c has no frontend.
+	if _, err := c.reg(k).AddVIP(ctx, mgs.VIPSpec{Addr: floatAddr, Bits: 32, Interface: "lo", Prefer: []string{"c", "a", "b"}}); err != nil {
 		t.Fatal(err)
 	}
-	// c has no frontend.
-	until(t, "the address to be assigned", func() bool { return assigned(t, b, v.Index).Next == "a" })
+	c.become(a, vipagent.Serving)
 	until(t, "everybody to hear everybody", func() bool {
 		for _, n := range []*Node{a, b, k} {
 			for _, p := range n.cluster.health.Status() {
@@ -63,27 +56,15 @@ func TestManagerDecides(t *testing.T) {
 		return true
 	})
 	until(t, "the opinion of all nodes", func() bool {
-		s := b.Manager()
+		s := k.Manager()
 		return s.Leads && s.Term != 0 && s.Quorum && len(s.Nodes) == 3 && s.Nodes[0].Fit && s.Nodes[1].Fit && !s.Nodes[2].Fit && s.Nodes[2].Why != ""
 	})
 
-	// It serves the address; how that is done is not the manager's business.
-	at := manager.Address{Index: v.Index, State: manager.Serving}
-	if _, err := a.cluster.reg.SetReady(ctx, v.Index, assigned(t, a, v.Index).MoveID); err != nil {
-		t.Fatal(err)
-	}
-	taken, err := a.cluster.reg.Take(ctx, v.Index, assigned(t, a, v.Index).MoveID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	at.Epoch = taken.Epoch
-	list := func() []manager.Address { return []manager.Address{at} }
-	a.cluster.managing.addresses.Store(&list)
-
-	// A node that stops has its address moved, and is asked until it has given it up.
+	// A node that stops has its address moved, in order.
 	a.stopping.Store(true)
-	until(t, "the address to move away from a node that stops", func() bool { return assigned(t, b, v.Index).Next == "b" })
-	if v := assigned(t, b, v.Index); v.Node != "a" || v.Clean {
+	c.become(b, vipagent.Serving)
+	c.become(a, vipagent.Absent)
+	if v := c.vip(k); v.Node != "b" || v.Epoch != 3 || v.NSMState != 1 {
 		t.Errorf("%+v: it was to be given up in order", v)
 	}
 	mu.Lock()
@@ -97,11 +78,10 @@ func TestManagerDecides(t *testing.T) {
 
 // With another mode nobody decides; questions are answered all the same.
 func TestManagerOff(t *testing.T) {
-	c := newCell(t)
-	c.change = func(k *config.Config) { k.Manager.Mode = config.ManagerExternal }
-	b := c.up("b")
+	c := newFloatCell(t)
+	k, b := c.up("c"), c.up("b")
 	c.ready(b)
-	if b.cluster.managing.m != nil || b.Manager().Leads {
+	if k.cluster.managing.m != nil || k.Manager().Leads {
 		t.Error("there is a manager")
 	}
 	fn := b.cluster.asks.methods[reportMethod]
