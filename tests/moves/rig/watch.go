@@ -2,6 +2,7 @@ package rig
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -78,8 +79,12 @@ func (w *Watch) excused(name string) bool {
 
 // look looks at one address. Machines are looked at one after the other, so what is
 // seen counts only if it is there in a second round, too, with the same
-// owner at both ends.
+// owner at both ends. A machine that was excused at either end of a look is left out: what
+// was seen of it may be from before its excuse ended.
 func (w *Watch) look(a netip.Addr) {
+	w.mu.Lock()
+	before := maps.Clone(w.frozen)
+	w.mu.Unlock()
 	has := func() (names []string) {
 		for _, m := range w.net.Machines {
 			if b := m.Node(); b != nil && !w.excused(m.Name) {
@@ -100,7 +105,7 @@ func (w *Watch) look(a netip.Addr) {
 		stale := Stale(w.net, a, first[0], false)
 		if again := has(); len(stale) > 0 && slices.Equal(first, again) {
 			for name, ss := range stale {
-				if !w.excused(name) {
+				if !before[name] && !w.excused(name) {
 					w.report("%v is on %s, and %s has %v", a, first[0], name, ss)
 				}
 			}
