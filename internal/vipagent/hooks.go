@@ -185,11 +185,13 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 	for {
 		changed := a.changes()
 		k.mu.Lock()
-		state, held, mine, owes := k.s.state, k.s.held && args.Stage == vipctl.StageDrain, k.s.mine(), k.owe != nil
+		state, held, mine, owes, reason := k.s.state, k.s.held && args.Stage == vipctl.StageDrain, k.s.mine(), k.owe != nil, k.reason
+		stuck := owes && k.owe.stuck
 		// A later order counts, also if the address has never been absent between.
 		again := mine && (state == Absent || state == Failed || k.s.vip.MoveID > released)
 		k.mu.Unlock()
-		over := state == Absent || state == Failed || state == Releasing && held
+		// Whoever hears that it is over has the address added to another machine.
+		over := !stuck && (state == Absent || state == Failed || state == Releasing && held)
 		switch {
 		case again:
 			return vipctl.Result{}, fmt.Errorf("%s was assigned to this node again meanwhile", k.addr)
@@ -207,6 +209,9 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		case <-late.C: // whoever is to have it is not there
 			k.bar()
 		case <-ctx.Done():
+			if stuck {
+				return vipctl.Result{}, fmt.Errorf("%s is not answered here any more, but the machine still has the address; remove it, or turn the machine off (%s): %w", k.addr, reason, ctx.Err())
+			}
 			return vipctl.Result{}, fmt.Errorf("%s is %s after the time that was given, and the work goes on: %w", k.addr, state, ctx.Err())
 		}
 	}
@@ -237,6 +242,9 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 	}
 	if args.Stage == vipctl.StageFinish {
 		k.letGo()
+	}
+	if k.owe != nil && k.owe.stuck {
+		k.retry, k.pause = time.Time{}, 0 // what was in the way may have gone
 	}
 	k.look()
 	k.mu.Unlock()

@@ -185,7 +185,11 @@ func (k *keeper) take(v *mgs.VIP) error {
 		k.owe = &debt{epoch: began.Epoch, clean: !began.Crashed && !rep.Exposed, stuck: rep.Outcome == failover.Stuck}
 	}
 	k.mu.Unlock()
-	k.become(Absent, "")
+	if rep.Outcome == failover.Stuck {
+		k.become(Failed, fmt.Sprintf("the machine still has the address: %v", rep.Err))
+	} else {
+		k.become(Absent, "")
+	}
 	if useless {
 		k.log.Info("the take-over was broken off", "stage", rep.Stage, "err", rep.Err)
 		return nil
