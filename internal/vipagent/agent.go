@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/baton-nfs/baton/failover"
@@ -93,6 +94,8 @@ type Agent struct {
 	ctx    context.Context // ends the following of the registry
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	// views counts how often the registry was asked by follow.
+	views atomic.Uint64
 
 	// mu comes before a keeper's.
 	mu      sync.Mutex
@@ -151,6 +154,7 @@ func (a *Agent) Start() { a.wg.Go(a.follow) }
 func (a *Agent) follow() {
 	pause, told := a.o.Retry, false
 	for rev := ""; a.ctx.Err() == nil; {
+		asked := a.views.Add(1)
 		v, err := a.o.Registry.Watch(a.ctx, rev)
 		if err != nil {
 			if a.ctx.Err() != nil {
@@ -169,6 +173,7 @@ func (a *Agent) follow() {
 		}
 		pause, told, rev = a.o.Retry, false, v.Rev
 		a.apply(&v)
+		a.forget(&v, asked)
 	}
 }
 
@@ -186,18 +191,27 @@ func (a *Agent) apply(v *mgs.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.current = true
-	seen := map[uint32]bool{}
 	for i := range v.VIPs {
 		x := &v.VIPs[i]
 		if x.Bits == 0 {
 			continue // fixed
 		}
-		seen[x.Index] = true
 		a.keeper(x).update(x)
 	}
+}
+
+// forget takes note of the addresses that a view does not have any more. It is of follow's
+// question with a number; answers to others may have told of an address since.
+func (a *Agent) forget(v *mgs.View, asked uint64) {
+	there := map[uint32]bool{}
+	for i := range v.VIPs {
+		there[v.VIPs[i].Index] = v.VIPs[i].Bits != 0
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	for i, k := range a.keepers {
-		if !seen[i] {
-			k.update(nil)
+		if !there[i] {
+			k.removed(asked)
 		}
 	}
 }

@@ -148,11 +148,27 @@ func (s *situation) broken(move, base uint64) bool {
 	return !s.mine() || s.vip.MoveID != move || s.vip.Epoch > base+1 || s.fence > base+1
 }
 
-// newer tells whether what the registry says was said after old. Answers and watches
-// come by different ways.
+// newer tells whether what the registry says was said after old, or is the same. Answers
+// and watches come by different ways.
 func newer(old, v *mgs.VIP) bool {
-	if v.Epoch != old.Epoch {
+	switch {
+	case v.Epoch != old.Epoch:
 		return v.Epoch > old.Epoch
+	case v.MoveID != old.MoveID:
+		return v.MoveID > old.MoveID
 	}
-	return v.MoveID >= old.MoveID
+	// Within a period of service and an assignment these never go back.
+	return end(v) >= end(old) && (v.Ready || !old.Ready)
+}
+
+// end tells how far the end of a period of service has come: an abandoned one may still
+// turn out to have ended in order.
+func end(v *mgs.VIP) int {
+	switch {
+	case v.Clean:
+		return 2
+	case v.Node == "":
+		return 1
+	}
+	return 0
 }

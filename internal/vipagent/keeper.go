@@ -26,8 +26,11 @@ type keeper struct {
 	// turn is held by a hook's command while it changes what is wanted.
 	turn chan struct{}
 
-	mu     sync.Mutex
-	s      situation
+	mu sync.Mutex
+	s  situation
+	// heard is the newest of follow's questions when the address was told of first, or
+	// again after its removal.
+	heard  uint64
 	since  time.Time
 	reason string
 	// asked: a hook has said who adds the address.
@@ -64,6 +67,7 @@ type debt struct {
 // newKeeper makes the keeper of an address; the agent's lock is held.
 func newKeeper(a *Agent, v *mgs.VIP) *keeper {
 	k := &keeper{a: a, log: a.log.With("address", v.Addr), index: v.Index, addr: v.Addr.Unmap(), poked: make(chan struct{}, 1), turn: make(chan struct{}, 1), since: time.Now()}
+	k.heard = a.views.Load()
 	k.s = situation{me: a.o.Node, vip: *v, state: Absent, leaving: a.leaving, last: a.last}
 	k.wake()
 	return k
@@ -76,22 +80,31 @@ func (k *keeper) wake() {
 	}
 }
 
-// update takes what the registry says, nil if it does not know the address.
+// update takes what the registry says.
 func (k *keeper) update(v *mgs.VIP) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	switch {
-	case v == nil:
-		k.s.gone = true
-	case newer(&k.s.vip, v):
-		if v.MoveID != k.s.vip.MoveID || k.s.gone {
-			k.retry, k.pause = time.Time{}, 0
-		}
-		k.s.vip, k.s.gone = *v, false
-	default:
+	if !newer(&k.s.vip, v) {
 		return
 	}
+	if v.MoveID != k.s.vip.MoveID || k.s.gone {
+		k.retry, k.pause = time.Time{}, 0
+	}
+	if k.s.gone {
+		k.heard = k.a.views.Load()
+	}
+	k.s.vip, k.s.gone = *v, false
 	k.look()
+}
+
+// removed takes note that the registry, asked by follow, does not know the address.
+func (k *keeper) removed(asked uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.heard < asked {
+		k.s.gone = true
+		k.look()
+	}
 }
 
 // look has the keeper decide anew. k.mu is held.
