@@ -1,6 +1,8 @@
 package vipagent
 
 import (
+	"context"
+	"crypto/rand"
 	"net/netip"
 	"testing"
 	"testing/synctest"
@@ -20,8 +22,8 @@ func TestAnnounce(t *testing.T) {
 		if err := m.Add(t.Context(), at); err != nil {
 			t.Fatal(err)
 		}
-		a := New(Options{Node: "n1", Net: m})
-		k := newKeeper(a, &mgs.VIP{Index: 1, Addr: at.Prefix.Addr(), Node: "n1"})
+		a := New(Options{Node: "n1", Net: m, Registry: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}})
+		k := newKeeper(a, &mgs.VIP{Index: 1, Addr: at.Prefix.Addr(), Node: "n1", Next: "n1"})
 		k.at = at
 		a.keepers[1] = k
 		count := func() (c int) {
@@ -57,4 +59,68 @@ func TestAnnounce(t *testing.T) {
 			t.Error(v)
 		}
 	})
+}
+
+// silentRegistry does not answer.
+type silentRegistry struct{ Registry }
+
+func (silentRegistry) Watch(ctx context.Context, _ string) (mgs.View, error) {
+	<-ctx.Done()
+	return mgs.View{}, ctx.Err()
+}
+
+// A machine that was cut off hears the others again, too. What it has lost meanwhile it
+// does not draw to itself, whether the registry says so or somebody's beat.
+func TestAnnounceAfterCutOff(t *testing.T) {
+	lost := func(name string, silent bool, lose func(b *bed, v mgs.VIP), want int) {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t)
+				b.assign("a")
+				v, err := b.reg.Take(t.Context(), b.vip().Index, b.vip().MoveID)
+				if err != nil {
+					t.Fatal(err)
+				}
+				at := vip.Address{Prefix: netip.PrefixFrom(addr, v.Bits), Interface: v.Interface}
+				if err := b.net.Add(t.Context(), at); err != nil {
+					t.Fatal(err)
+				}
+				k := newKeeper(b.a, &v)
+				k.s.state, k.s.epoch, k.s.began, k.at = Serving, v.Epoch, v.Epoch, at
+				b.a.keepers[v.Index] = k
+				if silent {
+					b.a.o.Registry = silentRegistry{}
+				}
+				n := 0
+				b.net.On(viptest.Announce, func(context.Context, netip.Addr) error {
+					n++
+					return nil
+				})
+				if silent {
+					b.a.Announce()
+					lose(b, v) // while the registry is waited for
+				} else {
+					lose(b, v)
+					b.a.Announce()
+				}
+				b.a.wg.Wait()
+				if n != want {
+					t.Errorf("announced %d times, want %d", n, want)
+				}
+				b.a.cancel()
+			})
+		})
+	}
+	lost("nothing", false, func(*bed, mgs.VIP) {}, len(announcePauses))
+	lost("no registry", true, func(*bed, mgs.VIP) {}, len(announcePauses))
+	lost("by the registry", false, func(b *bed, v mgs.VIP) {
+		if err := b.reg.Abandoned(b.ctx, v.Index, v.Epoch); err != nil {
+			b.t.Fatal(err)
+		}
+		b.assign("b")
+		if _, err := b.reg.Take(b.ctx, v.Index, b.vip().MoveID); err != nil {
+			b.t.Fatal(err)
+		}
+	}, 0)
+	lost("by a beat", true, func(b *bed, v mgs.VIP) { b.a.Superseded(v.Index, v.Epoch+1) }, 0)
 }
