@@ -222,7 +222,9 @@ func (a *Agent) keeper(v *mgs.VIP) *keeper {
 	if k == nil {
 		k = newKeeper(a, v)
 		a.keepers[v.Index] = k
-		a.wg.Go(k.run)
+		if a.ctx.Err() == nil { // else Stop waits already
+			a.wg.Go(k.run)
+		}
 	}
 	return k
 }
@@ -356,7 +358,9 @@ func (a *Agent) Stop(ctx context.Context) (orderly bool) {
 	for _, k := range a.all() {
 		orderly = k.settle(ctx) && orderly
 	}
+	a.mu.Lock()
 	a.cancel()
+	a.mu.Unlock()
 	a.wg.Wait()
 	a.runner.Close()
 	return orderly

@@ -338,3 +338,29 @@ func TestFencedWhileNextIsTold(t *testing.T) {
 		b.a.Stop(b.ctx)
 	})
 }
+
+// The agent ends while an address that is stuck is seen to.
+func TestStopWhileStuck(t *testing.T) {
+	b := newBed(t)
+	b.a.Start()
+	b.assign("a")
+	b.become(Serving)
+	b.net.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
+	b.assign("")
+	b.become(Failed)
+	time.AfterFunc(10*time.Millisecond, func() { b.net.Fail(viptest.Remove, nil, 0) })
+	if !b.a.Stop(b.ctx) {
+		t.Error("not stopped in order")
+	}
+	if v := b.vip(); !v.Free() {
+		t.Errorf("the registry was not told: %+v", v)
+	}
+	// Whoever comes late starts nothing that nobody waits for.
+	if _, err := b.reg.AddVIP(b.ctx, mgs.VIPSpec{Addr: addr.Next(), Bits: 24, Interface: "eth0"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.a.TakeVIP(b.ctx, vipctl.TakeArgs{Addr: addr.Next(), Stage: vipctl.StageServe}); err == nil {
+		t.Error("an agent that has stopped takes an address")
+	}
+	b.a.wg.Wait()
+}

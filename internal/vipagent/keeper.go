@@ -61,7 +61,9 @@ type keeper struct {
 type debt struct {
 	epoch uint64
 	clean bool
-	stuck bool // the machine still has the address, which is to be removed first
+	// stuck: the machine still has the address, which is to be removed first. Under the
+	// keeper's mu.
+	stuck bool
 }
 
 // newKeeper makes the keeper of an address; the agent's lock is held.
@@ -355,14 +357,15 @@ func isGone(err error) bool {
 func (k *keeper) settleOnce(ctx context.Context) bool {
 	k.mu.Lock()
 	d := k.owe
+	stuck := d != nil && d.stuck
 	k.mu.Unlock()
 	if d == nil {
 		return true
 	}
 	ctx, cancel := context.WithTimeout(ctx, registryTime)
 	defer cancel()
-	if d.stuck {
-		if err := k.unstick(ctx); err != nil {
+	if stuck {
+		if err := k.unstick(ctx, d); err != nil {
 			k.outcome(doRelease, err)
 			return false
 		}
@@ -370,7 +373,9 @@ func (k *keeper) settleOnce(ctx context.Context) bool {
 	err := k.tell(ctx, d)
 	if err == nil || isGone(err) {
 		k.mu.Lock()
-		k.owe = nil
+		if k.owe == d {
+			k.owe = nil
+		}
 		k.mu.Unlock()
 		k.outcome(doRelease, nil)
 		k.a.change()
@@ -384,9 +389,9 @@ func (k *keeper) settleOnce(ctx context.Context) bool {
 }
 
 // unstick removes the address, which could not be removed in time.
-func (k *keeper) unstick(ctx context.Context) error {
+func (k *keeper) unstick(ctx context.Context, d *debt) error {
 	k.mu.Lock()
-	at, given, d := k.at, k.s.given, k.owe
+	at, given := k.at, k.s.given
 	k.mu.Unlock()
 	if !given {
 		if _, err := k.a.o.Net.Destroy(ctx, k.addr); err != nil {
@@ -423,7 +428,8 @@ func (k *keeper) noteEnd(d *debt) {
 	k.wake()
 }
 
-// settle is for the end of the agent: it tells what is owed for as long as ctx lasts.
+// settle is for the end of the agent: it tells what is owed for as long as ctx lasts. The
+// keeper's goroutine may do so at the same time, which does no harm.
 func (k *keeper) settle(ctx context.Context) bool {
 	for {
 		if k.settleOnce(ctx) {

@@ -55,11 +55,13 @@ func (c *candidate) Begin(ctx context.Context) error {
 	u, over, left := c.unit, c.over, c.left
 	c.mu.Unlock()
 	k.mu.Lock()
-	k.s.began = got.Epoch
-	if left {
+	// An answer that is very late may find a later period.
+	k.s.began = max(k.s.began, got.Epoch)
+	switch {
+	case left && (k.owe == nil || k.owe.epoch < got.Epoch):
 		k.owe = &debt{epoch: got.Epoch, clean: !got.Crashed} // nothing was answered
-	} else {
-		k.s.epoch = got.Epoch
+	case !left:
+		k.s.epoch = max(k.s.epoch, got.Epoch)
 	}
 	k.mu.Unlock()
 	k.update(&got)
