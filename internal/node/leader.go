@@ -129,7 +129,7 @@ func (e *inEtcd) start() {
 }
 
 // keepMember starts the member, trying until it can, and closes it in the end. One that
-// fails later is left: the others go on without it.
+// fails is left: the others go on without it.
 func (e *inEtcd) keepMember(ctx context.Context) {
 	cfg := e.c.cfg
 	peers, err := EtcdPeers(cfg)
@@ -153,6 +153,10 @@ func (e *inEtcd) keepMember(ctx context.Context) {
 			if err := m.Close(); err != nil {
 				e.c.log.Warn("stop the etcd member", "err", err)
 			}
+			return
+		}
+		if errors.Is(err, etcd.ErrFailed) {
+			e.c.log.Error("etcd member does not start", "err", err)
 			return
 		}
 		if err.Error() != last {

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -87,11 +88,15 @@ type Member struct {
 	err error
 }
 
+// ErrFailed is wrapped by StartMember's error when etcd would have ended the process: what
+// it has begun, its ports for one, stays in this process, which cannot start it again.
+var ErrFailed = errors.New("etcd has given up; restart this node when the cause is gone")
+
 // StartMember starts a member. It does not wait for the others: until a majority is
 // there the member answers nothing. Whoever starts it closes it.
 //
-// A member that has lost its directory is refused by the others, since it has
-// forgotten what it has promised them; one that was removed and added again
+// A member that has lost its directory has forgotten what it has promised the others.
+// They refuse it, those that answer when it starts; one that was removed and added again
 // (etcdctl member remove, add) joins.
 func StartMember(ctx context.Context, o MemberOptions) (*Member, error) {
 	m := &Member{log: o.Logger, failed: make(chan struct{}), closed: make(chan struct{})}
@@ -118,14 +123,31 @@ func StartMember(ctx context.Context, o MemberOptions) (*Member, error) {
 	// Where etcd would end the process, only its goroutine ends.
 	begun := make(chan started, 1)
 	go func() {
+		defer close(begun)
+		defer func() {
+			if r := recover(); r != nil {
+				m.log.Debug("etcd: panic", "stack", string(debug.Stack()))
+				m.end(fmt.Errorf("%v", r))
+			}
+		}()
 		e, err := embed.StartEtcd(cfg)
 		begun <- started{e, err}
 	}()
 	select {
-	case s := <-begun:
-		m.etcd, err = s.e, s.err
+	case s, ok := <-begun:
+		if ok {
+			m.etcd, err = s.e, s.err
+			break
+		}
+		<-m.failed
+		err = fmt.Errorf("%w: %w", ErrFailed, m.Err())
 	case <-m.failed:
-		err = m.Err()
+		err = fmt.Errorf("%w: %w", ErrFailed, m.Err())
+		go func() {
+			if s := <-begun; s.e != nil {
+				s.e.Close()
+			}
+		}()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("etcd member %s in %s: %w%s", o.Name, o.Dir, err, remedy(err))
@@ -135,9 +157,11 @@ func StartMember(ctx context.Context, o MemberOptions) (*Member, error) {
 		case err := <-m.etcd.Err():
 			if err != nil {
 				m.end(err)
+				m.shut()
 			}
 		case <-m.etcd.Server.StopNotify():
 		case <-m.failed:
+			m.shut() // so that clients go to other members
 		}
 	})
 	return m, nil
@@ -293,8 +317,8 @@ func (s endingStream) Context() context.Context { return s.ctx }
 // closeTime bounds the end of a member: one that has failed may not end at all.
 const closeTime = 15 * time.Second
 
-// Close stops the member. If it leads the members, another one is told to.
-func (m *Member) Close() error {
+// shut begins the end of the member, once.
+func (m *Member) shut() {
 	m.close.Do(func() {
 		m.leave()
 		go func() {
@@ -303,6 +327,11 @@ func (m *Member) Close() error {
 			m.ends.Wait()
 		}()
 	})
+}
+
+// Close stops the member. If it leads the members, another one is told to.
+func (m *Member) Close() error {
+	m.shut()
 	select {
 	case <-m.closed:
 		return nil
