@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/baton-nfs/baton/failover"
@@ -311,32 +310,6 @@ func TestStuckIsReported(t *testing.T) {
 	if r := b.a.Reports()[0]; r.Epoch != 0 {
 		t.Errorf("%+v", r)
 	}
-}
-
-// A fence ends also the wait for those who may have the address next.
-func TestFencedWhileNextIsTold(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t)
-		b.a.o.Closing = failover.Quiet
-		b.a.o.Ask = func(ctx context.Context, _, _ string, _, _ any) error {
-			v := b.vip()
-			if b.a.find(addr).now() != Releasing {
-				return errors.New("away")
-			}
-			b.a.Superseded(v.Index, v.Epoch+1)
-			<-ctx.Done()
-			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				t.Error("its time has ended, not the fence")
-			}
-			return ctx.Err()
-		}
-		b.start()
-		b.assign("a")
-		b.become(Serving)
-		b.assign("")
-		b.become(Absent)
-		b.a.Stop(b.ctx)
-	})
 }
 
 // The agent ends while an address that is stuck is seen to.

@@ -240,21 +240,9 @@ func (k *keeper) release(st step) {
 	}
 	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
 		// Who may be next knows the connections from before; this is all of them, now.
-		ctx, cancel := context.WithCancel(k.a.ctx)
-		unfenced := make(chan struct{})
-		go func() {
-			defer close(unfenced)
-			select {
-			case <-fencing:
-				cancel() // at once, now
-			case <-ctx.Done():
-			}
-		}()
-		if know := t.whole(ctx, k.successors()); len(know) > 0 {
+		if know := t.whole(k.a.ctx, k.successors()); len(know) > 0 {
 			o.Closing = failover.Quiet
 		}
-		cancel()
-		<-unfenced
 	}
 	rep := k.a.runner.Release(k.a.ctx, o)
 	k.mu.Lock()
