@@ -117,6 +117,7 @@ func New(o Options) *Agent {
 	if o.RetryMax <= 0 {
 		o.RetryMax = 15 * time.Second
 	}
+	o.Ask = inParts(o.Ask)
 	a := &Agent{o: o, log: o.Log, runner: &failover.Runner{Net: o.Net, Log: o.Events}, keepers: map[uint32]*keeper{}, changed: make(chan struct{})}
 	a.given.path = o.Given
 	a.ctx, a.cancel = context.WithCancel(context.Background())

@@ -46,6 +46,37 @@ type connsResult struct {
 	Seq uint64 `json:"seq"`
 }
 
+// maxPart bounds the connections in a message: with the longest addresses they take less
+// than wire.MaxData.
+const maxPart = 512
+
+// asker asks another node.
+type asker = func(ctx context.Context, node, method string, args, result any) error
+
+// inParts is ask for lists of any length: one that a message has no room for goes in
+// several, which the receiver takes for changes of the same list. Whoever has got a part
+// only has not confirmed the list, and gets a whole one.
+func inParts(ask asker) asker {
+	return func(ctx context.Context, node, method string, args, result any) error {
+		a, ok := args.(*connsArgs)
+		if !ok || len(a.Gone)+len(a.Add) <= maxPart {
+			return ask(ctx, node, method, args, result)
+		}
+		res := result.(*connsResult)
+		part := connsArgs{Index: a.Index, Epoch: a.Epoch, Seq: a.Seq, Base: a.Base}
+		for gone, add := a.Gone, a.Add; ; part.Base = a.Seq {
+			n := min(len(gone), maxPart)
+			m := min(len(add), maxPart-n)
+			part.Gone, part.Add = gone[:n], add[:m]
+			gone, add = gone[n:], add[m:]
+			*res = connsResult{}
+			if err := ask(ctx, node, method, &part, res); err != nil || res.Seq != a.Seq || len(gone)+len(add) == 0 {
+				return err
+			}
+		}
+	}
+}
+
 // book has the connections that clients have with addresses elsewhere.
 type book struct {
 	mu sync.Mutex
