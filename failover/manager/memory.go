@@ -55,6 +55,10 @@ func (m *Memory) Check() error {
 // maxMoves bounds the doubling.
 const maxMoves = 32
 
+// maxRemembered bounds a memory, which has to fit into a message with the rest of a
+// question or an answer. What is beyond it a successor does not know.
+const maxRemembered = 128
+
 // Keeper keeps the newest memory that a node was given. It is a value for one
 // goroutine at a time.
 type Keeper struct{ m *Memory }
@@ -87,6 +91,7 @@ func (m *Machine) Question(now time.Duration, node string) Question {
 	q.Recall = n.report == nil
 	if m.version.Seq != 0 && (n.report == nil || n.report.Kept != m.version) {
 		q.Memory = m.memory(now)
+		q.Memory.VIPs = q.Memory.VIPs[:min(len(q.Memory.VIPs), maxRemembered)]
 	}
 	return q
 }

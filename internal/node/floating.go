@@ -99,7 +99,7 @@ func (n *Node) reportAddresses() (l []manager.Address) {
 	for _, r := range n.AddressReports() {
 		l = append(l, manager.Address{Index: r.Index, Epoch: r.Epoch, State: manager.AddressState(r.State), Since: max(now.Sub(r.Since), 0), Reason: r.Reason})
 	}
-	return l
+	return short(l)
 }
 
 // startFloating begins to serve the floating addresses that the registry gives to this
