@@ -118,11 +118,12 @@ func (n *notices) enter(r Role) (newest, underWay bool, err error) {
 	return newest, underWay, err
 }
 
-// newest tells whether this change is still the newest.
+// newest tells whether this change is still the newest, as far as can be told: what is
+// wanted is not left undone because the record is away.
 func (n *notices) newest() bool {
-	is := false
+	is := true
 	n.update(func(r record) *record {
-		is = r.Order == n.order
+		is = r.Order == n.order || r.Order == Order{}
 		return nil
 	})
 	return is
