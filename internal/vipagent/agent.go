@@ -37,8 +37,6 @@ type Unit interface {
 	// (v.Crashed) it sees to it that clients send unstable data again.
 	Begin(ctx context.Context, v mgs.VIP) error
 	Serve() error
-	// Served tells whether Serve was called.
-	Served() bool
 	Notify(ctx context.Context) (failover.Notified, error)
 	// Changed gets a value after connections have come or gone.
 	Changed() <-chan struct{}
@@ -102,7 +100,6 @@ type Agent struct {
 	keepers map[uint32]*keeper
 	leaving bool
 	last    bool
-	current bool          // a view of the registry has come
 	changed chan struct{} // closed and replaced when an address is in another state
 }
 
@@ -191,7 +188,6 @@ func wait(ctx context.Context, d time.Duration) {
 func (a *Agent) apply(v *mgs.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.current = true
 	for i := range v.VIPs {
 		x := &v.VIPs[i]
 		if x.Bits == 0 {

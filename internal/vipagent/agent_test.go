@@ -98,7 +98,6 @@ func (*plain) Finish(context.Context) error         { return nil }
 func (*plain) Listen(bool) error                    { return nil }
 func (*plain) Begin(context.Context, mgs.VIP) error { return nil }
 func (*plain) Serve() error                         { return nil }
-func (*plain) Served() bool                         { return true }
 func (*plain) Notify(context.Context) (failover.Notified, error) {
 	return failover.Notified{}, nil
 }

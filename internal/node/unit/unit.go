@@ -73,7 +73,6 @@ type Unit struct {
 
 	mu       sync.Mutex
 	begun    bool // Begun was called
-	served   bool
 	quiet    bool // Drain was called
 	closing  bool // Close was called
 	finished bool
@@ -286,9 +285,6 @@ func (u *Unit) Serve() error {
 	if err == nil && u.bind != nil {
 		err = u.bind.Open()
 	}
-	u.mu.Lock()
-	u.served = err == nil
-	u.mu.Unlock()
 	return err
 }
 
@@ -304,13 +300,6 @@ func (u *Unit) Notify(ctx context.Context) (failover.Notified, error) {
 	}
 	u.locks.start()
 	return failover.Notified{Clients: u.hosts}, err
-}
-
-// Served tells whether Serve was called: clients may have been answered.
-func (u *Unit) Served() bool {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return u.served
 }
 
 // Refuse implements failover.Service.
