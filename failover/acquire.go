@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/baton-nfs/baton/failover/events"
@@ -58,7 +57,6 @@ type Taking struct {
 	d       *driver
 	proceed chan struct{} // closed: StageWait goes on
 	n       int           // reports given to OnStage
-	tickled atomic.Pointer[[]vip.Conn]
 }
 
 // Acquire is Listen and Take at once, with the wait for the last owner bounded by its deadline. The end of ctx
@@ -177,16 +175,10 @@ func (t *Taking) stage(ctx context.Context, st step, attempt int) Result {
 	case StageAnnounce:
 		return Result{Err: t.r.Net.Announce(o.Address)}
 	case StageTickle:
-		var conns []vip.Conn
-		for _, c := range o.Candidate.Conns() {
-			if c.Local.Addr() == o.addr() {
-				conns = append(conns, c)
-			}
-		}
+		conns := t.conns()
 		if len(conns) == 0 {
 			return Result{}
 		}
-		t.tickled.Store(&conns)
 		if err := t.r.Net.Tickle(o.Address, conns); err != nil {
 			return Result{Err: err}
 		}
@@ -202,13 +194,18 @@ func (t *Taking) stage(ctx context.Context, st step, attempt int) Result {
 	return Result{Err: errors.New("no such stage")}
 }
 
+// conns are the connections of the last owner that are known by now.
+func (t *Taking) conns() []vip.Conn {
+	return slices.DeleteFunc(slices.Clone(t.o.Candidate.Conns()), func(c vip.Conn) bool { return c.Local.Addr() != t.o.addr() })
+}
+
 // announceAgain makes up for packets that were lost: it announces the address, and wakes
 // those clients that have not come back by the connection that they had. One that has
 // come by another one just finds out that the old one is over.
 func (t *Taking) announceAgain() {
 	t.trouble(StageAnnounce, t.r.Net.Announce(t.o.Address))
-	all := t.tickled.Load()
-	if all == nil {
+	conns := t.conns()
+	if len(conns) == 0 {
 		return
 	}
 	ss, err := t.r.Net.Sockets(t.o.addr())
@@ -220,8 +217,7 @@ func (t *Taking) announceAgain() {
 	for _, s := range ss {
 		back[s.Conn] = true
 	}
-	conns := slices.DeleteFunc(slices.Clone(*all), func(c vip.Conn) bool { return back[c] })
-	if len(conns) > 0 {
+	if conns = slices.DeleteFunc(conns, func(c vip.Conn) bool { return back[c] }); len(conns) > 0 {
 		t.trouble(StageTickle, t.r.Net.Tickle(t.o.Address, conns))
 	}
 }

@@ -86,7 +86,8 @@ type Candidate interface {
 	Begin(ctx context.Context) error
 	// Serve has calls answered from now on.
 	Serve(ctx context.Context) error
-	// Conns are the connections that clients had with the last owner.
+	// Conns are the connections that clients had with the last owner, as far as they are
+	// known. They are asked for again after the take-over, when more may be known.
 	Conns() []vip.Conn
 	// Notify tells clients that they have to reclaim their locks, if so.
 	Notify(ctx context.Context) (Notified, error)

@@ -105,7 +105,8 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	if c.srv, err = tcp.NewServer(nil, so); err != nil {
 		return nil, err
 	}
-	c.asks.handle(vipagent.MethodConns, c.answerConns)
+	c.asks.handle(vipagent.MethodConns, c.ofAgent((*vipagent.Agent).HandleConns))
+	c.asks.handle(vipagent.MethodKnown, c.ofAgent((*vipagent.Agent).HandleKnown))
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}

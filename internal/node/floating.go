@@ -201,13 +201,15 @@ func (n *Node) fenced(index uint32, epoch uint64) {
 	}
 }
 
-// answerConns takes what other nodes tell of their addresses' connections.
-func (c *cluster) answerConns(ctx context.Context, from string, args json.RawMessage) (any, error) {
-	a := c.agent.Load()
-	if a == nil {
-		return nil, errors.New("this node serves no floating addresses (yet)")
+// ofAgent answers what other nodes ask of this one's addresses.
+func (c *cluster) ofAgent(answer func(*vipagent.Agent, context.Context, string, json.RawMessage) (any, error)) func(context.Context, string, json.RawMessage) (any, error) {
+	return func(ctx context.Context, from string, args json.RawMessage) (any, error) {
+		a := c.agent.Load()
+		if a == nil {
+			return nil, errors.New("this node serves no floating addresses (yet)")
+		}
+		return answer(a, ctx, from, args)
 	}
-	return a.HandleConns(ctx, from, args)
 }
 
 // AddressReports tells how the floating addresses are on this node.

@@ -51,7 +51,7 @@ type Options struct {
 	Net      vip.Net
 	// New makes the services of an address.
 	New func(addr netip.Addr) Unit
-	// Ask asks another node (MethodConns).
+	// Ask asks another node (MethodConns, MethodKnown).
 	Ask    func(ctx context.Context, node, method string, args, result any) error
 	Events *events.Log
 	Log    *slog.Logger
@@ -74,6 +74,7 @@ type Options struct {
 const (
 	registryTime = 5 * time.Second        // a call of the registry
 	askTime      = 300 * time.Millisecond // a question to another node that a move waits for
+	knownTime    = time.Second            // a question to another node that nothing waits for
 	tellPause    = 50 * time.Millisecond  // changes of connections are put together this long
 	tellAgain    = time.Second            // a node that was not told of connections is told again
 	beginTime    = 30 * time.Second       // targets may be in recovery when an address is taken

@@ -1,20 +1,26 @@
 package vipagent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
 
 	"github.com/baton-nfs/baton/recovery/mgs"
-	"github.com/baton-nfs/baton/vip"
 )
 
 // MethodConns is the question by which a node tells others which connections one of its
 // addresses has: connsArgs, connsResult.
 const MethodConns = "conns"
+
+// MethodKnown is the question by which the next owner of an address asks others which
+// connections it had: knownArgs, knownResult. After a crash it may be one that has just
+// come back, and that the last owner had no time to tell.
+const MethodKnown = "conns-known"
 
 // Bounds of what is told and kept. Clients beyond them reconnect without being woken up.
 const (
@@ -44,6 +50,19 @@ type connsArgs struct {
 // whole list.
 type connsResult struct {
 	Seq uint64 `json:"seq"`
+}
+
+// knownArgs names a period of service of an address, and how many of its connections
+// the asker has been told in earlier answers.
+type knownArgs struct {
+	Index uint32 `json:"index"`
+	Epoch uint64 `json:"epoch"`
+	From  int    `json:"from,omitempty"`
+}
+
+// knownResult has its next connections, none if nothing more is known of that period.
+type knownResult struct {
+	Conns []told `json:"conns,omitempty"`
 }
 
 // maxPart bounds the connections in a message: with the longest addresses they take less
@@ -99,6 +118,17 @@ func (a *Agent) HandleConns(_ context.Context, from string, raw json.RawMessage)
 	return a.book.enter(from, &args)
 }
 
+// HandleKnown tells another node what was told here of an address's connections.
+func (a *Agent) HandleKnown(_ context.Context, _ string, raw json.RawMessage) (any, error) {
+	var args knownArgs
+	if err := json.Unmarshal(raw, &args); err != nil {
+		return nil, fmt.Errorf("arguments of %s: %w", MethodKnown, err)
+	}
+	l := a.book.known(args.Index, args.Epoch)
+	l = l[min(max(args.From, 0), len(l)):]
+	return knownResult{Conns: l[:min(maxPart, len(l))]}, nil
+}
+
 func (b *book) enter(from string, a *connsArgs) (connsResult, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -134,22 +164,19 @@ func (b *book) enter(from string, a *connsArgs) (connsResult, error) {
 	return connsResult{Seq: p.seq}, nil
 }
 
-// conns gives those that are known of an address's period of service.
-func (b *book) conns(index uint32, epoch uint64, addr netip.Addr) []vip.Conn {
+// known gives what was told of an address's period of service, in a fixed order.
+func (b *book) known(index uint32, epoch uint64) []told {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	p := b.m[index]
 	if p == nil || p.epoch != epoch {
 		return nil
 	}
-	l := make([]vip.Conn, 0, len(p.conns))
-	for c := range p.conns {
-		if c.Remote.Addr().Unmap().Is4() == addr.Is4() {
-			l = append(l, vip.Conn{Local: netip.AddrPortFrom(addr, c.Port), Remote: c.Remote})
-		}
-	}
-	slices.SortFunc(l, func(x, y vip.Conn) int { return x.Remote.Compare(y.Remote) })
-	return l
+	return slices.SortedFunc(maps.Keys(p.conns), told.compare)
+}
+
+func (t told) compare(u told) int {
+	return cmp.Or(t.Remote.Compare(u.Remote), cmp.Compare(t.Port, u.Port))
 }
 
 // snapshot is the connections of an address at one time.

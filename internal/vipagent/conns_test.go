@@ -3,7 +3,9 @@ package vipagent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"testing"
 
@@ -58,9 +60,69 @@ func TestManyConns(t *testing.T) {
 			if know := tell.whole(t.Context(), []string{"b"}); len(know) != 1 {
 				t.Fatal("nobody has the list")
 			}
-			if l := to.book.conns(1, 7, at); len(l) != n {
+			if l := to.book.known(1, 7); len(l) != n {
 				t.Errorf("%d connections of %d are known", len(l), n)
 			}
 		})
+	}
+}
+
+// After a crash, whoever takes an address wakes clients that only another node knows
+// of: the last owner died before it could tell a node that had just come back.
+func TestConnsAreAskedFor(t *testing.T) {
+	b := newBed(t)
+	other := New(Options{Node: "c"})
+	b.a.o.Others = []string{"b", "c"}
+	b.a.o.Ask = func(ctx context.Context, node, method string, args, result any) error {
+		if node != "c" || method != MethodKnown {
+			return errors.New("away")
+		}
+		raw, err := json.Marshal(args)
+		if err != nil {
+			return err
+		}
+		res, err := other.HandleKnown(ctx, "a", raw)
+		if err == nil {
+			*result.(*knownResult) = res.(knownResult)
+		}
+		return err
+	}
+	// Node b serves the address, tells c, and dies.
+	b.assign("b")
+	v := b.vip()
+	v, err := b.reg.Stored.Take(b.ctx, v.Index, v.MoveID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := connsArgs{Index: v.Index, Epoch: v.Epoch, Seq: 1}
+	want := map[vip.Conn]bool{}
+	for i := range maxPart + 10 {
+		r := netip.AddrPortFrom(addr.Next(), uint16(1000+i))
+		list.Add = append(list.Add, told{2049, r})
+		want[vip.Conn{Local: netip.AddrPortFrom(addr, 2049), Remote: r}] = true
+	}
+	if _, err := other.book.enter("b", &list); err != nil {
+		t.Fatal(err)
+	}
+	b.assign("a")
+	if err := b.reg.Abandoned(b.ctx, v.Index, v.Epoch); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	b.become(Serving)
+	b.until("the clients are woken", func() bool {
+		all := map[vip.Conn]bool{}
+		for _, c := range b.net.Tickled() {
+			all[c] = true
+		}
+		return maps.Equal(all, want)
+	})
+	// Of other periods of service nothing is known.
+	raw, err := json.Marshal(knownArgs{Index: v.Index, Epoch: v.Epoch + 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res, err := other.HandleKnown(b.ctx, "a", raw); err != nil || len(res.(knownResult).Conns) != 0 {
+		t.Errorf("%v, %v", res, err)
 	}
 }

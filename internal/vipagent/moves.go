@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/baton-nfs/baton/failover"
@@ -19,10 +21,10 @@ type candidate struct {
 
 	mu    sync.Mutex
 	unit  Unit
-	over  bool // Finish was called
-	conns []vip.Conn
-	began *mgs.VIP // what Take gave
-	left  bool     // the keeper has gone on without the rest
+	over  bool              // Finish was called
+	known map[told]struct{} // connections of the last owner
+	began *mgs.VIP          // what Take gave
+	left  bool              // the keeper has gone on without the rest
 }
 
 // Listen implements failover.Candidate.
@@ -45,13 +47,16 @@ func (c *candidate) Listen(context.Context) error {
 func (c *candidate) Begin(ctx context.Context) error {
 	k := c.k
 	v := k.registry()
-	conns := k.a.book.conns(k.index, v.Epoch, k.addr)
+	c.learn(k.a.book.known(k.index, v.Epoch))
+	if v.Epoch > 0 && !v.Clean {
+		c.ask(v.Epoch)
+	}
 	got, err := k.a.o.Registry.Take(ctx, k.index, v.MoveID)
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
-	c.conns, c.began = conns, &got
+	c.began = &got
 	u, over, left := c.unit, c.over, c.left
 	c.mu.Unlock()
 	k.mu.Lock()
@@ -72,14 +77,65 @@ func (c *candidate) Begin(ctx context.Context) error {
 	return u.Begin(ctx, got)
 }
 
+// learn takes note of connections of the last owner.
+func (c *candidate) learn(l []told) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.known == nil {
+		c.known = map[told]struct{}{}
+	}
+	for _, x := range l {
+		if len(c.known) < maxConns && x.Remote.IsValid() {
+			c.known[x] = struct{}{}
+		}
+	}
+}
+
+// ask asks all nodes for the connections of the last owner. Nobody waits for the
+// answers, as one of them is dead: what comes late is used when the address is announced
+// again.
+func (c *candidate) ask(epoch uint64) {
+	a := c.k.a
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, node := range a.o.Others {
+		if a.ctx.Err() != nil {
+			return // Stop waits already
+		}
+		a.wg.Go(func() {
+			ctx, cancel := context.WithTimeout(a.ctx, knownTime)
+			defer cancel()
+			for from := 0; from < maxConns; {
+				var res knownResult
+				if err := a.o.Ask(ctx, node, MethodKnown, &knownArgs{Index: c.k.index, Epoch: epoch, From: from}, &res); err != nil {
+					c.k.log.Debug("a node has not said which connections it knows", "node", node, "err", err)
+					return
+				}
+				if len(res.Conns) == 0 {
+					return
+				}
+				c.learn(res.Conns)
+				from += len(res.Conns)
+			}
+		})
+	}
+}
+
 // Serve implements failover.Candidate.
 func (c *candidate) Serve(context.Context) error { return c.unit.Serve() }
 
 // Conns implements failover.Candidate.
 func (c *candidate) Conns() []vip.Conn {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.conns
+	l := slices.SortedFunc(maps.Keys(c.known), told.compare)
+	c.mu.Unlock()
+	conns := make([]vip.Conn, 0, len(l))
+	for _, x := range l {
+		if x.Remote.Addr().Unmap().Is4() == c.k.addr.Is4() {
+			conns = append(conns, vip.Conn{Local: netip.AddrPortFrom(c.k.addr, x.Port), Remote: x.Remote})
+		}
+	}
+	return conns
 }
 
 // Notify implements failover.Candidate.
