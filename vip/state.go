@@ -11,6 +11,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/baton-nfs/baton/internal/replace"
 )
 
 // stateFile records addresses for kernels that keep no marks: one line each,
@@ -70,12 +72,7 @@ func (s *stateFile) change(f func(map[netip.Addr]string)) error {
 	for _, a := range slices.SortedFunc(maps.Keys(m), netip.Addr.Compare) {
 		fmt.Fprintf(&b, "%s %s\n", a, m[a])
 	}
-	tmp := s.path + ".new"
-	err = os.WriteFile(tmp, b.Bytes(), 0o644)
-	if err == nil {
-		err = os.Rename(tmp, s.path)
-	}
-	if err != nil {
+	if err := replace.Unflushed(s.path, b.Bytes(), 0o644); err != nil {
 		return fmt.Errorf("vip: state file: %w: its directory must be there and writable", err)
 	}
 	return nil
