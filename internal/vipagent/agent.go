@@ -120,10 +120,11 @@ func New(o Options) *Agent {
 	return a
 }
 
-// Clean takes away the addresses that an earlier process of this node has left: nobody
-// serves them. It is to be called before anything listens. Without a socket a client's
-// connection cannot be taken for one of theirs later.
-func Clean(ctx context.Context, n vip.Net, log *slog.Logger) error {
+// Clean takes away the addresses that an earlier process of this node has left, of those
+// in only if that is not nil: nobody serves them. It is to be called before anything
+// listens. Without a socket a client's connection cannot be taken for one of theirs
+// later.
+func Clean(ctx context.Context, n vip.Net, only []netip.Addr, log *slog.Logger) error {
 	l, err := n.Added()
 	if err != nil {
 		return err
@@ -131,6 +132,9 @@ func Clean(ctx context.Context, n vip.Net, log *slog.Logger) error {
 	var errs []error
 	for _, a := range l {
 		addr := a.Prefix.Addr()
+		if only != nil && !slices.Contains(only, addr) {
+			continue
+		}
 		k, err := n.Destroy(ctx, addr)
 		if err != nil {
 			log.Warn("sockets of an address that an earlier process has left", "address", addr, "err", err)
