@@ -3,10 +3,13 @@ package vipagent
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -53,6 +56,14 @@ type registry struct {
 	taken chan struct{} // gets a value when Take was done; nil: answers come at once
 	let   chan struct{} // has Take's answer come
 	news  chan struct{} // and what Watch says after its first answer
+	ended func()        // called before Stopped; nil: nothing
+}
+
+func (r *registry) Stopped(ctx context.Context, index uint32, epoch uint64) error {
+	if r.ended != nil {
+		r.ended()
+	}
+	return r.Stored.Stopped(ctx, index, epoch)
 }
 
 func (r *registry) Take(ctx context.Context, index uint32, move uint64) (mgs.VIP, error) {
@@ -78,6 +89,7 @@ func (r *registry) Watch(ctx context.Context, rev string) (mgs.View, error) {
 type plain struct {
 	changed chan struct{}
 	drain   func(context.Context) // nil: at once
+	conns   func() []vip.Conn     // nil: none
 }
 
 func newPlain(netip.Addr) Unit { return &plain{changed: make(chan struct{}, 1)} }
@@ -90,7 +102,12 @@ func (p *plain) Drain(ctx context.Context) (failover.Drained, error) {
 	return failover.Drained{}, nil
 }
 func (*plain) Commit(context.Context) error { return nil }
-func (*plain) Conns() []vip.Conn            { return nil }
+func (p *plain) Conns() []vip.Conn {
+	if p.conns != nil {
+		return p.conns()
+	}
+	return nil
+}
 func (*plain) Close(context.Context, failover.Closing) (failover.Closed, error) {
 	return failover.Closed{}, nil
 }
@@ -285,6 +302,51 @@ func TestStopHoldsNoPorts(t *testing.T) {
 	}
 	b.a.cancel()
 	b.a.runner.Close()
+}
+
+// Connections that were accepted when the next owner had the list already are known to it
+// before it may begin.
+func TestLateConnections(t *testing.T) {
+	b, next := newBed(t), newBed(t)
+	conn := func(port uint16) vip.Conn {
+		return vip.Conn{Local: netip.AddrPortFrom(addr, 2049), Remote: netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), port)}
+	}
+	var late atomic.Bool
+	b.a.o.New = func(a netip.Addr) Unit {
+		u := newPlain(a).(*plain)
+		u.conns = func() []vip.Conn {
+			if late.Load() {
+				return []vip.Conn{conn(700), conn(701)}
+			}
+			return []vip.Conn{conn(700)}
+		}
+		u.drain = func(context.Context) { late.Store(true) }
+		return u
+	}
+	b.a.o.Ask = func(ctx context.Context, node, method string, args, result any) error {
+		raw, err := json.Marshal(args)
+		if err != nil {
+			return err
+		}
+		r, err := next.a.HandleConns(ctx, "a", raw)
+		if err == nil {
+			*result.(*connsResult) = r.(connsResult)
+		}
+		return err
+	}
+	var known []vip.Conn
+	b.reg.ended = func() { known = next.a.book.conns(b.vip().Index, b.vip().Epoch, addr) }
+	b.start()
+	b.assign("a")
+	b.become(Serving)
+	b.assign("b")
+	if _, err := b.reg.SetReady(b.ctx, b.vip().Index, b.vip().MoveID); err != nil {
+		t.Fatal(err)
+	}
+	b.become(Absent)
+	if want := []vip.Conn{conn(700), conn(701)}; !slices.Equal(known, want) {
+		t.Errorf("the next owner knows of %v, want %v", known, want)
+	}
 }
 
 // The machine still has an address that was given up: whoever decides hears of which

@@ -213,11 +213,20 @@ func (k *keeper) release(st step) {
 	k.mu.Unlock()
 	k.log.Info("giving the address up", "why", st.text, "epoch", epoch)
 	t.stop()
+	var rest sync.WaitGroup
+	defer rest.Wait()
 	o := failover.ReleaseOptions{
 		Subject: k.subject(st.reason), Service: u, Refuse: k.a.o.Refuse, Closing: failover.HalfClose, Given: given, Fenced: fencing,
 		Deadlines: k.a.o.Deadlines,
-		Told:      func(ctx context.Context) error { return k.told(ctx, epoch, true) },
-		Abandon:   func(ctx context.Context) error { return k.told(ctx, epoch, false) },
+		// Who takes the address next must have the connections before it may begin.
+		Told: func(ctx context.Context) error {
+			rest.Wait()
+			return k.told(ctx, epoch, true)
+		},
+		Abandon: func(ctx context.Context) error {
+			rest.Wait()
+			return k.told(ctx, epoch, false)
+		},
 	}
 	o.Subject.Address, o.Subject.Epoch, o.Subject.From = k.at, epoch, k.a.o.Node
 	if o.Subject.To == k.a.o.Node {
@@ -225,17 +234,22 @@ func (k *keeper) release(st step) {
 	}
 	if keep != nil {
 		o.Finish, o.FinishWait = keep, holdTime
-		o.OnStage = func(s failover.StageReport) {
-			// Of what has a newer owner nobody is told.
-			if s.Stage == failover.StageTold || s.Stage == failover.StageClear && k.isFenced() {
-				k.holds()
-			}
-		}
 	}
+	var know []string
 	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
 		// Who may be next knows the connections from before; this is all of them, now.
-		if know := t.whole(k.a.ctx, k.successors()); len(know) > 0 {
+		if know = t.whole(k.a.ctx, k.successors()); len(know) > 0 {
 			o.Closing = failover.Quiet
+		}
+	}
+	o.OnStage = func(s failover.StageReport) {
+		switch {
+		// Of what has a newer owner nobody is told.
+		case keep != nil && (s.Stage == failover.StageTold || s.Stage == failover.StageClear && k.isFenced()):
+			k.holds()
+		// Nothing is accepted any more: these are the last ones.
+		case s.Stage == failover.StageDrain && len(know) > 0 && !k.isFenced():
+			rest.Go(func() { t.rest(k.a.ctx, know) })
 		}
 	}
 	rep := k.a.runner.Release(k.a.ctx, o)
