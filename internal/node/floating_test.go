@@ -494,6 +494,45 @@ func TestRestartCleansUp(t *testing.T) {
 	}
 }
 
+// A machine that cannot get rid of the address is silent there, says so, and nobody else
+// gets the address until it has gone.
+func TestStuckAddressIsSilent(t *testing.T) {
+	c, a, b := upFloating(t)
+	at := served(a)
+	machine := c.net.Machine("a")
+	machine.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
+	c.assign(a, "b")
+	c.become(a, vipagent.Failed)
+	c.become(b, vipagent.Listening)
+	d := net.Dialer{Timeout: 200 * time.Millisecond}
+	conn, err := d.Dial("tcp", at.String())
+	if ne, ok := err.(net.Error); !ok || !ne.Timeout() {
+		if err == nil {
+			conn.Close()
+		}
+		t.Errorf("a connection to the address: %v, want a time-out", err)
+	}
+	if l, err := a.ListVIPs(ctx); err != nil || !strings.Contains(l[0].Floating.Local.Reason, "ip addr del 127.0.9.1/32 dev lo") {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if r := a.reportAddresses(); len(r) != 1 || !r[0].Stuck || !r[0].Silent {
+		t.Errorf("the manager is told %+v", r)
+	}
+	if s := addressState(b); s != vipagent.Listening {
+		t.Errorf("the next owner is %s", s)
+	}
+	machine.On(viptest.Remove, nil)
+	c.become(b, vipagent.Serving)
+	c.become(a, vipagent.Absent)
+	until(t, "the ports to be closed", func() bool {
+		conn, err := d.Dial("tcp", at.String())
+		if err == nil {
+			conn.Close()
+		}
+		return errors.Is(err, unix.ECONNREFUSED)
+	})
+}
+
 // A node that serves no floating addresses any more takes away those that it had added
 // before it crashed, and no others.
 func TestFloatingSwitchedOff(t *testing.T) {

@@ -39,6 +39,9 @@ type Unit interface {
 	// Served tells whether Serve was called.
 	Served() bool
 	Notify(ctx context.Context) (failover.Notified, error)
+	// Mute comes in Finish's place when the machine still has the address: nothing that
+	// comes to its ports is answered, until Finish.
+	Mute(ctx context.Context) error
 	// Changed gets a value after connections have come or gone.
 	Changed() <-chan struct{}
 }
@@ -264,7 +267,11 @@ type Report struct {
 	State  State      `json:"state"`
 	Since  time.Time  `json:"since"`
 	Reason string     `json:"reason,omitempty"` // of Failed
-	Conns  int        `json:"conns,omitempty"`
+	// Stuck: the machine still has the address, which is not served here any more.
+	// Silent: nothing that comes to its ports is answered.
+	Stuck  bool `json:"stuck,omitempty"`
+	Silent bool `json:"silent,omitempty"`
+	Conns  int  `json:"conns,omitempty"`
 }
 
 // Reports lists all floating addresses that this node knows of, by index.
@@ -345,6 +352,7 @@ func (a *Agent) Stop(ctx context.Context) (orderly bool) {
 	orderly = true
 	for _, k := range a.all() {
 		orderly = k.settle(ctx) && orderly
+		k.letPorts()
 	}
 	a.cancel()
 	a.wg.Wait()

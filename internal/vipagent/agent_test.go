@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -90,6 +91,8 @@ type plain struct {
 	changed chan struct{}
 	drain   func(context.Context) // nil: at once
 	conns   func() []vip.Conn     // nil: none
+
+	muted, finished atomic.Bool
 }
 
 func newPlain(netip.Addr) Unit { return &plain{changed: make(chan struct{}, 1)} }
@@ -111,7 +114,14 @@ func (p *plain) Conns() []vip.Conn {
 func (*plain) Close(context.Context, failover.Closing) (failover.Closed, error) {
 	return failover.Closed{}, nil
 }
-func (*plain) Finish(context.Context) error         { return nil }
+func (p *plain) Mute(context.Context) error {
+	p.muted.Store(true)
+	return nil
+}
+func (p *plain) Finish(context.Context) error {
+	p.finished.Store(true)
+	return nil
+}
 func (*plain) Listen(bool) error                    { return nil }
 func (*plain) Begin(context.Context, mgs.VIP) error { return nil }
 func (*plain) Serve() error                         { return nil }
@@ -128,6 +138,8 @@ type bed struct {
 	reg *registry
 	net *viptest.Net
 	a   *Agent
+
+	network *viptest.Network
 }
 
 // newBed makes an agent that has not started.
@@ -135,7 +147,8 @@ func newBed(t *testing.T) *bed {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
-	b := &bed{t: t, ctx: ctx, reg: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}, net: viptest.NewNetwork().Machine("a")}
+	b := &bed{t: t, ctx: ctx, reg: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}, network: viptest.NewNetwork()}
+	b.net = b.network.Machine("a")
 	b.a = New(Options{
 		Node: "a", Others: []string{"b"}, Registry: b.reg, Net: b.net, New: newPlain, Retry: time.Millisecond, RetryMax: 5 * time.Millisecond, Given: filepath.Join(t.TempDir(), "given"),
 		Ask: func(context.Context, string, string, any, any) error { return errors.New("away") },
@@ -353,6 +366,8 @@ func TestLateConnections(t *testing.T) {
 // period of service it is.
 func TestStuckIsReported(t *testing.T) {
 	b := newBed(t)
+	u := newPlain(addr).(*plain)
+	b.a.o.New = func(netip.Addr) Unit { return u }
 	b.start()
 	b.assign("a")
 	b.become(Serving)
@@ -360,16 +375,34 @@ func TestStuckIsReported(t *testing.T) {
 	b.net.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
 	b.assign("")
 	b.become(Failed)
-	if r := b.a.Reports()[0]; r.Epoch != epoch || r.Reason == "" {
+	if r := b.a.Reports()[0]; r.Epoch != epoch || !r.Stuck || !r.Silent || !strings.Contains(r.Reason, "ip addr del 192.0.2.9/24 dev eth0") {
 		t.Errorf("%+v, want epoch %d", r, epoch)
 	}
+	if !u.muted.Load() || u.finished.Load() {
+		t.Error("the ports are not kept silent")
+	}
+	// A cluster manager must not take it for given up.
+	late, cancel := context.WithTimeout(b.ctx, 50*time.Millisecond)
+	defer cancel()
+	if r, err := b.a.ReleaseVIP(late, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageFinish}); err == nil {
+		t.Errorf("the release says %+v", r)
+	}
+	// Nor does it help that the kernel does not complain.
+	b.net.Fail(viptest.Remove, nil, 0)
+	b.net.On(viptest.Has, func(context.Context, netip.Addr) error { return errors.New("not known") })
+	tries := func() int { return strings.Count(b.network.Lines(), "remove") }
+	n := tries()
+	b.until("it is tried again", func() bool { return tries() > n+1 })
 	if v := b.vip(); v.Free() {
 		t.Errorf("the registry was told: %+v", v)
 	}
-	b.net.Fail(viptest.Remove, nil, 0)
+	b.net.On(viptest.Has, nil)
 	b.until("it is told", func() bool { v := b.vip(); return v.Free() })
 	b.become(Absent)
-	if r := b.a.Reports()[0]; r.Epoch != 0 {
+	if r := b.a.Reports()[0]; r.Epoch != 0 || r.Stuck {
 		t.Errorf("%+v", r)
+	}
+	if !u.finished.Load() {
+		t.Error("the ports are still kept")
 	}
 }

@@ -186,6 +186,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		changed := a.changes()
 		k.mu.Lock()
 		state, held, mine, owes := k.s.state, k.s.held && args.Stage == vipctl.StageDrain, k.s.mine(), k.owe != nil
+		stuck, reason := owes && k.owe.stuck, k.reason
 		// A later order counts, also if the address has never been absent between.
 		again := mine && (state == Absent || state == Failed || k.s.vip.MoveID > released)
 		k.mu.Unlock()
@@ -193,6 +194,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		switch {
 		case again:
 			return vipctl.Result{}, fmt.Errorf("%s was assigned to this node again meanwhile", k.addr)
+		case stuck: // somebody may remove it in time
 		case over && (before == Absent || before == Failed):
 			return k.result(vipctl.Absent, "nothing is served here")
 		case over && held:
@@ -207,6 +209,9 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		case <-late.C: // whoever is to have it is not there
 			k.bar()
 		case <-ctx.Done():
+			if stuck {
+				return vipctl.Result{}, fmt.Errorf("%s: %s", k.addr, reason)
+			}
 			return vipctl.Result{}, fmt.Errorf("%s is %s after the time that was given, and the work goes on: %w", k.addr, state, ctx.Err())
 		}
 	}

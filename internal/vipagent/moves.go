@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/vip"
 )
@@ -235,6 +236,7 @@ func (k *keeper) release(st step) {
 	if keep != nil {
 		o.Finish, o.FinishWait = keep, holdTime
 	}
+	o.Mute = u.Mute
 	var know []string
 	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
 		// Who may be next knows the connections from before; this is all of them, now.
@@ -259,7 +261,7 @@ func (k *keeper) release(st step) {
 	case rep.Outcome == failover.Superseded || rep.Told:
 	case rep.Outcome == failover.Stuck:
 		// Somebody else may have it by now: then the registry knows.
-		k.owe = &debt{epoch: epoch, stuck: true}
+		k.owe = &debt{epoch: epoch, stuck: true, unit: u, silent: rep.Silent}
 	default:
 		k.owe = &debt{epoch: epoch, clean: rep.Outcome == failover.Clean}
 	}
@@ -271,7 +273,10 @@ func (k *keeper) release(st step) {
 	log("the address was given up", "outcome", rep.Outcome, "closing", o.Closing, "took", rep.Took, "conns", rep.Drained.Conns, "replies", rep.Drained.Replies,
 		"orderly", rep.Closed.Orderly, "forced", rep.Closed.Forced, "destroyed", rep.Destroyed, "err", rep.Err)
 	if rep.Outcome == failover.Stuck {
-		k.become(Failed, fmt.Sprintf("the machine still has the address: %v", rep.Err))
+		err := stuckError(k.at, rep.Err)
+		k.log.Error("the address could not be removed; nothing is answered there", "silent", rep.Silent, "err", err)
+		k.a.o.Events.Append(events.Event{Kind: events.Node, Addr: k.addr, VIP: k.index, Epoch: epoch, Reason: "the machine still has the address", Err: err.Error()})
+		k.become(Failed, err.Error())
 		return
 	}
 	k.become(Absent, "")

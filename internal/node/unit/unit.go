@@ -402,6 +402,16 @@ func (u *Unit) Close(ctx context.Context, how failover.Closing) (failover.Closed
 	return c, errors.Join(errs...)
 }
 
+// Mute keeps the ports and has the kernel drop whatever comes to them, until Finish. It
+// comes after Close.
+func (u *Unit) Mute(context.Context) error {
+	var errs []error
+	for _, s := range u.Servers() {
+		errs = append(errs, s.DropAll())
+	}
+	return errors.Join(errs...)
+}
+
 // Finish implements failover.Service, and undoes what was done of a take-over. It may
 // be called at any time and more than once.
 func (u *Unit) Finish(ctx context.Context) error {
