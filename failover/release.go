@@ -30,6 +30,9 @@ type ReleaseOptions struct {
 	// Abandon, if not nil, tells the registry in Told's place that the address is not served here any more but not
 	// everything is known to be durable. Without it the caller does so after Release.
 	Abandon func(ctx context.Context) error
+	// Mute, if not nil, is called in Service.Finish's place when the machine still has the address: the ports are kept,
+	// and whatever comes to them is dropped. The caller calls Finish when the address is away.
+	Mute func(ctx context.Context) error
 	// Finish, if not nil, is what the last stage waits for, at most FinishWait (default 1 min).
 	Finish     <-chan struct{}
 	FinishWait time.Duration
@@ -43,7 +46,9 @@ type ReleaseReport struct {
 	Outcome Outcome
 	// Told: the registry knows. If not although Outcome is Clean, or Unclean, it is still to be told Stopped, or
 	// Abandoned.
-	Told      bool
+	Told bool
+	// Silent (of Stuck): Mute was called and has done so, and no socket of a connection is left.
+	Silent    bool
 	Drained   Drained
 	Closed    Closed
 	Destroyed int // sockets
@@ -95,6 +100,7 @@ func (r *Runner) Release(ctx context.Context, o ReleaseOptions) ReleaseReport {
 		case StageClose:
 			rep.Closed = s.Result.Closed
 		case StageClear, StageFinish:
+			rep.Silent = s.Stage == StageFinish && rep.Outcome == Stuck && o.Mute != nil && s.OK()
 			rep.Destroyed += s.Result.Destroyed
 			rep.Remaining = s.Result.Remaining
 		}
@@ -131,7 +137,11 @@ func (r *Runner) releaseStage(ctx context.Context, o *ReleaseOptions, st step, a
 		return Result{Err: o.Abandon(ctx)}
 	case StageFinish:
 		if attempt == 1 {
-			if err := o.Service.Finish(ctx); err != nil {
+			end := o.Service.Finish
+			if st.stuck && o.Mute != nil {
+				end = o.Mute
+			}
+			if err := end(ctx); err != nil {
 				return Result{Err: err, final: true}
 			}
 		}

@@ -50,7 +50,7 @@ const (
 	// Superseded: another node serves the address; the registry is told nothing.
 	Superseded Outcome = "superseded"
 	// Stuck: the machine still has the address, though nothing answers there. The registry must be told nothing, or two
-	// machines would have it: remove it (Release again with reason Fenced), or fence the machine.
+	// machines would have it: remove it, or fence the machine.
 	Stuck Outcome = "stuck"
 )
 
@@ -176,7 +176,7 @@ func (m *teardown) nextStage() (step, bool) {
 			}
 			s.limit, s.retry, s.clean = TellTimeout, tellRetry, m.outcome() == Clean
 		case StageFinish:
-			if m.cfg.park > 0 && !m.proceed {
+			if m.cfg.park > 0 && !m.proceed && m.outcome() != Stuck { // else the caller has to see to it
 				if m.parked == 0 {
 					m.parked = m.now + m.cfg.park
 				}
@@ -184,7 +184,7 @@ func (m *teardown) nextStage() (step, bool) {
 					return step{}, true
 				}
 			}
-			s.limit, s.retry = d.Finish, clearRetry
+			s.limit, s.retry, s.stuck = d.Finish, clearRetry, m.outcome() == Stuck
 		}
 		return s, true
 	}

@@ -3,6 +3,7 @@ package vip_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -164,14 +165,17 @@ func TestStateFile(t *testing.T) {
 	k := w.a.open(t, vip.Options{StateFile: path})
 	must(t, k.Add(ctx, families["ipv4"]))
 	must(t, k.Add(ctx, families["ipv6"]))
-	b, err := os.ReadFile(path)
-	if want := "10.66.0.50 eth0\nfd66::50 eth0\n"; err != nil || string(b) != want {
-		t.Errorf("state %q, %v; want %q", b, err, want)
+	recorded := func(want ...string) {
+		t.Helper()
+		l, err := vip.Recorded(path)
+		must(t, err)
+		if got := fmt.Sprint(l); got != fmt.Sprint(want) {
+			t.Errorf("recorded %s, want %s", got, want)
+		}
 	}
+	recorded("10.66.0.50", "fd66::50")
 	must(t, k.Remove(ctx, families["ipv4"]))
-	if b, err := os.ReadFile(path); err != nil || string(b) != "fd66::50 eth0\n" {
-		t.Errorf("state after remove %q, %v", b, err)
-	}
+	recorded("fd66::50")
 	// An address without a mark, as old kernels have them, counts if it is recorded.
 	must(t, os.WriteFile(path, []byte("10.66.0.60 eth0\n10.66.0.61 eth1\ngarbage\n10.66.0.63 eth0\n"), 0o644))
 	for _, p := range []string{"10.66.0.60/24", "10.66.0.61/24", "10.66.0.62/24"} {
@@ -186,6 +190,27 @@ func TestStateFile(t *testing.T) {
 	slices.Sort(text)
 	if want := []string{"10.66.0.60/24 eth0", "fd66::50/64 eth0"}; !slices.Equal(text, want) {
 		t.Errorf("added %q, want %q", text, want)
+	}
+}
+
+// What is recorded of an earlier boot is void: the address may be anybody's by now.
+func TestStateFileOfEarlierBoot(t *testing.T) {
+	w := newWorld(t)
+	path := filepath.Join(t.TempDir(), "addresses")
+	must(t, os.WriteFile(path, []byte("boot 0a0a0a0a-0000-0000-0000-000000000000\n10.66.0.60 eth0\n"), 0o644))
+	must(t, w.a.AddAddr("eth0", netip.MustParsePrefix("10.66.0.60/24")))
+	k := w.a.open(t, vip.Options{StateFile: path})
+	if l, err := k.Added(); err != nil || len(l) != 0 {
+		t.Errorf("added %v, %v", l, err)
+	}
+	if l, err := vip.Recorded(path); err != nil || len(l) != 0 {
+		t.Errorf("recorded %v, %v", l, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	must(t, k.Add(ctx, families["ipv6"]))
+	if l, err := vip.Recorded(path); err != nil || fmt.Sprint(l) != "[fd66::50]" {
+		t.Errorf("recorded %v, %v", l, err)
 	}
 }
 

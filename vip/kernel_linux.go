@@ -25,7 +25,7 @@ type Options struct {
 	// Proto marks the addresses that Add adds. 0: DefaultProto.
 	Proto uint8
 	// StateFile records the addresses that Add adds, for kernels that do not keep
-	// their marks. It belongs where a boot empties it (/run). Empty: none; Added
+	// their marks. What it has of an earlier boot does not count. Empty: none; Added
 	// then finds nothing on such a kernel.
 	StateFile string
 	// Log gets what is worth a warning. nil: slog.Default().
@@ -79,7 +79,7 @@ func Open(o Options) (*Kernel, error) {
 		k.log = slog.Default()
 	}
 	if o.StateFile != "" {
-		k.state = &stateFile{path: o.StateFile}
+		k.state = openState(o.StateFile)
 	}
 	k.packet, k.raw4, k.raw6 = sender{fd: -1}, sender{fd: -1}, sender{fd: -1}
 	for _, s := range []struct {

@@ -72,14 +72,27 @@ func (t *hookTarget) env(ctx context.Context, a *app) (context.Context, context.
 	return ctx, cancel, &hooks.Env{Baton: hooks.Socket(socket), Machine: hooks.Local{}, Getenv: os.Getenv, Sleep: hooks.Sleep}, nil
 }
 
-// run calls f in the hook's world and ends as it says.
-func (t *hookTarget) run(ctx context.Context, a *app, f func(context.Context, *hooks.Env) hooks.Exit) error {
-	ctx, cancel, e, err := t.env(ctx, a)
-	if err != nil {
-		return err
+// hookFunc does what a hook is for, in its world.
+type hookFunc = func(context.Context, *hooks.Env) hooks.Exit
+
+// hook completes a command, which has its own flags already, by those of all hooks and
+// by what it does. prepare looks at the arguments and says what is to be done, nil for
+// nothing; the command ends as that says.
+func (a *app) hook(cmd *cobra.Command, t *hookTarget, timeout time.Duration, prepare func(argv []string) (hookFunc, error)) *cobra.Command {
+	cmd.RunE = func(cmd *cobra.Command, argv []string) error {
+		f, err := prepare(argv)
+		if err != nil || f == nil {
+			return err
+		}
+		ctx, cancel, e, err := t.env(cmd.Context(), a)
+		if err != nil {
+			return err
+		}
+		defer cancel()
+		return a.hookExit(f(ctx, e))
 	}
-	defer cancel()
-	return a.hookExit(f(ctx, e))
+	t.add(cmd, timeout)
+	return cmd
 }
 
 // syslogFlag is of the hooks whose output keepalived throws away.
@@ -152,21 +165,19 @@ Exit codes: 0 done, or done before; 1 failure.`,
   baton hook take 192.0.2.50 --given --stage listen &&
     ip address add 192.0.2.50/24 dev eth0 && baton hook take 192.0.2.50 --given`,
 		Args: oneAddr,
-		RunE: func(cmd *cobra.Command, argv []string) (err error) {
-			if args.Addr, err = hookAddr(argv[0]); err != nil {
-				return err
-			}
-			if args.Stage != vipctl.StageListen && args.Stage != vipctl.StageServe {
-				return usagef("--stage %q: use listen or serve", args.Stage)
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit { return hooks.Take(ctx, e, args) })
-		},
 	}
 	cmd.Flags().StringVar(&args.Stage, "stage", vipctl.StageServe, "wait for this `STAGE`: listen or serve")
 	cmd.Flags().BoolVar(&args.Given, "given", false, "the caller adds and removes the address")
 	cmd.Flags().BoolVar(&args.Force, "force", false, "the last owner is known to be gone")
-	t.add(cmd, 20*time.Second)
-	return cmd
+	return a.hook(cmd, &t, 20*time.Second, func(argv []string) (_ hookFunc, err error) {
+		if args.Addr, err = hookAddr(argv[0]); err != nil {
+			return nil, err
+		}
+		if args.Stage != vipctl.StageListen && args.Stage != vipctl.StageServe {
+			return nil, usagef("--stage %q: use listen or serve", args.Stage)
+		}
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit { return hooks.Take(ctx, e, args) }, nil
+	})
 }
 
 func (a *app) hookReleaseCmd() *cobra.Command {
@@ -189,26 +200,24 @@ Exit codes: 0 nothing is served here (any more); 1 failure.`,
   baton hook release 192.0.2.50 --given --stage drain &&
     ip address del 192.0.2.50/24 dev eth0 && baton hook release 192.0.2.50 --given --stage finish`,
 		Args: oneAddr,
-		RunE: func(cmd *cobra.Command, argv []string) (err error) {
-			if args.Addr, err = hookAddr(argv[0]); err != nil {
-				return err
-			}
-			f := hooks.Release
-			switch args.Stage {
-			case vipctl.StageDrain, vipctl.StageFinish:
-			case "all":
-				f = hooks.ReleaseAll
-			default:
-				return usagef("--stage %q: use drain, finish or all", args.Stage)
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit { return f(ctx, e, args) })
-		},
 	}
 	cmd.Flags().StringVar(&args.Stage, "stage", "all", "go as far as this `STAGE`: drain, finish, or all")
 	cmd.Flags().BoolVar(&args.Given, "given", false, "the caller adds and removes the address")
 	cmd.Flags().StringVar(&args.To, "to", "", "the `NODE` that is to serve it")
-	t.add(cmd, 20*time.Second)
-	return cmd
+	return a.hook(cmd, &t, 20*time.Second, func(argv []string) (_ hookFunc, err error) {
+		if args.Addr, err = hookAddr(argv[0]); err != nil {
+			return nil, err
+		}
+		f := hooks.Release
+		switch args.Stage {
+		case vipctl.StageDrain, vipctl.StageFinish:
+		case "all":
+			f = hooks.ReleaseAll
+		default:
+			return nil, usagef("--stage %q: use drain, finish or all", args.Stage)
+		}
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit { return f(ctx, e, args) }, nil
+	})
 }
 
 func (a *app) hookCheckCmd() *cobra.Command {
@@ -219,16 +228,11 @@ func (a *app) hookCheckCmd() *cobra.Command {
 		Long:    "Exit codes: 0 it is served here; 3 it is not; 1 it should be and cannot.",
 		Example: "  baton hook check 192.0.2.50",
 		Args:    oneAddr,
-		RunE: func(cmd *cobra.Command, argv []string) error {
-			addr, err := hookAddr(argv[0])
-			if err != nil {
-				return err
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit { return hooks.Check(ctx, e, addr) })
-		},
 	}
-	t.add(cmd, 10*time.Second)
-	return cmd
+	return a.hook(cmd, &t, 10*time.Second, func(argv []string) (hookFunc, error) {
+		addr, err := hookAddr(argv[0])
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit { return hooks.Check(ctx, e, addr) }, err
+	})
 }
 
 func (a *app) hookHealthCmd() *cobra.Command {
@@ -239,10 +243,8 @@ func (a *app) hookHealthCmd() *cobra.Command {
 		Long:    "Exit codes: 0 it does; 1 it does not.",
 		Example: "  baton hook health --timeout 1s",
 		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return t.run(cmd.Context(), a, hooks.Health) },
 	}
-	t.add(cmd, 5*time.Second)
-	return cmd
+	return a.hook(cmd, &t, 5*time.Second, func([]string) (hookFunc, error) { return hooks.Health, nil })
 }
 
 func (a *app) hookPacemakerCmd() *cobra.Command {
@@ -261,22 +263,20 @@ agent API.`,
 			}
 			return nil
 		},
-		RunE: func(cmd *cobra.Command, argv []string) error {
-			t.timeout = hooks.PacemakerTimeout(os.Getenv)
-			if t.config == "" && t.data == "" && t.socket == "" {
-				t.config, t.socket = os.Getenv("OCF_RESKEY_config"), os.Getenv("OCF_RESKEY_socket")
-				if t.socket != "" {
-					t.config = ""
-				}
-			}
-			if _, err := t.path(a); err != nil {
-				return a.hookExit(hooks.PacemakerUnset(argv[0], err))
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit { return hooks.Pacemaker(ctx, e, argv[0]) })
-		},
 	}
-	t.add(cmd, 0)
-	return cmd
+	return a.hook(cmd, &t, 0, func(argv []string) (hookFunc, error) {
+		t.timeout = hooks.PacemakerTimeout(os.Getenv)
+		if t.config == "" && t.data == "" && t.socket == "" {
+			t.config, t.socket = os.Getenv("OCF_RESKEY_config"), os.Getenv("OCF_RESKEY_socket")
+			if t.socket != "" {
+				t.config = ""
+			}
+		}
+		if _, err := t.path(a); err != nil {
+			return nil, a.hookExit(hooks.PacemakerUnset(argv[0], err))
+		}
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit { return hooks.Pacemaker(ctx, e, argv[0]) }, nil
+	})
 }
 
 func (a *app) hookKeepalivedCmd() *cobra.Command {
@@ -400,33 +400,28 @@ between them that starts others).`,
 			}
 			return nil
 		},
-		RunE: func(cmd *cobra.Command, argv []string) error {
-			ip, err := hookAddr(addr)
-			if err != nil {
-				return err
-			}
-			if err := keeperCheck(o); err != nil {
-				return err
-			}
-			role, ok := hooks.VRRPRole(argv[2])
-			if !ok {
-				return a.hookExit(hooks.Exit{Text: fmt.Sprintf("%s: state %s changes nothing", ip, argv[2])})
-			}
-			order, err := hooks.ProcessOrder()
-			if err != nil {
-				return err
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit {
-				return logged(toSyslog, hooks.Notify(ctx, e, dir, order, ip, role, o))
-			})
-		},
 	}
 	cmd.Flags().StringVar(&addr, "address", "", "the floating `ADDRESS`")
 	cmd.Flags().StringVar(&dir, "state-dir", "/run/baton-keepalived", "`DIR` in which processes tell each other who is the latest")
 	keeperFlags(cmd, &o)
 	syslogFlag(cmd, &toSyslog)
-	t.add(cmd, 30*time.Second)
-	return cmd
+	return a.hook(cmd, &t, 30*time.Second, func(argv []string) (hookFunc, error) {
+		ip, err := hookAddr(addr)
+		if err != nil {
+			return nil, err
+		}
+		if err := keeperCheck(o); err != nil {
+			return nil, err
+		}
+		role, ok := hooks.VRRPRole(argv[2])
+		if !ok {
+			return nil, a.hookExit(hooks.Exit{Text: fmt.Sprintf("%s: state %s changes nothing", ip, argv[2])})
+		}
+		order, err := hooks.ProcessOrder()
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit {
+			return logged(toSyslog, hooks.Notify(ctx, e, dir, order, ip, role, o))
+		}, err
+	})
 }
 
 // trackFile writes a value into keepalived's track file.
@@ -454,26 +449,24 @@ The node stays demoted until "baton hook keepalived promote".`,
 			}
 			return nil
 		},
-		RunE: func(cmd *cobra.Command, argv []string) error {
-			var addrs []netip.Addr
-			for _, s := range argv {
-				addr, err := hookAddr(s)
-				if err != nil {
-					return err
-				}
-				addrs = append(addrs, addr)
-			}
-			if track == "" {
-				return usagef("give --track-file")
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit {
-				return hooks.Demote(ctx, e, addrs, trackFile(track))
-			})
-		},
 	}
 	cmd.Flags().StringVar(&track, "track-file", "", "`FILE` of keepalived's track_file")
-	t.add(cmd, 20*time.Second)
-	return cmd
+	return a.hook(cmd, &t, 20*time.Second, func(argv []string) (hookFunc, error) {
+		var addrs []netip.Addr
+		for _, s := range argv {
+			addr, err := hookAddr(s)
+			if err != nil {
+				return nil, err
+			}
+			addrs = append(addrs, addr)
+		}
+		if track == "" {
+			return nil, usagef("give --track-file")
+		}
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit {
+			return hooks.Demote(ctx, e, addrs, trackFile(track))
+		}, nil
+	})
 }
 
 func (a *app) hookPromoteCmd() *cobra.Command {
@@ -519,10 +512,15 @@ type ctdbFlags struct {
 	public string
 }
 
-func (t *ctdbFlags) add(cmd *cobra.Command) {
+// hook completes a command by what CTDB's say with its addresses.
+func (t *ctdbFlags) hook(a *app, cmd *cobra.Command, do func(ctx context.Context, e *hooks.Env, addrs []netip.Addr, argv []string) hooks.Exit) *cobra.Command {
+	cmd.Args = cobra.ArbitraryArgs
 	cmd.Flags().StringVar(&t.public, "public-addresses", "", "CTDB's `FILE` of addresses (default $CTDB_BASE/public_addresses)")
-	t.hookTarget.add(cmd, hooks.CTDBTimeout)
 	cmd.Flags().SetInterspersed(false) // the rest is CTDB's
+	return a.hook(cmd, &t.hookTarget, hooks.CTDBTimeout, func(argv []string) (hookFunc, error) {
+		addrs, err := t.addrs()
+		return func(ctx context.Context, e *hooks.Env) hooks.Exit { return do(ctx, e, addrs, argv) }, err
+	})
 }
 
 // addrs are the addresses of events that name none.
@@ -553,23 +551,17 @@ func (a *app) hookCTDBEventCmd() *cobra.Command {
 releaseip and shutdown drain before and finish after it was removed. startup, monitor
 and init are handled before.`,
 		Example: "  baton hook ctdb event --part before releaseip eth0 192.0.2.50 24",
-		Args:    cobra.ArbitraryArgs,
-		RunE: func(cmd *cobra.Command, argv []string) error {
+		PreRunE: func(*cobra.Command, []string) error {
 			if p := hooks.Part(part); p != hooks.Before && p != hooks.After {
 				return usagef("--part %q: use before or after", part)
 			}
-			addrs, err := t.addrs()
-			if err != nil {
-				return err
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit {
-				return hooks.CTDBEvent(ctx, e, hooks.Part(part), addrs, argv)
-			})
+			return nil
 		},
 	}
 	cmd.Flags().StringVar(&part, "part", "", "`PART`: before or after 10.interface")
-	t.add(cmd)
-	return cmd
+	return t.hook(a, cmd, func(ctx context.Context, e *hooks.Env, addrs []netip.Addr, argv []string) hooks.Exit {
+		return hooks.CTDBEvent(ctx, e, hooks.Part(part), addrs, argv)
+	})
 }
 
 func (a *app) hookCTDBCalloutCmd() *cobra.Command {
@@ -579,17 +571,6 @@ func (a *app) hookCTDBCalloutCmd() *cobra.Command {
 		Short:   "Handle an operation of the NFS callout",
 		Long:    "Handle an operation of CTDB_NFS_CALLOUT. They are: " + strings.Join(hooks.CalloutOps, ", ") + ".",
 		Example: "  baton hook ctdb callout releaseip-pre eth0 192.0.2.50 24",
-		Args:    cobra.ArbitraryArgs,
-		RunE: func(cmd *cobra.Command, argv []string) error {
-			addrs, err := t.addrs()
-			if err != nil {
-				return err
-			}
-			return t.run(cmd.Context(), a, func(ctx context.Context, e *hooks.Env) hooks.Exit {
-				return hooks.CTDBCallout(ctx, e, addrs, argv)
-			})
-		},
 	}
-	t.add(cmd)
-	return cmd
+	return t.hook(a, cmd, hooks.CTDBCallout)
 }

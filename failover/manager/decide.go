@@ -31,7 +31,9 @@ func (m *Machine) lost(now time.Duration, a *addr) string {
 		return fmt.Sprintf("node %s has said for %v that it does not serve it", name, m.cfg.StartTimeout)
 	case moving && m.mute(now, n):
 		return fmt.Sprintf("node %s does not answer and has not given it up in %v: it is taken for frozen", name, m.cfg.MoveTimeout)
-	case moving && m.present(now, n) && x != nil && x.State == Failed:
+	case moving && m.present(now, n) && x != nil && x.State == Failed && x.Silent:
+		return fmt.Sprintf("node %s could not remove it in %v, and drops all that comes for it", name, m.cfg.MoveTimeout)
+	case moving && m.present(now, n) && x != nil && x.State == Failed && !x.mayAnswer():
 		return fmt.Sprintf("node %s has failed with it and has not given it up in %v", name, m.cfg.MoveTimeout)
 	}
 	return ""
@@ -74,6 +76,10 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 		}
 		a.by = next.incarnation
 	}
+	free := a.free
+	if d.Abandon {
+		free = now // until now it could not be taken
+	}
 	switch waited := now - max(a.assigned, a.free); {
 	case d.Abandon && a.v.Next == d.From:
 	case a.v.Next == "":
@@ -92,7 +98,7 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	case !a.v.Ready && waited >= m.cfg.StartTimeout:
 		m.fail(now, a, a.v.Next)
 		why = cmp.Or(why, fmt.Sprintf("node %s was not ready to take it in %v", a.v.Next, m.cfg.StartTimeout))
-	case a.v.Ready && now-max(a.ready, a.free) >= m.cfg.MoveTimeout:
+	case a.v.Ready && now-max(a.ready, free) >= m.cfg.MoveTimeout:
 		m.fail(now, a, a.v.Next)
 		why = cmp.Or(why, fmt.Sprintf("node %s has not begun to serve it in %v", a.v.Next, m.cfg.MoveTimeout))
 	default:
@@ -160,6 +166,7 @@ func (m *Machine) served(now time.Duration, a *addr, d *Decision, balance bool) 
 // moving looks after a planned move that is under way.
 func (m *Machine) moving(now time.Duration, a *addr, d *Decision, leave string) {
 	next := m.nodes[a.v.Next]
+	stuck := m.nodes[d.From].report.of(a.v.Index)
 	why := ""
 	switch {
 	case next == nil:
@@ -174,6 +181,9 @@ func (m *Machine) moving(now time.Duration, a *addr, d *Decision, leave string) 
 	case !a.v.Ready && now-a.assigned >= m.cfg.StartTimeout:
 		m.fail(now, a, a.v.Next)
 		why = fmt.Sprintf("node %s was not ready to take it in %v", a.v.Next, m.cfg.StartTimeout)
+	case a.v.Ready && now-a.ready >= m.cfg.MoveTimeout && stuck != nil && stuck.mayAnswer():
+		m.tell(a, a.v.Next, fmt.Sprintf("the machine of node %s still has it: nobody serves it until it is removed there by hand, or that machine is off", d.From), stuck.Reason)
+		return
 	case a.v.Ready && now-a.ready >= m.cfg.MoveTimeout:
 		m.tell(a, a.v.Next, fmt.Sprintf("node %s has not given it up in %v; it lives, so it keeps it until it does", d.From, m.cfg.MoveTimeout), leave)
 		return
@@ -259,7 +269,7 @@ func (m *Machine) choose(now time.Duration, a *addr, not string, least time.Dura
 	var l, again []*node
 	for _, n := range m.may(a) {
 		switch {
-		case !n.fit || n.name == not || now-n.fitSince < least:
+		case !n.fit || n.name == not || now-n.fitSince < least || n.report.stuck(a):
 		case now < a.failed[n.name].until:
 			again = append(again, n)
 		default:
@@ -339,7 +349,11 @@ func (m *Machine) balance(now time.Duration, a *addr, at *node) (*node, string) 
 func (m *Machine) whyNone(a *addr) string {
 	var l []string
 	for _, n := range m.may(a) {
-		if why := n.why(); why != "" {
+		why := n.why()
+		if why == "" && n.report.stuck(a) {
+			why = "its machine still has the address from before"
+		}
+		if why != "" {
 			l = append(l, n.name+": "+why)
 		}
 	}

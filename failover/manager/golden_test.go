@@ -140,6 +140,15 @@ func (s *script) line(line string) {
 		var i uint32
 		fmt.Sscan(f[2], &i)
 		n.units[i].state, n.units[i].since = Failed, w.now
+	case "keeps", "silences": // NODE INDEX: its machine cannot get rid of the address; and it drops what comes
+		var i uint32
+		fmt.Sscan(f[2], &i)
+		u := n.units[i]
+		u.state, u.since, u.stuck, u.silent = Failed, w.now, true, f[0] == "silences"
+	case "removes": // NODE INDEX: the address, after all
+		var i uint32
+		fmt.Sscan(f[2], &i)
+		n.units[i].state, n.units[i].stuck = Releasing, false
 	case "takes": // NODE INDEX: it takes the address still
 		var i uint32
 		fmt.Sscan(f[2], &i)

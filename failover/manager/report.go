@@ -49,7 +49,15 @@ type Address struct {
 	// Since is how long it has been so.
 	Since  time.Duration `json:"since,omitempty"`
 	Reason string        `json:"reason,omitempty"`
+	// Stuck (of Failed): the node's machine still has the address. Silent: nothing that
+	// comes for it is answered.
+	Stuck  bool `json:"stuck,omitempty"`
+	Silent bool `json:"silent,omitempty"`
 }
+
+// mayAnswer tells that the machine has the address and somebody may be answered there,
+// if only by a reset.
+func (a *Address) mayAnswer() bool { return a.Stuck && !a.Silent }
 
 // holds tells that the node has to do with the period of service.
 func (a *Address) holds() bool { return a.State != Absent && a.State != Listening }
@@ -112,6 +120,12 @@ func (r *Report) of(index uint32) *Address {
 		}
 	}
 	return nil
+}
+
+// stuck tells that the node's machine still has the address, and cannot serve it.
+func (r *Report) stuck(a *addr) bool {
+	x := r.of(a.v.Index)
+	return x != nil && x.Stuck
 }
 
 // hears is what the report says of another node; nil: nothing.

@@ -177,6 +177,8 @@ type unit struct {
 	epoch uint64
 	next  time.Duration // when it does its next step
 	since time.Duration // when the state began
+	// of Failed: the machine still has the address, and drops what comes for it
+	stuck, silent bool
 }
 
 func newWorld(cfg Config) *world {
@@ -258,7 +260,7 @@ func (w *world) report(n *wnode, q *Question) *Report {
 	r := &Report{Incarnation: n.incarnation, Ready: n.unready == "", Reason: n.unready, Stopping: n.stopping, Load: n.load}
 	for _, i := range sorted(n.units) {
 		u := n.units[i]
-		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since})
+		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since, Stuck: u.stuck, Silent: u.silent})
 	}
 	r.Hears = w.hears(n)
 	if err := n.keep.Answer(q, r); err != nil {
@@ -465,6 +467,7 @@ func (w *world) agent(n *wnode) {
 			}
 		case Failed:
 			switch {
+			case u.stuck:
 			case v.Next != n.name:
 				u.state = Absent
 			case !n.fails && u.epoch == 0: // it tries again

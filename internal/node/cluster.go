@@ -20,6 +20,7 @@ import (
 	"github.com/baton-nfs/baton/internal/ca"
 	"github.com/baton-nfs/baton/internal/clock"
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/replace"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/client"
@@ -369,23 +370,7 @@ func readMark(path string) (string, error) {
 
 // writeMark makes path with one line, durably.
 func writeMark(path, line string) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".baton-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.WriteString(line + "\n")
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return replace.File(path, []byte(line+"\n"), 0o600)
 }
 
 // directory makes a target's directory unless it has to be there.

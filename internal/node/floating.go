@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -30,14 +31,18 @@ const (
 	givenFile  = "given-addresses"
 )
 
-// openNet opens the machine's network; tests put another one in its place.
-func (n *Node) openNet() (vip.Net, error) {
+// openNet opens the machine's network; tests put another one in its place. With check
+// the log says which settings do not suit floating addresses.
+func (n *Node) openNet(check bool) (vip.Net, error) {
 	if n.testNet != nil {
 		return n.testNet, nil
 	}
-	k, err := vip.Open(vip.Options{StateFile: filepath.Join(n.cfg.DataDir, addedFile), Log: n.log})
+	k, err := vip.Open(vip.Options{StateFile: n.addedPath(), Log: n.log})
 	if err != nil {
 		return nil, fmt.Errorf("floating addresses: %w", err)
+	}
+	if !check {
+		return k, nil
 	}
 	wrong, err := k.Settings()
 	if err != nil {
@@ -49,6 +54,30 @@ func (n *Node) openNet() (vip.Net, error) {
 	return k, nil
 }
 
+func (n *Node) addedPath() string { return filepath.Join(n.cfg.DataDir, addedFile) }
+
+// forgetFloating takes away what an earlier process of this node has left on the machine,
+// of a node that serves no floating addresses any more. Addresses that this node's own
+// record does not have may be another baton's.
+func (n *Node) forgetFloating() error {
+	l, err := vip.Recorded(n.addedPath())
+	if err != nil || len(l) == 0 {
+		return err
+	}
+	k, err := n.openNet(false)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(n.run, startAgain)
+	defer cancel()
+	err = vipagent.Clean(ctx, k, l, n.log)
+	if err = errors.Join(err, k.Close()); err != nil {
+		return fmt.Errorf("addresses that an earlier process has left on this machine, when it served floating ones: %w", err)
+	}
+	// Whoever adds them from now on has nothing to do with this node.
+	return os.Remove(n.addedPath())
+}
+
 // prepareFloating takes away what an earlier process has left on the machine, before
 // anything listens: nobody serves it, and somebody else may.
 func (n *Node) prepareFloating() (err error) {
@@ -57,12 +86,12 @@ func (n *Node) prepareFloating() (err error) {
 	if err != nil || !n.cfg.NFS.Floating {
 		return err
 	}
-	if n.net, err = n.openNet(); err != nil {
+	if n.net, err = n.openNet(true); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(n.run, startAgain)
 	defer cancel()
-	if err = vipagent.Clean(ctx, n.net, n.log); err != nil {
+	if err = vipagent.Clean(ctx, n.net, nil, n.log); err != nil {
 		return fmt.Errorf("addresses that an earlier process has left on this machine: %w", err)
 	}
 	return nil
@@ -97,7 +126,7 @@ func kindOf(k manager.EventKind) string {
 func (n *Node) reportAddresses() (l []manager.Address) {
 	now := time.Now()
 	for _, r := range n.AddressReports() {
-		l = append(l, manager.Address{Index: r.Index, Epoch: r.Epoch, State: manager.AddressState(r.State), Since: max(now.Sub(r.Since), 0), Reason: r.Reason})
+		l = append(l, manager.Address{Index: r.Index, Epoch: r.Epoch, State: manager.AddressState(r.State), Since: max(now.Sub(r.Since), 0), Reason: r.Reason, Stuck: r.Stuck, Silent: r.Silent})
 	}
 	return short(l)
 }

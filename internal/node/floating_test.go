@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -490,6 +491,91 @@ func TestRestartCleansUp(t *testing.T) {
 	c.become(a, vipagent.Serving)
 	if v := c.vip(a); v.Epoch != epoch+1 || v.NSMState != 1 {
 		t.Errorf("after an orderly restart: %+v", v)
+	}
+}
+
+// A machine that cannot get rid of the address is silent there, says so, and nobody else
+// gets the address until it has gone.
+func TestStuckAddressIsSilent(t *testing.T) {
+	c, a, b := upFloating(t)
+	at := served(a)
+	machine := c.net.Machine("a")
+	machine.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
+	c.assign(a, "b")
+	c.become(a, vipagent.Failed)
+	c.become(b, vipagent.Listening)
+	d := net.Dialer{Timeout: 200 * time.Millisecond}
+	conn, err := d.Dial("tcp", at.String())
+	if ne, ok := err.(net.Error); !ok || !ne.Timeout() {
+		if err == nil {
+			conn.Close()
+		}
+		t.Errorf("a connection to the address: %v, want a time-out", err)
+	}
+	if l, err := a.ListVIPs(ctx); err != nil || !strings.Contains(l[0].Floating.Local.Reason, "ip addr del 127.0.9.1/32 dev lo") {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if r := a.reportAddresses(); len(r) != 1 || !r[0].Stuck || !r[0].Silent {
+		t.Errorf("the manager is told %+v", r)
+	}
+	if s := addressState(b); s != vipagent.Listening {
+		t.Errorf("the next owner is %s", s)
+	}
+	machine.On(viptest.Remove, nil)
+	c.become(b, vipagent.Serving)
+	c.become(a, vipagent.Absent)
+	until(t, "the ports to be closed", func() bool {
+		conn, err := d.Dial("tcp", at.String())
+		if err == nil {
+			conn.Close()
+		}
+		return errors.Is(err, unix.ECONNREFUSED)
+	})
+}
+
+// A node that serves no floating addresses any more takes away those that it had added
+// before it crashed, and no others.
+func TestFloatingSwitchedOff(t *testing.T) {
+	network := viptest.NewNetwork()
+	add := func(s string) netip.Addr {
+		p := netip.MustParsePrefix(s)
+		if err := network.Machine("a").Add(ctx, vip.Address{Prefix: p, Interface: "lo"}); err != nil {
+			t.Fatal(err)
+		}
+		return p.Addr()
+	}
+	left, others := add("127.0.9.7/32"), add("127.0.9.8/32")
+	k := conf(t, t.TempDir())
+	if err := os.MkdirAll(k.DataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	record := filepath.Join(k.DataDir, addedFile)
+	if err := os.WriteFile(record, []byte("127.0.9.7 lo\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	run := func() {
+		t.Helper()
+		n, err := New(k, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.testNet = network.Machine("a")
+		if err := n.Start(ctx); err != nil {
+			t.Fatal(err)
+		}
+		stop(t, n)
+	}
+	run()
+	if o := network.Owners(left); len(o) != 0 {
+		t.Errorf("what it had added is at %v", o)
+	}
+	// From now on it is somebody else's, as the other one has been all the time.
+	add("127.0.9.7/32")
+	run()
+	for _, a := range []netip.Addr{left, others} {
+		if o := network.Owners(a); len(o) != 1 {
+			t.Errorf("%s, which it has not added, is at %v", a, o)
+		}
 	}
 }
 

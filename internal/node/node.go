@@ -155,6 +155,11 @@ func (n *Node) Start(ctx context.Context) (err error) {
 		}
 	}()
 	n.run, n.cancel = context.WithCancel(context.Background())
+	if !n.cfg.NFS.Floating || !n.cfg.Clustered() {
+		if err = n.forgetFloating(); err != nil {
+			return err
+		}
+	}
 	if n.cfg.Clustered() {
 		return n.startCluster()
 	}

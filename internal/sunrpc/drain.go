@@ -215,13 +215,22 @@ func adopt(fd int) *net.TCPConn {
 // looks at the flags byte of the TCP header, with which the filter's view of the packet begins.
 func dropSYN(fd int) error {
 	const synAck, syn = 0x12, 0x02
-	prog := []unix.SockFilter{
+	return attach(fd, []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: 13},
 		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: synAck},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: syn, Jt: 0, Jf: 1},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0x40000},
-	}
+	})
+}
+
+// dropAll makes a socket ignore everything.
+func dropAll(fd int) error {
+	return attach(fd, []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}})
+}
+
+// attach gives a socket a filter in the place of the one that it has.
+func attach(fd int, prog []unix.SockFilter) error {
 	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
 		&unix.SockFprog{Len: uint16(len(prog)), Filter: &prog[0]})
 }

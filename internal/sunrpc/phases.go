@@ -131,6 +131,34 @@ func (s *Server) CloseQuietly(ctx context.Context, silence func(syscall.RawConn)
 	return r, nil
 }
 
+// DropAll has the kernel drop whatever comes to the ports that Refuse and Quiesce have kept, until CloseListeners:
+// not even what belongs to no connection any more is answered by a reset. It is for a machine that cannot get rid of
+// the address. An error says that some port is not silent.
+func (s *Server) DropAll() error {
+	ls, us := s.sockets(all)
+	if len(ls) == 0 {
+		return errors.New("sunrpc: the listeners are closed: what comes is refused")
+	}
+	var errs []error
+	drop := func(c syscall.Conn, ep *endpoint) {
+		rc, err := c.SyscallConn()
+		var ferr error
+		if err == nil {
+			err = rc.Control(func(fd uintptr) { ferr = dropAll(int(fd)) })
+		}
+		if err = errors.Join(err, ferr); err != nil {
+			errs = append(errs, fmt.Errorf("sunrpc: what comes to %s cannot be dropped by a socket filter: %w", ep.addr, err))
+		}
+	}
+	for _, l := range ls {
+		drop(l.ln, l.ep)
+	}
+	for _, u := range us {
+		drop(u.pc, u.ep)
+	}
+	return errors.Join(errs...)
+}
+
 // CloseListeners closes the listeners and the UDP sockets that Refuse and Quiesce have kept.
 func (s *Server) CloseListeners() {
 	ls, us := s.sockets(all)

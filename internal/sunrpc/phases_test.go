@@ -479,3 +479,51 @@ func TestHeldNeverOpened(t *testing.T) {
 		}
 	}
 }
+
+// A machine that keeps the address answers nothing on it: neither new connections nor
+// what belongs to none any more, and no datagram.
+func TestDropAll(t *testing.T) {
+	s, a := startServer(t, Config{}, newTestHandler())
+	ua, err := s.ListenUDP(netip.AddrPortFrom(a.Addr(), 0), ListenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc := dialRaw(t, a)
+	mustWrite(t, nc, record(callMsg(1, procEcho)))
+	wantXID(t, nc, 1)
+	if err := s.Refuse(true); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	s.Quiesce(ctx)
+	if _, err := s.CloseQuietly(ctx, repair); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.DropAll(); err != nil {
+		t.Fatal(err)
+	}
+	wantHeld(t, a)
+	silent := func(c net.Conn, call []byte) {
+		t.Helper()
+		mustWrite(t, c, call)
+		if err := c.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := c.Read(make([]byte, 1))
+		if ne, ok := err.(net.Error); !ok || !ne.Timeout() {
+			t.Errorf("%s: %d bytes, %v; want silence", c.RemoteAddr(), n, err)
+		}
+	}
+	silent(nc, record(callMsg(2, procEcho)))
+	uc, err := net.Dial("udp", ua.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer uc.Close()
+	silent(uc, callMsg(3, procEcho))
+	s.CloseListeners()
+	if err := s.DropAll(); err == nil {
+		t.Error("ports that are closed are said to be silent")
+	}
+}

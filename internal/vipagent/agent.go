@@ -38,6 +38,9 @@ type Unit interface {
 	Begin(ctx context.Context, v mgs.VIP) error
 	Serve() error
 	Notify(ctx context.Context) (failover.Notified, error)
+	// Mute comes in Finish's place when the machine still has the address: nothing that
+	// comes to its ports is answered, until Finish.
+	Mute(ctx context.Context) error
 	// Changed gets a value after connections have come or gone.
 	Changed() <-chan struct{}
 }
@@ -122,10 +125,11 @@ func New(o Options) *Agent {
 	return a
 }
 
-// Clean takes away the addresses that an earlier process of this node has left: nobody
-// serves them. It is to be called before anything listens. Without a socket a client's
-// connection cannot be taken for one of theirs later.
-func Clean(ctx context.Context, n vip.Net, log *slog.Logger) error {
+// Clean takes away the addresses that an earlier process of this node has left, of those
+// in only if that is not nil: nobody serves them. It is to be called before anything
+// listens. Without a socket a client's connection cannot be taken for one of theirs
+// later.
+func Clean(ctx context.Context, n vip.Net, only []netip.Addr, log *slog.Logger) error {
 	l, err := n.Added()
 	if err != nil {
 		return err
@@ -133,6 +137,9 @@ func Clean(ctx context.Context, n vip.Net, log *slog.Logger) error {
 	var errs []error
 	for _, a := range l {
 		addr := a.Prefix.Addr()
+		if only != nil && !slices.Contains(only, addr) {
+			continue
+		}
 		k, err := n.Destroy(ctx, addr)
 		if err != nil {
 			log.Warn("sockets of an address that an earlier process has left", "address", addr, "err", err)
@@ -274,7 +281,11 @@ type Report struct {
 	State  State      `json:"state"`
 	Since  time.Time  `json:"since"`
 	Reason string     `json:"reason,omitempty"` // of Failed
-	Conns  int        `json:"conns,omitempty"`
+	// Stuck: the machine still has the address, which is not served here any more.
+	// Silent: nothing that comes to its ports is answered.
+	Stuck  bool `json:"stuck,omitempty"`
+	Silent bool `json:"silent,omitempty"`
+	Conns  int  `json:"conns,omitempty"`
 }
 
 // Reports lists all floating addresses that this node knows of, by index.
@@ -355,6 +366,7 @@ func (a *Agent) Stop(ctx context.Context) (orderly bool) {
 	orderly = true
 	for _, k := range a.all() {
 		orderly = k.settle(ctx) && orderly
+		k.letPorts()
 	}
 	a.mu.Lock()
 	a.cancel()

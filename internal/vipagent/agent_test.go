@@ -3,10 +3,14 @@ package vipagent
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -53,6 +57,14 @@ type registry struct {
 	taken chan struct{} // gets a value when Take was done; nil: answers come at once
 	let   chan struct{} // has Take's answer come
 	news  chan struct{} // and what Watch says after its first answer
+	ended func()        // called before Stopped; nil: nothing
+}
+
+func (r *registry) Stopped(ctx context.Context, index uint32, epoch uint64) error {
+	if r.ended != nil {
+		r.ended()
+	}
+	return r.Stored.Stopped(ctx, index, epoch)
 }
 
 func (r *registry) Take(ctx context.Context, index uint32, move uint64) (mgs.VIP, error) {
@@ -78,6 +90,9 @@ func (r *registry) Watch(ctx context.Context, rev string) (mgs.View, error) {
 type plain struct {
 	changed chan struct{}
 	drain   func(context.Context) // nil: at once
+	conns   func() []vip.Conn     // nil: none
+
+	muted, finished atomic.Bool
 }
 
 func newPlain(netip.Addr) Unit { return &plain{changed: make(chan struct{}, 1)} }
@@ -90,11 +105,23 @@ func (p *plain) Drain(ctx context.Context) (failover.Drained, error) {
 	return failover.Drained{}, nil
 }
 func (*plain) Commit(context.Context) error { return nil }
-func (*plain) Conns() []vip.Conn            { return nil }
+func (p *plain) Conns() []vip.Conn {
+	if p.conns != nil {
+		return p.conns()
+	}
+	return nil
+}
 func (*plain) Close(context.Context, failover.Closing) (failover.Closed, error) {
 	return failover.Closed{}, nil
 }
-func (*plain) Finish(context.Context) error         { return nil }
+func (p *plain) Mute(context.Context) error {
+	p.muted.Store(true)
+	return nil
+}
+func (p *plain) Finish(context.Context) error {
+	p.finished.Store(true)
+	return nil
+}
 func (*plain) Listen(bool) error                    { return nil }
 func (*plain) Begin(context.Context, mgs.VIP) error { return nil }
 func (*plain) Serve() error                         { return nil }
@@ -110,6 +137,8 @@ type bed struct {
 	reg *registry
 	net *viptest.Net
 	a   *Agent
+
+	network *viptest.Network
 }
 
 // newBed makes an agent that has not started.
@@ -117,7 +146,8 @@ func newBed(t *testing.T) *bed {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
-	b := &bed{t: t, ctx: ctx, reg: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}, net: viptest.NewNetwork().Machine("a")}
+	b := &bed{t: t, ctx: ctx, reg: &registry{Stored: mgs.NewStored(&document{}, rand.Reader)}, network: viptest.NewNetwork()}
+	b.net = b.network.Machine("a")
 	b.a = New(Options{
 		Node: "a", Others: []string{"b"}, Registry: b.reg, Net: b.net, New: newPlain, Retry: time.Millisecond, RetryMax: 5 * time.Millisecond, Given: filepath.Join(t.TempDir(), "given"),
 		Ask: func(context.Context, string, string, any, any) error { return errors.New("away") },
@@ -286,10 +316,57 @@ func TestStopHoldsNoPorts(t *testing.T) {
 	b.a.runner.Close()
 }
 
+// Connections that were accepted when the next owner had the list already are known to it
+// before it may begin.
+func TestLateConnections(t *testing.T) {
+	b, next := newBed(t), newBed(t)
+	conn := func(port uint16) vip.Conn {
+		return vip.Conn{Local: netip.AddrPortFrom(addr, 2049), Remote: netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), port)}
+	}
+	var late atomic.Bool
+	b.a.o.New = func(a netip.Addr) Unit {
+		u := newPlain(a).(*plain)
+		u.conns = func() []vip.Conn {
+			if late.Load() {
+				return []vip.Conn{conn(700), conn(701)}
+			}
+			return []vip.Conn{conn(700)}
+		}
+		u.drain = func(context.Context) { late.Store(true) }
+		return u
+	}
+	b.a.o.Ask = func(ctx context.Context, node, method string, args, result any) error {
+		raw, err := json.Marshal(args)
+		if err != nil {
+			return err
+		}
+		r, err := next.a.HandleConns(ctx, "a", raw)
+		if err == nil {
+			*result.(*connsResult) = r.(connsResult)
+		}
+		return err
+	}
+	var known []told
+	b.reg.ended = func() { known = next.a.book.known(b.vip().Index, b.vip().Epoch) }
+	b.start()
+	b.assign("a")
+	b.become(Serving)
+	b.assign("b")
+	if _, err := b.reg.SetReady(b.ctx, b.vip().Index, b.vip().MoveID); err != nil {
+		t.Fatal(err)
+	}
+	b.become(Absent)
+	if want := []told{{2049, conn(700).Remote}, {2049, conn(701).Remote}}; !slices.Equal(known, want) {
+		t.Errorf("the next owner knows of %v, want %v", known, want)
+	}
+}
+
 // The machine still has an address that was given up: whoever decides hears of which
 // period of service it is.
 func TestStuckIsReported(t *testing.T) {
 	b := newBed(t)
+	u := newPlain(addr).(*plain)
+	b.a.o.New = func(netip.Addr) Unit { return u }
 	b.start()
 	b.assign("a")
 	b.become(Serving)
@@ -297,17 +374,35 @@ func TestStuckIsReported(t *testing.T) {
 	b.net.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
 	b.assign("")
 	b.become(Failed)
-	if r := b.a.Reports()[0]; r.Epoch != epoch || r.Reason == "" {
+	if r := b.a.Reports()[0]; r.Epoch != epoch || !r.Stuck || !r.Silent || !strings.Contains(r.Reason, "ip addr del 192.0.2.9/24 dev eth0") {
 		t.Errorf("%+v, want epoch %d", r, epoch)
 	}
+	if !u.muted.Load() || u.finished.Load() {
+		t.Error("the ports are not kept silent")
+	}
+	// A cluster manager must not take it for given up.
+	late, cancel := context.WithTimeout(b.ctx, 50*time.Millisecond)
+	defer cancel()
+	if r, err := b.a.ReleaseVIP(late, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageFinish}); err == nil {
+		t.Errorf("the release says %+v", r)
+	}
+	// Nor does it help that the kernel does not complain.
+	b.net.Fail(viptest.Remove, nil, 0)
+	b.net.On(viptest.Has, func(context.Context, netip.Addr) error { return errors.New("not known") })
+	tries := func() int { return strings.Count(b.network.Lines(), "remove") }
+	n := tries()
+	b.until("it is tried again", func() bool { return tries() > n+1 })
 	if v := b.vip(); v.Free() {
 		t.Errorf("the registry was told: %+v", v)
 	}
-	b.net.Fail(viptest.Remove, nil, 0)
+	b.net.On(viptest.Has, nil)
 	b.until("it is told", func() bool { v := b.vip(); return v.Free() })
 	b.become(Absent)
-	if r := b.a.Reports()[0]; r.Epoch != 0 {
+	if r := b.a.Reports()[0]; r.Epoch != 0 || r.Stuck {
 		t.Errorf("%+v", r)
+	}
+	if !u.finished.Load() {
+		t.Error("the ports are still kept")
 	}
 }
 

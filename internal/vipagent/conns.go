@@ -203,6 +203,10 @@ type teller struct {
 
 	mu  sync.Mutex
 	seq uint64
+
+	// Of whole and rest: the list that was told last, and its number.
+	said   map[told]struct{}
+	saidAs uint64
 }
 
 func (k *keeper) startTeller(u Unit, epoch uint64) *teller {
@@ -298,20 +302,43 @@ func (t *teller) stop() {
 	t.wg.Wait()
 }
 
-// whole tells nodes the complete list and returns which have it.
+// whole tells nodes the complete list and returns which have it. It comes after stop.
 func (t *teller) whole(ctx context.Context, nodes []string) (know []string) {
-	ctx, cancel := context.WithTimeout(ctx, askTime)
-	defer cancel()
-	args := connsArgs{Index: t.k.index, Epoch: t.epoch, Seq: t.next()}
-	for c := range snapshot(t.u) {
+	t.said, t.saidAs = snapshot(t.u), t.next()
+	args := connsArgs{Index: t.k.index, Epoch: t.epoch, Seq: t.saidAs}
+	for c := range t.said {
 		args.Add = append(args.Add, c)
 	}
+	return t.tell(ctx, nodes, &args)
+}
+
+// rest tells nodes which have the list of whole what has come since.
+func (t *teller) rest(ctx context.Context, nodes []string) {
+	args := connsArgs{Index: t.k.index, Epoch: t.epoch, Base: t.saidAs}
+	for c := range snapshot(t.u) {
+		if _, ok := t.said[c]; !ok {
+			args.Add = append(args.Add, c)
+		}
+	}
+	if len(args.Add) == 0 {
+		return
+	}
+	args.Seq = t.next()
+	if know := t.tell(ctx, nodes, &args); len(know) == 0 {
+		t.k.log.Info("nobody knows of connections that came when the address was given up; their clients find out by themselves", "connections", len(args.Add))
+	}
+}
+
+// tell tells nodes and returns which have the list then.
+func (t *teller) tell(ctx context.Context, nodes []string, args *connsArgs) (know []string) {
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for _, node := range nodes {
 		wg.Go(func() {
 			var res connsResult
-			if err := t.k.a.o.Ask(ctx, node, MethodConns, &args, &res); err != nil {
+			if err := t.k.a.o.Ask(ctx, node, MethodConns, args, &res); err != nil {
 				t.k.log.Debug("a node was not told of the connections", "node", node, "err", err)
 				return
 			}

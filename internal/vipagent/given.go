@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/baton-nfs/baton/internal/replace"
 )
 
 // givenFile records, one on a line, the addresses that a cluster manager adds to this
@@ -51,11 +53,7 @@ func (f *givenFile) set(addr netip.Addr, given bool) error {
 	for _, a := range slices.SortedFunc(maps.Keys(m), netip.Addr.Compare) {
 		fmt.Fprintln(&b, a)
 	}
-	tmp := f.path + ".new"
-	if err = os.WriteFile(tmp, b.Bytes(), 0o644); err == nil {
-		err = os.Rename(tmp, f.path)
-	}
-	if err != nil {
+	if err = replace.File(f.path, b.Bytes(), 0o644); err != nil {
 		return fmt.Errorf("file of addresses of the cluster manager: %w: its directory must be there and writable", err)
 	}
 	return nil

@@ -195,6 +195,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		switch {
 		case again:
 			return vipctl.Result{}, fmt.Errorf("%s was assigned to this node again meanwhile", k.addr)
+		case stuck: // somebody may remove it in time
 		case over && (before == Absent || before == Failed):
 			return k.result(vipctl.Absent, "nothing is served here")
 		case over && held:
@@ -210,7 +211,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 			k.bar()
 		case <-ctx.Done():
 			if stuck {
-				return vipctl.Result{}, fmt.Errorf("%s is not answered here any more, but the machine still has the address; remove it, or turn the machine off (%s): %w", k.addr, reason, ctx.Err())
+				return vipctl.Result{}, fmt.Errorf("%s is not answered here any more; %s: %w", k.addr, reason, ctx.Err())
 			}
 			return vipctl.Result{}, fmt.Errorf("%s is %s after the time that was given, and the work goes on: %w", k.addr, state, ctx.Err())
 		}

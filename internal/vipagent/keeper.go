@@ -64,6 +64,9 @@ type debt struct {
 	// stuck: the machine still has the address, which is to be removed first. Under the
 	// keeper's mu.
 	stuck bool
+	// Of stuck: unit keeps the ports, nil if nobody does; silent: and drops what comes.
+	unit   Unit
+	silent bool
 }
 
 // newKeeper makes the keeper of an address; the agent's lock is held.
@@ -165,6 +168,7 @@ func (k *keeper) report() Report {
 	}
 	if k.s.state == Failed && k.owe != nil {
 		r.Epoch = k.owe.epoch // it has to do with that still
+		r.Stuck, r.Silent = k.owe.stuck, k.owe.stuck && k.owe.silent
 	}
 	if k.unit != nil && (k.s.state == Serving || k.s.state == Releasing) {
 		r.Conns = len(k.unit.Conns())
@@ -397,14 +401,49 @@ func (k *keeper) unstick(ctx context.Context, d *debt) error {
 		if _, err := k.a.o.Net.Destroy(ctx, k.addr); err != nil {
 			k.log.Warn("sockets of an address that is not served here", "err", err)
 		}
-		if err := k.a.o.Net.Remove(ctx, at); err != nil {
-			return fmt.Errorf("the machine still has the address; remove it, or turn the machine off: %w", err)
+		err := k.a.o.Net.Remove(ctx, at)
+		has, herr := k.a.o.Net.Has(k.addr)
+		if err = errors.Join(err, herr); err != nil || has {
+			return stuckError(at, err)
 		}
 	}
+	k.log.Info("the machine does not have the address any more")
+	k.letPorts()
 	k.mu.Lock()
-	d.stuck = false
+	d.stuck, d.silent = false, false
 	k.mu.Unlock()
 	return nil
+}
+
+// stuckError says what to do about an address that the machine still has.
+func stuckError(at vip.Address, err error) error {
+	text := fmt.Sprintf("stuck: this machine still has the address; remove it by hand: ip addr del %s", at.Prefix)
+	if at.Interface != "" {
+		text += " dev " + at.Interface
+	}
+	text += fmt.Sprintf(" (\"ip addr show to %s\" tells where it is), or turn the machine off", at.Prefix.Addr())
+	if err == nil {
+		return errors.New(text)
+	}
+	return fmt.Errorf("%s: %w", text, err)
+}
+
+// letPorts ends what keeps the ports of an address that the machine still has, or had.
+func (k *keeper) letPorts() {
+	k.mu.Lock()
+	var u Unit
+	if d := k.owe; d != nil {
+		u, d.unit = d.unit, nil
+	}
+	k.mu.Unlock()
+	if u == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), registryTime)
+	defer cancel()
+	if err := u.Finish(ctx); err != nil {
+		k.log.Warn("the services of an address that was given up have not ended well", "err", err)
+	}
 }
 
 func (k *keeper) tell(ctx context.Context, d *debt) error {

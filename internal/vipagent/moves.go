@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/vip"
 )
@@ -244,7 +245,7 @@ func (k *keeper) take(v *mgs.VIP) error {
 	}
 	k.mu.Unlock()
 	if rep.Outcome == failover.Stuck {
-		k.become(Failed, fmt.Sprintf("the machine still has the address: %v", rep.Err))
+		k.become(Failed, stuckError(k.at, rep.Err).Error())
 	} else {
 		k.become(Absent, "")
 	}
@@ -275,11 +276,20 @@ func (k *keeper) release(st step) {
 	k.mu.Unlock()
 	k.log.Info("giving the address up", "why", st.text, "epoch", epoch)
 	t.stop()
+	var rest sync.WaitGroup
+	defer rest.Wait()
 	o := failover.ReleaseOptions{
 		Subject: k.subject(st.reason), Service: u, Refuse: k.a.o.Refuse, Closing: failover.HalfClose, Given: given, Fenced: fencing,
 		Deadlines: k.a.o.Deadlines,
-		Told:      func(ctx context.Context) error { return k.told(ctx, epoch, true) },
-		Abandon:   func(ctx context.Context) error { return k.told(ctx, epoch, false) },
+		// Who takes the address next must have the connections before it may begin.
+		Told: func(ctx context.Context) error {
+			rest.Wait()
+			return k.told(ctx, epoch, true)
+		},
+		Abandon: func(ctx context.Context) error {
+			rest.Wait()
+			return k.told(ctx, epoch, false)
+		},
 	}
 	o.Subject.Address, o.Subject.Epoch, o.Subject.From = k.at, epoch, k.a.o.Node
 	if o.Subject.To == k.a.o.Node {
@@ -287,17 +297,23 @@ func (k *keeper) release(st step) {
 	}
 	if keep != nil {
 		o.Finish, o.FinishWait = keep, holdTime
-		o.OnStage = func(s failover.StageReport) {
-			// Of what has a newer owner nobody is told.
-			if s.Stage == failover.StageTold || s.Stage == failover.StageClear && k.isFenced() {
-				k.holds()
-			}
-		}
 	}
+	o.Mute = u.Mute
+	var know []string
 	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
 		// Who may be next knows the connections from before; this is all of them, now.
-		if know := t.whole(k.a.ctx, k.successors()); len(know) > 0 {
+		if know = t.whole(k.a.ctx, k.successors()); len(know) > 0 {
 			o.Closing = failover.Quiet
+		}
+	}
+	o.OnStage = func(s failover.StageReport) {
+		switch {
+		// Of what has a newer owner nobody is told.
+		case keep != nil && (s.Stage == failover.StageTold || s.Stage == failover.StageClear && k.isFenced()):
+			k.holds()
+		// Nothing is accepted any more: these are the last ones.
+		case s.Stage == failover.StageDrain && len(know) > 0 && !k.isFenced():
+			rest.Go(func() { t.rest(k.a.ctx, know) })
 		}
 	}
 	rep := k.a.runner.Release(k.a.ctx, o)
@@ -307,7 +323,7 @@ func (k *keeper) release(st step) {
 	case rep.Outcome == failover.Superseded || rep.Told:
 	case rep.Outcome == failover.Stuck:
 		// Somebody else may have it by now: then the registry knows.
-		k.owe = &debt{epoch: epoch, stuck: true}
+		k.owe = &debt{epoch: epoch, stuck: true, unit: u, silent: rep.Silent}
 	default:
 		k.owe = &debt{epoch: epoch, clean: rep.Outcome == failover.Clean}
 	}
@@ -319,7 +335,10 @@ func (k *keeper) release(st step) {
 	log("the address was given up", "outcome", rep.Outcome, "closing", o.Closing, "took", rep.Took, "conns", rep.Drained.Conns, "replies", rep.Drained.Replies,
 		"orderly", rep.Closed.Orderly, "forced", rep.Closed.Forced, "destroyed", rep.Destroyed, "err", rep.Err)
 	if rep.Outcome == failover.Stuck {
-		k.become(Failed, fmt.Sprintf("the machine still has the address: %v", rep.Err))
+		err := stuckError(k.at, rep.Err)
+		k.log.Error("the address could not be removed; nothing is answered there", "silent", rep.Silent, "err", err)
+		k.a.o.Events.Append(events.Event{Kind: events.Node, Addr: k.addr, VIP: k.index, Epoch: epoch, Reason: "the machine still has the address", Err: err.Error()})
+		k.become(Failed, err.Error())
 		return
 	}
 	k.become(Absent, "")

@@ -84,7 +84,7 @@ func newBed(t *testing.T, stripes int, o Options) *bed {
 	var states []mdt.OSTState
 	for i := range stripes {
 		d := objfs.NewMem(b.clk.Now)
-		x, err := ost.Open(ost.Options{Index: uint16(i), FS: d, BootID: "boot", Clock: b.clk.Now})
+		x, err := ost.Open(ost.Options{Index: uint16(i), FS: d, BootID: "boot", Clock: b.clk.Now, CommitInterval: -1})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -76,6 +77,49 @@ func TestFlushFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := b.fs.Flush(ctx, o); !errors.Is(err, wire.ErrStaleVIP) {
+		t.Error(err)
+	}
+}
+
+// silent is an OST that answers when release is called.
+type silent struct {
+	wire.Conn
+	held chan func()
+}
+
+func (s *silent) Handle(req *wire.Request, rep *wire.Reply, done func()) {
+	s.held <- func() { s.Conn.Handle(req, rep, done) }
+}
+
+// Who raises an epoch waits for an OST that is silent until its time is over, and
+// no longer; what the OST answers later does no harm.
+func TestRaiseEpochEnds(t *testing.T) {
+	b := newBed(t, 2, Options{})
+	s := &silent{b.fs.osts[1].Conn, make(chan func(), 1)}
+	b.fs.osts[1].Conn = s
+	gone, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	end := make(chan error, 1)
+	go func() { end <- b.fs.RaiseEpoch(gone, Owner{VIP: 1, Epoch: 1}) }()
+	answer := <-s.held
+	select {
+	case err := <-end:
+		t.Fatalf("it did not wait: %v", err)
+	default:
+	}
+	over := errors.New("the time is over")
+	cancel(over)
+	select {
+	case err := <-end:
+		if !errors.Is(err, over) {
+			t.Errorf("%v, want %v", err, over)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("it still waits")
+	}
+	answer()
+	b.fs.osts[1].Conn = s.Conn
+	if err := b.fs.RaiseEpoch(ctx, Owner{VIP: 1, Epoch: 1}); err != nil {
 		t.Error(err)
 	}
 }

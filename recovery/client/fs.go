@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -478,7 +480,8 @@ func (f *FS) noteFlush(ost uint16, told uint64) {
 
 // RaiseEpoch has the targets refuse what comes for earlier periods of service of
 // o's VIP: the MDT durably, and all OSTs that are there. The others learn of it from
-// the MDT when they start, and by the first request of this period.
+// the MDT when they start, and by the first request of this period. When ctx ends,
+// OSTs that have not answered are not waited for: whether they know is unknown.
 func (f *FS) RaiseEpoch(ctx context.Context, o Owner) error {
 	m := f.get()
 	defer f.put(m)
@@ -486,23 +489,35 @@ func (f *FS) RaiseEpoch(ctx context.Context, o Owner) error {
 	if f.Call(ctx, o, &m.req, &m.rep); m.rep.Status != wire.OK {
 		return fmt.Errorf("client: raise the epoch of VIP %d at the MDT: %w", o.VIP, m.rep.Status)
 	}
-	ms := make([]*msg, len(f.osts))
-	var wg sync.WaitGroup
+	type answer struct {
+		ost int
+		st  wire.Status
+	}
+	answers := make(chan answer, len(f.osts))
+	waits := make(map[int]bool, len(f.osts))
 	for i, c := range f.osts {
 		m := f.get()
-		ms[i] = m
+		waits[i] = true
 		m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit|wire.FlagNoWait
 		f.header(o, &m.req)
-		wg.Add(1)
-		c.Handle(&m.req, &m.rep, wg.Done)
+		c.Handle(&m.req, &m.rep, func() {
+			st := m.rep.Status
+			f.put(m)
+			answers <- answer{i, st}
+		})
 	}
-	wg.Wait()
 	var errs []error
-	for i, m := range ms {
-		if st := m.rep.Status; st != wire.OK && (st != wire.ErrTargetDown || f.osts[i].im == nil) {
-			errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, i, st))
+	for len(waits) > 0 {
+		select {
+		case a := <-answers:
+			delete(waits, a.ost)
+			if a.st != wire.OK && (a.st != wire.ErrTargetDown || f.osts[a.ost].im == nil) {
+				errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, a.ost, a.st))
+			}
+		case <-ctx.Done():
+			late := slices.Sorted(maps.Keys(waits))
+			return errors.Join(append(errs, fmt.Errorf("client: raise the epoch of VIP %d: OSTs %v have not answered: %w", o.VIP, late, context.Cause(ctx)))...)
 		}
-		f.put(m)
 	}
 	return errors.Join(errs...)
 }

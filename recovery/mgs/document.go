@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/baton-nfs/baton/internal/replace"
 )
 
 // MaxDocument is the largest size of a registry in a file, in bytes.
@@ -45,7 +47,7 @@ func WriteFile(dir string, doc []byte) error {
 	if _, err := Inspect("the document", doc); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, FileName), doc); err != nil {
+	if err := replace.File(filepath.Join(dir, FileName), doc, 0o600); err != nil {
 		return fmt.Errorf("mgs: write the registry: %w", err)
 	}
 	return nil
@@ -63,7 +65,7 @@ func FreezeFile(dir string) error {
 		return fmt.Errorf("mgs: freeze the registry: %w", err)
 	}
 	frozen := filepath.Join(dir, FrozenName)
-	if err := writeFile(frozen, b); err != nil {
+	if err := replace.File(frozen, b, 0o600); err != nil {
 		return fmt.Errorf("mgs: freeze the registry: %w", err)
 	}
 	if err := os.Remove(path); err != nil {

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+
+	"github.com/baton-nfs/baton/internal/replace"
 )
 
 // File is a registry in one file, which is replaced atomically. Only one process
@@ -140,7 +142,7 @@ func (f *fileStorage) Swap(_ context.Context, rev uint64, doc []byte) error {
 	if rev != f.rev {
 		return ErrConflict
 	}
-	if err := writeFile(f.path, doc); err != nil {
+	if err := replace.File(f.path, doc, 0o600); err != nil {
 		return err
 	}
 	// It may have come too late for the next owner to see.
@@ -153,33 +155,4 @@ func (f *fileStorage) Swap(_ context.Context, rev uint64, doc []byte) error {
 		f.changed = nil
 	}
 	return nil
-}
-
-// writeFile replaces path so that after a crash it has the old or the new
-// content, and the new one once it has returned.
-func writeFile(path string, b []byte) error {
-	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -30,14 +30,22 @@ type client struct {
 }
 
 // dial connects to a port of the service address.
-func (b *box) dial(port int) (net.Conn, error) {
-	return b.node.DialContext(b.ctx, "tcp", netip.AddrPortFrom(addr, uint16(port)).String())
+func (b *box) dial(port int) (net.Conn, error) { return b.dialTo(addr, port) }
+
+func (b *box) dialTo(at netip.Addr, port int) (net.Conn, error) {
+	return b.node.DialContext(b.ctx, "tcp", netip.AddrPortFrom(at, uint16(port)).String())
 }
 
 // connect mounts /home and returns a client with its root.
 func (b *box) connect() *client {
 	b.t.Helper()
-	mc, err := b.dial(mountPort)
+	return b.connectTo(addr)
+}
+
+// connectTo is connect to another address.
+func (b *box) connectTo(at netip.Addr) *client {
+	b.t.Helper()
+	mc, err := b.dialTo(at, mountPort)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -47,7 +55,7 @@ func (b *box) connect() *client {
 	if status(res) != statusOK {
 		b.t.Fatalf("MNT: status %d", status(res))
 	}
-	c, err := b.dial(nfsPort)
+	c, err := b.dialTo(at, nfsPort)
 	if err != nil {
 		b.t.Fatal(err)
 	}

@@ -2,11 +2,13 @@ package unit
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
+	"time"
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/rpcbind"
@@ -26,15 +28,27 @@ type Portmap struct {
 
 	mu   sync.Mutex
 	mode string
-	// Of the system's rpcbind: turn is held while it is talked to.
-	turn  chan struct{}
-	addrs map[netip.Addr]bool
-	reg   *rpcbind.Registrar // nil while nothing is registered
+	// Of the system's rpcbind: addrs are to be known there, whose changes are numbered;
+	// heard is the last change that it was told of, err what came of that.
+	addrs   map[netip.Addr]bool
+	changes uint64
+	heard   uint64
+	err     error
+	// idle is closed when it knows all; nil: it does, and nobody talks to it.
+	idle chan struct{}
+
+	// Of the goroutine that talks to it.
+	reg *rpcbind.Registrar // nil while nothing is registered
+	has families           // that are registered
 }
+
+// families are those of addresses. Entries of rpcbind have no address, so nothing else
+// matters of them.
+type families struct{ v4, v6 bool }
 
 // NewPortmap decides how ports are made known.
 func NewPortmap(ctx context.Context, cfg *config.Config, log *slog.Logger) *Portmap {
-	p := &Portmap{cfg: cfg, log: log, mode: cfg.Rpcbind.Mode, turn: make(chan struct{}, 1), addrs: map[netip.Addr]bool{}}
+	p := &Portmap{cfg: cfg, log: log, mode: cfg.Rpcbind.Mode, addrs: map[netip.Addr]bool{}}
 	if p.mode == config.RpcbindAuto {
 		p.mode = config.RpcbindOwn
 		if p.sys.Available(ctx) {
@@ -85,71 +99,98 @@ func (p *Portmap) table(addr netip.Addr) *rpcbind.Table {
 	return t
 }
 
-// add registers an address's ports with the system's rpcbind, if that is to know them.
-func (p *Portmap) add(ctx context.Context, addr netip.Addr) error {
-	return p.set(ctx, addr, true)
-}
-
-func (p *Portmap) remove(ctx context.Context, addr netip.Addr) error {
-	return p.set(ctx, addr, false)
-}
-
-func (p *Portmap) set(ctx context.Context, addr netip.Addr, there bool) error {
-	if p.Mode() != config.RpcbindSystem {
-		return nil
+// want notes whether an address's ports are to be known to the system's rpcbind, and has
+// it told; false: that is so already. It waits for nothing: what was wanted last is what
+// becomes of it, however long rpcbind takes.
+func (p *Portmap) want(addr netip.Addr, known bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mode != config.RpcbindSystem || p.addrs[addr] == known {
+		return false
 	}
-	select {
-	case p.turn <- struct{}{}:
-	case <-ctx.Done():
-		return fmt.Errorf("rpcbind: %w", ctx.Err())
-	}
-	defer func() { <-p.turn }()
-	if p.addrs[addr] == there {
-		return nil
-	}
-	before := len(p.mappings(p.list()))
-	if there {
+	if known {
 		p.addrs[addr] = true
 	} else {
 		delete(p.addrs, addr)
 	}
-	// Entries have no address, so only the first and the last of a family matter.
-	want := p.mappings(p.list())
-	if len(want) == before {
+	p.changes++
+	if p.idle == nil {
+		p.idle = make(chan struct{})
+		go p.tell()
+	}
+	return true
+}
+
+// settled waits until rpcbind knows what was wanted last, and returns what came of it.
+func (p *Portmap) settled(ctx context.Context) error {
+	p.mu.Lock()
+	idle := p.idle
+	p.mu.Unlock()
+	if idle != nil {
+		select {
+		case <-idle:
+		case <-ctx.Done():
+			return fmt.Errorf("rpcbind: %w", context.Cause(ctx))
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
+// tell tells rpcbind of changes until it knows all. Every conversation has an end of its
+// own; settled waits for it.
+func (p *Portmap) tell() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.heard != p.changes {
+		change, addrs := p.changes, slices.Collect(maps.Keys(p.addrs))
+		p.mu.Unlock()
+		err := p.register(addrs)
+		p.mu.Lock()
+		p.heard, p.err = change, err
+	}
+	close(p.idle)
+	p.idle = nil
+}
+
+// register has rpcbind know the ports of addresses, and no others.
+func (p *Portmap) register(addrs []netip.Addr) error {
+	var want families
+	for _, a := range addrs {
+		want.v4, want.v6 = want.v4 || a.Is4(), want.v6 || a.Is6()
+	}
+	if want == p.has {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), rpcbindTime)
+	defer cancel()
 	var err error
 	if p.reg != nil {
 		err = p.reg.Stop(ctx)
-		p.reg = nil
 	}
-	if len(want) == 0 {
+	p.reg, p.has = nil, families{}
+	if want == p.has {
 		return err
 	}
-	r := &rpcbind.Registrar{System: p.sys, Mappings: want, Logger: p.log}
+	r := &rpcbind.Registrar{System: p.sys, Mappings: p.mappings(addrs), Logger: p.log}
 	if err := r.Start(ctx); err != nil {
-		delete(p.addrs, addr)
 		return fmt.Errorf("rpcbind: %w; set rpcbind.mode = \"own\" or \"off\"", err)
 	}
-	p.reg = r
+	p.reg, p.has = r, want
 	return nil
 }
 
-func (p *Portmap) list() (l []netip.Addr) {
-	for a := range p.addrs {
-		l = append(l, a)
-	}
-	return l
-}
+// rpcbindTime bounds a conversation with the system's rpcbind.
+const rpcbindTime = 10 * time.Second
 
 // Close takes back what is still registered.
 func (p *Portmap) Close(ctx context.Context) error {
-	var errs []error
-	p.turn <- struct{}{}
-	addrs := p.list()
-	<-p.turn
+	p.mu.Lock()
+	addrs := slices.Collect(maps.Keys(p.addrs))
+	p.mu.Unlock()
 	for _, a := range addrs {
-		errs = append(errs, p.remove(ctx, a))
+		p.want(a, false)
 	}
-	return errors.Join(errs...)
+	return p.settled(ctx)
 }

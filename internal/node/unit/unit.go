@@ -292,7 +292,15 @@ func (u *Unit) Serve() error {
 // tells those that have to reclaim theirs, in the background. Clients look for the
 // ports when they are called, so they are called last.
 func (u *Unit) Notify(ctx context.Context) (failover.Notified, error) {
-	err := u.d.Portmap.add(ctx, u.addr)
+	// One that is late comes after the end: package failover has not waited for it.
+	u.mu.Lock()
+	if u.finished {
+		u.mu.Unlock()
+		return failover.Notified{}, errFinished
+	}
+	u.d.Portmap.want(u.addr, true)
+	u.mu.Unlock()
+	err := u.d.Portmap.settled(ctx)
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.quiet || u.closing || u.finished || u.locks == nil {
@@ -383,12 +391,23 @@ func (u *Unit) Close(ctx context.Context, how failover.Closing) (failover.Closed
 	return c, errors.Join(errs...)
 }
 
+// Mute keeps the ports and has the kernel drop whatever comes to them, until Finish. It
+// comes after Close.
+func (u *Unit) Mute(context.Context) error {
+	var errs []error
+	for _, s := range u.Servers() {
+		errs = append(errs, s.DropAll())
+	}
+	return errors.Join(errs...)
+}
+
 // Finish implements failover.Service, and undoes what was done of a take-over. It may
 // be called at any time and more than once.
 func (u *Unit) Finish(ctx context.Context) error {
 	u.mu.Lock()
 	done, begun := u.finished, u.begun
 	u.finished = true
+	registered := !done && u.d.Portmap.want(u.addr, false)
 	u.mu.Unlock()
 	if done {
 		return nil
@@ -396,7 +415,9 @@ func (u *Unit) Finish(ctx context.Context) error {
 	var wg sync.WaitGroup
 	var lerr, perr error
 	wg.Go(func() { lerr = u.stopLocks(ctx) })
-	wg.Go(func() { perr = u.d.Portmap.remove(ctx, u.addr) })
+	if registered {
+		wg.Go(func() { perr = u.d.Portmap.settled(ctx) })
+	}
 	err := u.closeServers(ctx)
 	wg.Wait()
 	if begun {
