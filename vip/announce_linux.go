@@ -58,7 +58,8 @@ func (k *Kernel) send(fd int, b, oob []byte, to unix.Sockaddr) error {
 }
 
 // Segments of Tickle leave in groups of tickleGroup, one every ticklePause: 500
-// need 16 ms. The answers, and what clients do next, come at the same rate.
+// need 16 ms, also on a machine where every pause takes longer than it should. The
+// answers, and what clients do next, come at the same rate.
 const (
 	tickleGroup = 32
 	ticklePause = time.Millisecond
@@ -83,9 +84,12 @@ func (k *Kernel) Tickle(a Address, conns []Conn) error {
 	if err != nil {
 		return err
 	}
+	start := k.now()
 	for i, c := range inTurns(conns) {
 		if i > 0 && i%tickleGroup == 0 {
-			k.pause(ticklePause)
+			if early := time.Duration(i/tickleGroup)*ticklePause - k.now().Sub(start); early > 0 {
+				k.pause(early)
+			}
 		}
 		if err := k.tickle(ip, l.index, c); err != nil {
 			if failed++; first == nil {

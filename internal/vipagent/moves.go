@@ -232,11 +232,8 @@ func (k *keeper) release(st step) {
 			}
 		}
 	}
-	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
-		// Who may be next knows the connections from before; this is all of them, now.
-		if know := t.whole(k.a.ctx, k.successors()); len(know) > 0 {
-			o.Closing = failover.Quiet
-		}
+	if st.reason != failover.Fenced {
+		o.Closing = k.prepare(u, t, fencing)
 	}
 	rep := k.a.runner.Release(k.a.ctx, o)
 	k.mu.Lock()

@@ -480,31 +480,56 @@ func (f *FS) noteFlush(ost uint16, told uint64) {
 // o's VIP: the MDT durably, and all OSTs that are there. The others learn of it from
 // the MDT when they start, and by the first request of this period.
 func (f *FS) RaiseEpoch(ctx context.Context, o Owner) error {
+	all := make([]int, len(f.osts))
+	for i := range all {
+		all[i] = i
+	}
+	// A move waits for this, so nobody waits for another.
+	first := f.raiseOSTs(o, all)
 	m := f.get()
 	defer f.put(m)
 	m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit
-	if f.Call(ctx, o, &m.req, &m.rep); m.rep.Status != wire.OK {
+	f.Call(ctx, o, &m.req, &m.rep)
+	away, err := first()
+	if m.rep.Status != wire.OK {
 		return fmt.Errorf("client: raise the epoch of VIP %d at the MDT: %w", o.VIP, m.rep.Status)
 	}
-	ms := make([]*msg, len(f.osts))
+	if len(away) > 0 && err == nil {
+		// One that has started meanwhile may have asked the MDT too early. From now on
+		// none does.
+		_, err = f.raiseOSTs(o, away)()
+	}
+	return err
+}
+
+// raiseOSTs sends the epoch to OSTs. The function that it returns waits for the answers
+// and is to be called; away are the OSTs that are not there.
+func (f *FS) raiseOSTs(o Owner, osts []int) func() (away []int, err error) {
+	ms := make([]*msg, len(osts))
 	var wg sync.WaitGroup
-	for i, c := range f.osts {
+	for k, i := range osts {
 		m := f.get()
-		ms[i] = m
+		ms[k] = m
 		m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit|wire.FlagNoWait
 		f.header(o, &m.req)
 		wg.Add(1)
-		c.Handle(&m.req, &m.rep, wg.Done)
+		f.osts[i].Handle(&m.req, &m.rep, wg.Done)
 	}
-	wg.Wait()
-	var errs []error
-	for i, m := range ms {
-		if st := m.rep.Status; st != wire.OK && (st != wire.ErrTargetDown || f.osts[i].im == nil) {
-			errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, i, st))
+	return func() (away []int, err error) {
+		wg.Wait()
+		var errs []error
+		for k, i := range osts {
+			switch st := ms[k].rep.Status; {
+			case st == wire.OK:
+			case st == wire.ErrTargetDown && f.osts[i].im != nil:
+				away = append(away, i)
+			default:
+				errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, i, st))
+			}
+			f.put(ms[k])
 		}
-		f.put(m)
+		return away, errors.Join(errs...)
 	}
-	return errors.Join(errs...)
 }
 
 // FlushErrors is the number of failed flushes that the OSTs have told of since
