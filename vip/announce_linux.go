@@ -58,10 +58,12 @@ func (k *Kernel) send(fd int, b, oob []byte, to unix.Sockaddr) error {
 }
 
 // Segments of Tickle leave in groups of tickleGroup, one every ticklePause: 500
-// need 16 ms, also on a machine where every pause takes longer than it should. The
-// answers, and what clients do next, come at the same rate.
+// need 4 ms, also on a machine where every pause takes longer than it should, which
+// is so when the first clients are back and want the processors. The answers, and
+// what clients do next, come at the same rate; a group to one client is less than
+// what the kernel keeps while it looks for the neighbour.
 const (
-	tickleGroup = 32
+	tickleGroup = 128
 	ticklePause = time.Millisecond
 )
 

@@ -135,7 +135,7 @@ func TestTicklePace(t *testing.T) {
 		n      int
 		late   time.Duration // each pause takes this much longer than it should
 		pauses int
-	}{{0, 0, 0}, {1, 0, 0}, {tickleGroup, 0, 0}, {tickleGroup + 1, 0, 1}, {500, 0, 15}, {500, ticklePause, 8}, {500, 20 * ticklePause, 1}} {
+	}{{0, 0, 0}, {1, 0, 0}, {tickleGroup, 0, 0}, {tickleGroup + 1, 0, 1}, {500, 0, 3}, {500, ticklePause, 2}, {500, 20 * ticklePause, 1}} {
 		now, pauses := time.Unix(1, 0), 0
 		k.now = func() time.Time { return now }
 		k.pause = func(d time.Duration) {
