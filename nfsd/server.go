@@ -121,6 +121,12 @@ func (a *Address) SetVerifier(v [8]byte) {
 	a.verifier.Store(n)
 }
 
+// Verifier is the write verifier that the address has now.
+func (a *Address) Verifier() (v [8]byte) {
+	a.putVerifier(&v)
+	return v
+}
+
 func (a *Address) putVerifier(dst *[8]byte) {
 	n := a.verifier.Load()
 	for i := range dst {

@@ -41,6 +41,7 @@ type Kernel struct {
 	log   *slog.Logger
 	sysfs string              // /proc/sys/net
 	pause func(time.Duration) // between segments of Tickle
+	now   func() time.Time
 	kill  func(*diagSocket) error
 	here  func(netip.Addr) (bool, error) // whether packets to it are delivered
 
@@ -70,7 +71,7 @@ var errClosed = errors.New("vip: closed")
 
 // Open opens the sockets that the work needs, and keeps them open.
 func Open(o Options) (*Kernel, error) {
-	k := &Kernel{proto: o.Proto, log: o.Log, sysfs: "/proc/sys/net", pause: time.Sleep}
+	k := &Kernel{proto: o.Proto, log: o.Log, sysfs: "/proc/sys/net", pause: time.Sleep, now: time.Now}
 	k.kill, k.here = k.destroy, k.local
 	if k.proto == 0 {
 		k.proto = DefaultProto

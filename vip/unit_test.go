@@ -123,28 +123,35 @@ func TestInTurns(t *testing.T) {
 	}
 }
 
-// Segments leave in groups with a pause after each, and nobody waits after the last.
+// Segments leave in groups with a pause after each, and nobody waits after the last. A
+// pause that took too long is made up for.
 func TestTicklePace(t *testing.T) {
 	k, err := Open(Options{})
 	if err != nil {
 		t.Skipf("SKIPPED, reason: %v", err)
 	}
 	defer k.Close()
-	for n, want := range map[int]int{0: 0, 1: 0, tickleGroup: 0, tickleGroup + 1: 1, 500: 15} {
-		pauses := 0
+	for _, x := range []struct {
+		n      int
+		late   time.Duration // each pause takes this much longer than it should
+		pauses int
+	}{{0, 0, 0}, {1, 0, 0}, {tickleGroup, 0, 0}, {tickleGroup + 1, 0, 1}, {500, 0, 3}, {500, ticklePause, 2}, {500, 20 * ticklePause, 1}} {
+		now, pauses := time.Unix(1, 0), 0
+		k.now = func() time.Time { return now }
 		k.pause = func(d time.Duration) {
-			if pauses++; d != ticklePause {
+			if pauses++; d <= 0 || d > ticklePause {
 				t.Errorf("a pause of %v", d)
 			}
+			now = now.Add(d + x.late)
 		}
 		// No connection of the address: nothing is sent.
-		conns := slices.Repeat([]Conn{{Local: netip.AddrPortFrom(ip4, 1), Remote: netip.AddrPortFrom(ip4, 2)}}, n)
+		conns := slices.Repeat([]Conn{{Local: netip.AddrPortFrom(ip4, 1), Remote: netip.AddrPortFrom(ip4, 2)}}, x.n)
 		err := k.Tickle(Address{Prefix: netip.MustParsePrefix("192.0.2.77/24"), Interface: "lo"}, conns)
-		if n > 0 && (err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d of %d", n, n))) {
-			t.Errorf("tickle of %d wrong connections: %v", n, err)
+		if x.n > 0 && (err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d of %d", x.n, x.n))) {
+			t.Errorf("tickle of %d wrong connections: %v", x.n, err)
 		}
-		if pauses != want {
-			t.Errorf("%d segments: %d pauses, want %d", n, pauses, want)
+		if pauses != x.pauses {
+			t.Errorf("%d segments, pauses late by %v: %d pauses, want %d", x.n, x.late, pauses, x.pauses)
 		}
 	}
 }

@@ -290,7 +290,7 @@ func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	n.portmap = unit.NewPortmap(ctx, n.cfg, n.log)
 	n.deps = &unit.Deps{
 		Config: n.cfg, Log: n.log, FS: n.fs, NFS: n.nfs, Lockd: n.lockd, Statd: n.statd, Registry: n.reg, Portmap: n.portmap,
-		MaxConns: n.maxConns(), Begun: n.begun, Ended: n.ended, Silence: vip.CloseQuietly, Inherited: n.inherited,
+		MaxConns: n.maxConns(), Begun: n.begun, Ended: n.ended, Silence: vip.CloseQuietly, Inherited: n.inherited, Verifiers: n.verifier.Load,
 	}
 	if err = n.serveFixed(ctx); err != nil {
 		return err
@@ -312,6 +312,9 @@ func (n *Node) begun(ctx context.Context, u *unit.Unit) error {
 	n.units = append(n.units, u)
 	n.tellServed()
 	n.svcMu.Unlock()
+	if n.cluster != nil && n.verifier.Load() == u.Verifiers() {
+		return nil // only this node changes the verifiers of what it serves
+	}
 	vips, err := n.reg.VIPs(ctx)
 	for _, v := range vips {
 		if v.Index == u.VIP().Index {

@@ -116,19 +116,20 @@ func (s *Server) waitGone(ctx context.Context, conns []*Conn) {
 	s.waitConns(ctx, conns, func(*Conn) bool { return false })
 }
 
-// waitConns waits until each of conns is done or registered no more, or ctx ends.
+// waitConns waits until each of conns is done or registered no more, or ctx ends. Neither is ever undone, so each
+// is waited for in turn, and hundreds that change one after the other are not all looked at every time.
 func (s *Server) waitConns(ctx context.Context, conns []*Conn, done func(*Conn) bool) {
 	for {
 		s.mu.Lock()
-		left := 0
-		for _, c := range conns {
-			if _, ok := s.conns[c]; ok && !done(c) {
-				left++
+		for len(conns) > 0 {
+			if _, ok := s.conns[conns[0]]; ok && !done(conns[0]) {
+				break
 			}
+			conns = conns[1:]
 		}
 		gone := s.connsGone
 		s.mu.Unlock()
-		if left == 0 {
+		if len(conns) == 0 {
 			return
 		}
 		select {

@@ -300,11 +300,8 @@ func (k *keeper) release(st step) {
 	}
 	o.Mute = u.Mute
 	var know []string
-	if st.reason != failover.Fenced && k.a.o.Closing != failover.HalfClose {
-		// Who may be next knows the connections from before; this is all of them, now.
-		if know = t.whole(k.a.ctx, k.successors()); len(know) > 0 {
-			o.Closing = failover.Quiet
-		}
+	if st.reason != failover.Fenced {
+		o.Closing, know = k.prepare(u, t, fencing)
 	}
 	o.OnStage = func(s failover.StageReport) {
 		switch {

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"slices"
 	"sync"
@@ -483,43 +482,66 @@ func (f *FS) noteFlush(ost uint16, told uint64) {
 // the MDT when they start, and by the first request of this period. When ctx ends,
 // OSTs that have not answered are not waited for: whether they know is unknown.
 func (f *FS) RaiseEpoch(ctx context.Context, o Owner) error {
+	all := make([]int, len(f.osts))
+	for i := range all {
+		all[i] = i
+	}
+	// A move waits for this, so nobody waits for another.
+	first := f.raiseOSTs(o, all)
 	m := f.get()
 	defer f.put(m)
 	m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit
-	if f.Call(ctx, o, &m.req, &m.rep); m.rep.Status != wire.OK {
+	f.Call(ctx, o, &m.req, &m.rep)
+	away, err := first(ctx)
+	if m.rep.Status != wire.OK {
 		return fmt.Errorf("client: raise the epoch of VIP %d at the MDT: %w", o.VIP, m.rep.Status)
 	}
+	if len(away) > 0 && err == nil {
+		// One that has started meanwhile may have asked the MDT too early. From now on
+		// none does.
+		_, err = f.raiseOSTs(o, away)(ctx)
+	}
+	return err
+}
+
+// raiseOSTs sends the epoch to OSTs. The function that it returns waits for the answers;
+// away are the OSTs that are not there.
+func (f *FS) raiseOSTs(o Owner, osts []int) func(context.Context) (away []int, err error) {
 	type answer struct {
 		ost int
 		st  wire.Status
 	}
-	answers := make(chan answer, len(f.osts))
-	waits := make(map[int]bool, len(f.osts))
-	for i, c := range f.osts {
+	answers := make(chan answer, len(osts))
+	for _, i := range osts {
 		m := f.get()
-		waits[i] = true
 		m.req.Op, m.req.Flags = wire.OpSetVIPEpoch, wire.FlagWaitCommit|wire.FlagNoWait
 		f.header(o, &m.req)
-		c.Handle(&m.req, &m.rep, func() {
+		f.osts[i].Handle(&m.req, &m.rep, func() {
 			st := m.rep.Status
 			f.put(m)
 			answers <- answer{i, st}
 		})
 	}
-	var errs []error
-	for len(waits) > 0 {
-		select {
-		case a := <-answers:
-			delete(waits, a.ost)
-			if a.st != wire.OK && (a.st != wire.ErrTargetDown || f.osts[a.ost].im == nil) {
-				errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, a.ost, a.st))
+	return func(ctx context.Context) (away []int, err error) {
+		var errs []error
+		for late := slices.Clone(osts); len(late) > 0; {
+			select {
+			case a := <-answers:
+				late = slices.DeleteFunc(late, func(i int) bool { return i == a.ost })
+				switch {
+				case a.st == wire.OK:
+				case a.st == wire.ErrTargetDown && f.osts[a.ost].im != nil:
+					away = append(away, a.ost)
+				default:
+					errs = append(errs, fmt.Errorf("client: raise the epoch of VIP %d at OST %d: %w", o.VIP, a.ost, a.st))
+				}
+			case <-ctx.Done():
+				err := fmt.Errorf("client: raise the epoch of VIP %d: OSTs %v have not answered: %w", o.VIP, late, context.Cause(ctx))
+				return away, errors.Join(append(errs, err)...)
 			}
-		case <-ctx.Done():
-			late := slices.Sorted(maps.Keys(waits))
-			return errors.Join(append(errs, fmt.Errorf("client: raise the epoch of VIP %d: OSTs %v have not answered: %w", o.VIP, late, context.Cause(ctx)))...)
 		}
+		return away, errors.Join(errs...)
 	}
-	return errors.Join(errs...)
 }
 
 // FlushErrors is the number of failed flushes that the OSTs have told of since

@@ -76,9 +76,11 @@ func (d *Deps) beginLocks(ctx context.Context, v *mgs.VIP, forget bool) (in wire
 		a.Crashed, a.Window = true, int64(l.GracePeriod)
 		forgotten = uint64(now.Granted) + uint64(now.Unconfirmed) + uint64(now.Waiting) + uint64(now.Shares)
 	}
-	if in, err = d.lockServiceCall(ctx, v, a); err != nil {
-		return in, 0, err
-	}
+	if in = now; v.NSMState > now.NSMState {
+		if in, err = d.lockServiceCall(ctx, v, a); err != nil {
+			return in, 0, err
+		}
+	} // else it would change nothing: an address that moves in order keeps its state
 	switch {
 	case in.Grace:
 		d.Log.Warn("the lock table was lost or thrown away; until the grace period ends clients can only reclaim their locks",

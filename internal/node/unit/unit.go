@@ -46,6 +46,9 @@ type Deps struct {
 	// since the registry gave it out. Ended is told of the end, once, if Begun was.
 	Begun func(ctx context.Context, u *Unit) error
 	Ended func(u *Unit)
+	// Verifiers counts the changes of this node's write verifiers; nil: they do not
+	// change.
+	Verifiers func() uint64
 	// Silence makes it so that closing a TCP socket sends nothing (vip.CloseQuietly).
 	// nil: connections are reset instead.
 	Silence func(syscall.RawConn) error
@@ -64,6 +67,8 @@ type Unit struct {
 	port map[netip.AddrPort]string
 	// changed gets a value when a connection has come or gone.
 	changed chan struct{}
+	// verifiers is what Deps.Verifiers said when the unit was made.
+	verifiers uint64
 
 	// Set by Begin, which Begun follows, under mu.
 	vip   mgs.VIP
@@ -81,7 +86,11 @@ type Unit struct {
 // New returns the unit of an address. Nothing is open yet.
 func (d *Deps) New(addr netip.Addr) *Unit {
 	addr = addr.Unmap()
-	return &Unit{d: d, addr: addr, log: d.Log.With("address", addr), port: map[netip.AddrPort]string{}, changed: make(chan struct{}, 1)}
+	u := &Unit{d: d, addr: addr, log: d.Log.With("address", addr), port: map[netip.AddrPort]string{}, changed: make(chan struct{}, 1)}
+	if d.Verifiers != nil {
+		u.verifiers = d.Verifiers()
+	}
+	return u
 }
 
 // Addr is the address.
@@ -89,6 +98,10 @@ func (u *Unit) Addr() netip.Addr { return u.addr }
 
 // VIP is the address as it was registered when its period of service began.
 func (u *Unit) VIP() mgs.VIP { return u.vip }
+
+// Verifiers is how often this node's write verifiers had changed when the unit was made,
+// which was before its period of service was asked for.
+func (u *Unit) Verifiers() uint64 { return u.verifiers }
 
 // NFS is the NFS service of the address.
 func (u *Unit) NFS() *nfsd.Address { return u.nfs }

@@ -101,7 +101,6 @@ func cell(d []time.Duration) string {
 		return "–"
 	}
 	d = slices.Sorted(slices.Values(d))
-	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	return fmt.Sprintf("%.0f / %.0f", (ms(d[(len(d)-1)/2])+ms(d[len(d)/2]))/2, ms(d[len(d)-1]))
 }
 
@@ -220,16 +219,20 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 		if err != nil {
 			return fmt.Errorf("%s: %w", kind, err)
 		}
-		x = min(x, o.cap)
+		other := min(x.took, o.cap)
 		wrong := clients[0].Wrong() + clients[1].Wrong()
 		p.wrong += wrong - seen
 		seen = wrong
 		p.light, p.loaded = append(p.light, d[0]), append(p.loaded, d[1])
 		if conns > 1 {
-			p.others = append(p.others, x)
+			p.others = append(p.others, other)
 		}
 		if o.verbose {
-			fmt.Fprintf(os.Stderr, "%s, %d connections, %s: took %v; light %v, loaded %v, others %v\n", mover.Name(), conns, kind, t1.Sub(t0), d[0], d[1], x)
+			fmt.Fprintf(os.Stderr, "%s, %d connections, %s: took %v; light %v, loaded %v, others %v\n", mover.Name(), conns, kind, t1.Sub(t0), d[0], d[1], other)
+			if conns > 1 {
+				fmt.Fprintf(os.Stderr, "the longest of the others: %s\n", x.tell(t0))
+			}
+			timeline(ctx, os.Stderr, mover, t0)
 			for _, c := range clients {
 				fmt.Fprintf(os.Stderr, "clock of %s: %v\n", c.Name, c.Ahead())
 			}

@@ -19,8 +19,7 @@ import (
 // call again, one that is refused is tried again after 3 s, and a call that is not
 // answered is waited for until TCP gives up or a minute has passed.
 type others struct {
-	hub  *bed.Node
-	addr netip.AddrPort
+	dial *dialer
 	root []byte
 	quit chan struct{}
 	wg   sync.WaitGroup
@@ -37,13 +36,29 @@ type other struct {
 type call struct {
 	start time.Time
 	took  time.Duration
+	// ended is when its first connection was found to be over, dialed how long the last
+	// new one took, both zero if it went through by the first; local is its port.
+	ended  time.Time
+	dialed time.Duration
+	dials  int
+	local  net.Addr
+}
+
+// tell says how a call went, with times since t0.
+func (c *call) tell(t0 time.Time) string {
+	s := fmt.Sprintf("begun %+v, took %v", c.start.Sub(t0).Round(time.Millisecond), c.took.Round(time.Millisecond))
+	if c.dials > 0 {
+		s += fmt.Sprintf(", connection over %+v, %d new ones, the last from %v in %v", c.ended.Sub(t0).Round(time.Millisecond), c.dials, c.local, c.dialed.Round(time.Millisecond))
+	}
+	return s
 }
 
 func newOthers(ctx context.Context, hub *bed.Node, a netip.Addr, n int) (*others, error) {
-	o := &others{hub: hub, addr: netip.AddrPortFrom(a, bed.NFSPort), quit: make(chan struct{})}
+	o := &others{quit: make(chan struct{})}
 	if n == 0 {
 		return o, nil
 	}
+	o.dial = newDialer(hub, netip.AddrPortFrom(a, bed.NFSPort), n)
 	p, err := rig.NewProbe(ctx, hub, a)
 	if err != nil {
 		return nil, err
@@ -63,6 +78,9 @@ func newOthers(ctx context.Context, hub *bed.Node, a netip.Addr, n int) (*others
 func (o *others) close() {
 	close(o.quit)
 	o.wg.Wait()
+	if o.dial != nil {
+		o.dial.close()
+	}
 }
 
 // sleep returns false when the run is over.
@@ -77,7 +95,7 @@ func (o *others) sleep(d time.Duration) bool {
 
 func (o *others) work(c *other, phase time.Duration) {
 	var conn *nfsload.Conn
-	var nc net.Conn
+	buf := make([]byte, 4<<10) // of a reply
 	defer func() {
 		if conn != nil {
 			conn.Close()
@@ -88,14 +106,18 @@ func (o *others) work(c *other, phase time.Duration) {
 	}
 	for {
 		start := time.Now()
+		x := call{start: start}
 		c.mu.Lock()
 		c.began = start
 		c.mu.Unlock()
 		for {
 			if conn == nil {
+				if x.ended.IsZero() {
+					x.ended = time.Now()
+				}
+				dial := time.Now()
 				ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-				var err error
-				nc, err = o.hub.DialContext(ctx, "tcp", o.addr.String())
+				nc, err := o.dial.connect(ctx)
 				cancel()
 				if err != nil {
 					if !o.sleep(3 * time.Second) {
@@ -103,7 +125,9 @@ func (o *others) work(c *other, phase time.Duration) {
 					}
 					continue
 				}
-				conn = nfsload.NewConn(nc, nfsload.ProgNFS)
+				conn = nfsload.NewConnBuffer(nc, nfsload.ProgNFS, buf)
+				x.dials++
+				x.dialed, x.local = time.Since(dial), nc.LocalAddr()
 			}
 			b, err := conn.Call(nfsload.ProcGetattr, func(c *nfsload.Conn) { c.Opaque(o.root) })
 			if err == nil {
@@ -126,12 +150,12 @@ func (o *others) work(c *other, phase time.Duration) {
 			default:
 			}
 		}
-		end := time.Now()
+		x.took = time.Since(start)
 		c.mu.Lock()
 		if len(c.calls) > 2000 {
 			c.calls = append(c.calls[:0], c.calls[1000:]...)
 		}
-		c.calls = append(c.calls, call{start, end.Sub(start)})
+		c.calls = append(c.calls, x)
 		c.mu.Unlock()
 		if !o.sleep(500 * time.Millisecond) {
 			return
@@ -141,7 +165,7 @@ func (o *others) work(c *other, phase time.Duration) {
 
 // longest waits until each connection has made a call after `to`, and returns the
 // longest that was under way between from and now.
-func (o *others) longest(ctx context.Context, from, to time.Time) (longest time.Duration, err error) {
+func (o *others) longest(ctx context.Context, from, to time.Time) (longest call, err error) {
 	for i, c := range o.all {
 		for {
 			c.mu.Lock()
@@ -153,21 +177,23 @@ func (o *others) longest(ctx context.Context, from, to time.Time) (longest time.
 			began := c.began
 			c.mu.Unlock()
 			if err != nil {
-				return 0, fmt.Errorf("connection %d: %w", i, err)
+				return call{}, fmt.Errorf("connection %d: %w", i, err)
 			}
 			if last.start.After(to) {
 				break
 			}
 			select {
 			case <-ctx.Done():
-				return 0, fmt.Errorf("connection %d: a call begun at %v is not answered: %w", i, began.UTC().Format("15:04:05.000"), ctx.Err())
+				return call{}, fmt.Errorf("connection %d: a call begun at %v is not answered: %w", i, began.UTC().Format("15:04:05.000"), ctx.Err())
 			case <-time.After(20 * time.Millisecond):
 			}
 		}
 		c.mu.Lock()
 		for _, x := range c.calls {
 			if x.start.Add(x.took).After(from) {
-				longest = max(longest, x.took)
+				if x.took > longest.took {
+					longest = x
+				}
 			}
 		}
 		c.mu.Unlock()

@@ -89,7 +89,13 @@ type cut struct {
 // NewConn makes a Conn over an established connection. Calls carry AUTH_SYS for
 // root without further groups.
 func NewConn(nc net.Conn, prog uint32) *Conn {
-	c := &Conn{nc: nc, prog: prog, vers: version(prog), in: make([]byte, 256<<10)}
+	return NewConnBuffer(nc, prog, make([]byte, 256<<10))
+}
+
+// NewConnBuffer is NewConn with a buffer for replies, which belongs to the Conn and grows
+// as needed.
+func NewConnBuffer(nc net.Conn, prog uint32, buf []byte) *Conn {
+	c := &Conn{nc: nc, prog: prog, vers: version(prog), in: buf}
 	for i, base := 0, uint32(time.Now().UnixNano()); i < maxDepth; i++ {
 		c.xids[i] = base&^(maxDepth-1) | uint32(i)
 	}
