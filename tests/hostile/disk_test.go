@@ -92,12 +92,19 @@ func (d *disk) goReadOnly(t *testing.T) {
 	t.Fatalf("%s is not in /proc/self/mounts", d.dir)
 }
 
-// again mounts the disk anew, writable.
+// again mounts the disk anew, writable. Mount namespaces that others have made meanwhile have
+// copies of the mount; as long as they are there the kernel keeps the file system as it is,
+// read-only, and would give it again for the same image. So it becomes another one.
 func (d *disk) again(t *testing.T) {
 	t.Helper()
 	if err := syscall.Unmount(d.dir, 0); err != nil {
 		t.Fatalf("unmount: %v", err)
 	}
+	img := d.img + ".again"
+	if err := tool("cp", "--sparse=always", d.img, img); err != nil {
+		t.Fatal(err)
+	}
+	d.img = img
 	if err := d.mount(); err != nil {
 		t.Fatal(err)
 	}
