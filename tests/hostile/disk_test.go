@@ -13,6 +13,7 @@ import (
 
 	nfs "github.com/willscott/go-nfs"
 
+	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/tests/bed"
 )
@@ -348,8 +349,14 @@ func lastLines(out string) string {
 	return ""
 }
 
-// TestReadOnlyDisk makes the store's file system read-only under the server.
+// TestReadOnlyDisk makes the store's file system read-only under the server, when all is
+// durable, and when data are not that their client has not committed.
 func TestReadOnlyDisk(t *testing.T) {
+	t.Run("clean", func(t *testing.T) { readOnlyDisk(t, false) })
+	t.Run("dirty", func(t *testing.T) { readOnlyDisk(t, true) })
+}
+
+func readOnlyDisk(t *testing.T, dirty bool) {
 	d := smallDisk(t, 160*mib)
 	s := onDisk(t, d, "[fs]\nmin_free = \"8 MiB\"\n")
 	w := newWitness(s)
@@ -358,6 +365,15 @@ func TestReadOnlyDisk(t *testing.T) {
 	f := c.create(dir, "f")
 	data := pattern(1, 300_000)
 	c.write(f, 0, data)
+	// A file of its own: what is lost of it says nothing of the other one.
+	g := c.create(dir, "g")
+	lost := pattern(2, 300_000)
+	var unstable nfs3.WriteRes
+	if dirty {
+		var err error
+		unstable, err = c.tryWrite(g, 0, lost, wire.Unstable)
+		c.must(err, unstable.Status)
+	}
 	d.goReadOnly(t)
 	var acked []string
 	refused := map[nfs.NFSStatus]int{}
@@ -397,6 +413,16 @@ func TestReadOnlyDisk(t *testing.T) {
 			copy(data[i*1000:], "lost")
 		}
 	}
+	// Whatever the verifier, no COMMIT may say that these data are durable.
+	for range 3 {
+		if !dirty {
+			break
+		}
+		cm, err := c.commit(g)
+		if note("COMMIT", cm.Status, err) && cm.Verf == unstable.Verf {
+			t.Error("COMMIT succeeded on a read-only disk")
+		}
+	}
 	t.Logf("%d of 40 calls acknowledged, refused: %v", len(acked), refused)
 	if len(refused) == 0 {
 		t.Error("nothing was refused: the disk is not read-only")
@@ -422,6 +448,13 @@ func TestReadOnlyDisk(t *testing.T) {
 	}
 	if got := c.read(f, 0, mib); !bytes.Equal(got, data) {
 		t.Error("the file has not what was acknowledged")
+	}
+	if dirty {
+		cm, err := c.commit(g)
+		c.must(err, cm.Status)
+		if cm.Verf == unstable.Verf && !bytes.Equal(c.read(g, 0, mib), lost) {
+			t.Error("data are lost, and the write verifier is the same")
+		}
 	}
 	r, err := c.tryCreate(dir, "after")
 	c.must(err, r.Status)
