@@ -118,6 +118,7 @@ type step struct {
 	refuse  Refuse  // of StageRefuse
 	closing Closing // of StageClose
 	clean   bool    // of StageTold
+	reset   bool    // of StageClose: before it the kernel resets all connections
 }
 
 // sequence runs stages one after the other, each within its limit. It is the common part of the machines: a pure
