@@ -476,12 +476,12 @@ func TestBroughtAddress(t *testing.T) {
 	s.start("n2")
 	gone("power cut, and back", "n1")
 
-	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGSTOP))
+	s.ok(s.procs["n1"].Signal(syscall.SIGSTOP))
 	force("n2")
 	s.until("n2 to serve", func() bool { return s.local("n2") == "serving" })
 	n := k.calls.Load()
 	s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
-	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGCONT))
+	s.ok(s.procs["n1"].Signal(syscall.SIGCONT))
 	gone("freeze and thaw", "n2")
 
 	s.cable("n2", false)
