@@ -26,6 +26,9 @@ type AcquireOptions struct {
 	Fenced <-chan struct{}
 	// Again is when the address is announced again, after the first time; default 50 ms, 200 ms and 1 s, empty: never.
 	Again []time.Duration
+	// Confirm, if not nil, asks whether the address is still this machine's. It is asked before a repeated announcement
+	// that is late: the process may have been stopped, and the address been taken from it meanwhile.
+	Confirm func(ctx context.Context) bool
 	// OnStage is called when a stage has ended. It must not block.
 	OnStage   func(StageReport)
 	Deadlines TakeDeadlines
@@ -55,9 +58,18 @@ type Taking struct {
 	o       AcquireOptions
 	m       *takeover
 	d       *driver
-	proceed chan struct{} // closed: StageWait goes on
-	n       int           // reports given to OnStage
+	proceed chan struct{}   // closed: StageWait goes on
+	n       int             // reports given to OnStage
+	halted  <-chan struct{} // of the settler, nil before
 }
+
+// Of repeated announcements: one that is later than lateAfter is confirmed first, which confirmTime bounds. A machine that
+// stands still is not taken for dead before a second, and the last announcement is due after one: so whoever is not
+// late has the address.
+const (
+	lateAfter   = 100 * time.Millisecond
+	confirmTime = 500 * time.Millisecond
+)
 
 // Acquire is Listen and Take at once, with the wait for the last owner bounded by its deadline. The end of ctx
 // breaks the take-over off, until the address is announced.
@@ -202,7 +214,10 @@ func (t *Taking) conns() []vip.Conn {
 // announceAgain makes up for packets that were lost: it announces the address, and wakes
 // those clients that have not come back by the connection that they had. One that has
 // come by another one just finds out that the old one is over.
-func (t *Taking) announceAgain() {
+func (t *Taking) announceAgain(late time.Duration) {
+	if late > lateAfter && !t.confirmed() {
+		return
+	}
 	t.trouble(StageAnnounce, t.r.Net.Announce(t.o.Address))
 	conns := t.conns()
 	if len(conns) == 0 {
@@ -219,6 +234,30 @@ func (t *Taking) announceAgain() {
 	}
 	if conns = slices.DeleteFunc(conns, func(c vip.Conn) bool { return back[c] }); len(conns) > 0 {
 		t.trouble(StageTickle, t.r.Net.Tickle(t.o.Address, conns))
+	}
+}
+
+// confirmed asks whether the address is still here.
+func (t *Taking) confirmed() bool {
+	if t.o.Confirm == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), confirmTime)
+	defer cancel()
+	if t.halted == nil {
+		return t.o.Confirm(ctx)
+	}
+	ok := make(chan bool, 1)
+	t.r.wg.Add(1)
+	go func() {
+		defer t.r.wg.Done()
+		ok <- t.o.Confirm(ctx)
+	}()
+	select {
+	case yes := <-ok:
+		return yes
+	case <-t.halted:
+		return false
 	}
 }
 
@@ -269,6 +308,7 @@ func (r *Runner) settle(t *Taking) {
 }
 
 func (t *Taking) settle(stop <-chan struct{}) {
+	t.halted = stop
 	for !t.m.settled() {
 		timer, halt := t.r.Clock.timer(max(0, t.d.wake-t.d.now()))
 		select {

@@ -106,7 +106,7 @@ type driver struct {
 	role  string
 	base  context.Context // of stages
 	run   func(ctx context.Context, st step, attempt int) Result
-	again func() // announce
+	again func(late time.Duration) // announce
 
 	start   time.Time
 	results chan stageResult
@@ -128,6 +128,10 @@ func (d *driver) now() time.Duration { return d.r.Clock.now().Sub(d.start) }
 
 func (d *driver) step(in input) {
 	in.now = d.now()
+	var late time.Duration
+	if d.wake >= 0 {
+		late = in.now - d.wake
+	}
 	d.wake = -1
 	for _, a := range d.m.step(in) {
 		switch a.kind {
@@ -146,7 +150,7 @@ func (d *driver) step(in input) {
 			}
 			d.r.Log.Append(e)
 		case actAnnounce:
-			d.again()
+			d.again(late)
 		case actTimer:
 			if d.wake < 0 || a.at < d.wake {
 				d.wake = a.at

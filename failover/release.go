@@ -99,6 +99,7 @@ func (r *Runner) Release(ctx context.Context, o ReleaseOptions) ReleaseReport {
 			rep.Drained = s.Result.Drained
 		case StageClose:
 			rep.Closed = s.Result.Closed
+			rep.Destroyed += s.Result.Destroyed
 		case StageClear, StageFinish:
 			rep.Silent = s.Stage == StageFinish && rep.Outcome == Stuck && o.Mute != nil && s.OK()
 			rep.Destroyed += s.Result.Destroyed
@@ -114,6 +115,9 @@ func (r *Runner) Release(ctx context.Context, o ReleaseOptions) ReleaseReport {
 	return rep
 }
 
+// resetTime is the part of StageClose that a fence leaves to resets.
+const resetTime = 100 * time.Millisecond
+
 func (r *Runner) releaseStage(ctx context.Context, o *ReleaseOptions, st step, attempt int) Result {
 	switch st.stage {
 	case StageRefuse:
@@ -124,8 +128,17 @@ func (r *Runner) releaseStage(ctx context.Context, o *ReleaseOptions, st step, a
 	case StageCommit:
 		return Result{Err: o.Service.Commit(ctx)}
 	case StageClose:
-		n, err := o.Service.Close(ctx, st.closing)
-		return Result{Closed: n, Err: err}
+		var res Result
+		var derr error
+		if st.reset {
+			short, cancel := context.WithTimeout(ctx, resetTime)
+			res.Destroyed, derr = r.Net.Destroy(short, o.addr())
+			cancel()
+		}
+		var err error
+		res.Closed, err = o.Service.Close(ctx, st.closing)
+		res.Err = errors.Join(derr, err)
+		return res
 	case StageClear:
 		return r.clear(ctx, o.addr())
 	case StageRemove:

@@ -322,6 +322,40 @@ func TestAnnounceAgain(t *testing.T) {
 	})
 }
 
+// TestLateAnnouncement: a process that was stopped, and goes on when another one has the address, does not draw it to
+// itself by an announcement that was due meanwhile.
+func TestLateAnnouncement(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, x := range []struct {
+			confirm func(context.Context) bool
+			want    []string
+		}{
+			{nil, nil},
+			{func(context.Context) bool { return false }, nil},
+			{func(context.Context) bool { return true }, []string{"3000 h announce"}},
+			{func(ctx context.Context) bool { <-ctx.Done(); return false }, nil},
+		} {
+			n := newNetwork()
+			h := n.host("h")
+			r := Runner{Net: h, Clock: Clock{Timer: func(d time.Duration) (<-chan time.Time, func()) {
+				if d > 0 && d <= 50*time.Millisecond {
+					d = 3 * time.Second // it stood still
+				}
+				timer := time.NewTimer(d)
+				return timer.C, func() { timer.Stop() }
+			}}}
+			rep := r.Acquire(t.Context(), AcquireOptions{Subject: subject, Candidate: unit{h: h}, Again: []time.Duration{50 * time.Millisecond, time.Second}, Confirm: x.confirm})
+			if rep.Outcome != Serving {
+				t.Errorf("%+v", rep)
+			}
+			n.forget()
+			time.Sleep(10 * time.Second)
+			n.want(t, x.want...)
+			r.Close()
+		}
+	})
+}
+
 // TestTickleAgain: clients that have not come back are woken again, others are not.
 func TestTickleAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -433,9 +467,9 @@ func TestFencedRelease(t *testing.T) {
 				t.Errorf("%+v", rep)
 			}
 			if reason == Fenced {
-				n.want(t, "0 a refuse hold", "0 a close quiet", "0 a remove", "0 a destroy 1", "0 a finish", "0 a destroy 0")
+				n.want(t, "0 a refuse hold", "0 a destroy 1", "0 a close quiet", "0 a remove", "0 a destroy 0", "0 a finish", "0 a destroy 0")
 			} else {
-				n.want(t, "0 a refuse hold", "0 a drain", "30 a close quiet", "30 a remove", "30 a destroy 1", "30 a finish", "30 a destroy 0")
+				n.want(t, "0 a refuse hold", "0 a drain", "30 a destroy 1", "30 a close quiet", "30 a remove", "30 a destroy 0", "30 a finish", "30 a destroy 0")
 			}
 			r.Close()
 		}

@@ -119,6 +119,7 @@ type step struct {
 	closing Closing // of StageClose
 	clean   bool    // of StageTold
 	stuck   bool    // of StageFinish: the machine still has the address
+	reset   bool    // of StageClose: before it the kernel resets all connections
 }
 
 // sequence runs stages one after the other, each within its limit. It is the common part of the machines: a pure

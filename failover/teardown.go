@@ -74,6 +74,9 @@ type teardownConfig struct {
 //     answered any more.
 //   - Sockets that cannot be destroyed do not keep the address here: on a machine without the address they are silent,
 //     with it they would be a second owner's. A take-over by this machine looks again, before it adds the address.
+//   - With a fence connections are reset first, as long as the address is here: a client that was drawn here after
+//     another machine had taken the address has a connection that nobody else knows and can wake it from; with its
+//     call acknowledged by this kernel it would wait for minutes.
 //   - Nothing is told while the machine has the address.
 //   - A fence at any moment ends what cannot matter any more (drain, commit, telling) at once.
 type teardown struct {
@@ -162,7 +165,7 @@ func (m *teardown) nextStage() (step, bool) {
 		case StageCommit:
 			s.limit = d.Commit
 		case StageClose:
-			s.limit, s.closing = d.Close, m.cfg.closing
+			s.limit, s.closing, s.reset = d.Close, m.cfg.closing, m.fenced
 		case StageClear:
 			s.limit, s.retry = d.Clear, clearRetry
 		case StageRemove:

@@ -105,6 +105,10 @@ func (o *op) commit(bool) bool {
 		if st = a.Check(); st == wire.OK {
 			st = o.a.srv.fs.Commit(o.ctx, o.owner(), &o.attr)
 		}
+		// After the flush: a loss that it has met is known.
+		if u := o.a.srv.cfg.Unsure; st == wire.OK && u != nil && u() {
+			st = wire.ErrJukebox
+		}
 	}
 	if st != wire.OK {
 		if o.dropped(st) {

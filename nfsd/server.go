@@ -38,6 +38,9 @@ type Config struct {
 	// OnFenced is called when a target says that a service address has a newer owner
 	// than this epoch, once for each Address. It must not block.
 	OnFenced func(vip uint32, epoch uint64)
+	// Unsure tells that data were lost and the write verifiers are not changed yet: COMMIT
+	// is then answered with JUKEBOX, which has the client ask again. Optional.
+	Unsure func() bool
 }
 
 // Server serves exports of one file system on any number of addresses.

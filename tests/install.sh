@@ -3,7 +3,7 @@
 # are missing. Without root or apt-get it says what is missing and goes on: the
 # suites then skip with a reason.
 set -u
-packages="user-mode-linux nfs-common rpcbind libnfs-utils nfs-ganesha nfs-ganesha-vfs iproute2 fio dbench stress-ng git gcc libc6-dev e2fsprogs procps util-linux keepalived ctdb ethtool etcd-server debootstrap systemd-container dpkg"
+packages="user-mode-linux nfs-common rpcbind libnfs-utils nfs-ganesha nfs-ganesha-vfs iproute2 fio dbench stress-ng git gcc libc6-dev e2fsprogs procps util-linux keepalived ctdb nftables ethtool etcd-server debootstrap systemd-container dpkg"
 missing=
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"

@@ -479,8 +479,9 @@ func (c *cluster) loadKey(ctx context.Context) ([]byte, error) {
 	if err == nil && agreed == mine {
 		return key, nil
 	}
-	if fresh {
-		err = errors.Join(err, os.Remove(path))
+	// Without an answer it may be the one that all have agreed on, and must stay.
+	if err == nil && fresh {
+		err = os.Remove(path)
 	}
 	if err == nil {
 		err = fmt.Errorf("cluster key %s is not that of the other nodes, so that clients could not change nodes: copy the file from one of them", path)

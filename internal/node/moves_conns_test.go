@@ -375,6 +375,9 @@ func TestEverythingAnswersFirst(t *testing.T) {
 				order = append(order, s)
 			}
 		}
+		if first := from.cluster.name + " announce"; len(order) > 0 && order[0] == first {
+			order = order[1:] // repeated, of the time before
+		}
 		want := []string{from.cluster.name + " remove", to.cluster.name + " add", to.cluster.name + " announce", to.cluster.name + " tickle"}
 		if w.crash { // nobody waits for the one that is thought dead, nor for its last words
 			order = slices.DeleteFunc(order, func(s string) bool { return s == want[0] || s == want[3] })

@@ -77,7 +77,8 @@ type Node struct {
 	// its own.
 	verTurn chan struct{}
 	// stale: data were lost and the verifiers could not be changed before the end.
-	stale atomic.Bool
+	stale  atomic.Bool
+	unsure unsure
 
 	// Of a cluster: the frontend comes up in the background; up is set when all
 	// fields of it are, failed tells that it cannot.
@@ -170,7 +171,7 @@ func (n *Node) Start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if n.fs, n.reg, n.targets, n.boot, err = openFS(ctx, n.cfg, n.log, &n.clock, n.lostData); err != nil {
+	if n.fs, n.reg, n.targets, n.boot, err = openFS(ctx, n.cfg, n.log, &n.clock, n.lostData, n.targetFailed); err != nil {
 		return err
 	}
 	return n.serve(ctx, key)
@@ -273,8 +274,8 @@ func (n *Node) serve(ctx context.Context, key []byte) (err error) {
 	n.nfs, err = nfsd.New(nfsd.Config{
 		FS: n.fs, Codec: nfs3.NewCodec(key), Logger: n.log,
 		RTMax: uint32(n.cfg.NFS.Rtmax), WTMax: uint32(n.cfg.NFS.Wtmax),
-		OnFenced: n.fenced,
-		RTPref:   uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
+		OnFenced: n.fenced, Unsure: n.unsure.holds.Load,
+		RTPref: uint32(n.cfg.NFS.Rtpref), WTPref: uint32(n.cfg.NFS.Wtpref), DTPref: uint32(n.cfg.NFS.Dtpref),
 	})
 	if err != nil {
 		return err
@@ -349,46 +350,6 @@ func (n *Node) serving() []*unit.Unit {
 	n.svcMu.Lock()
 	defer n.svcMu.Unlock()
 	return slices.Clone(n.units)
-}
-
-// lostData gives all write verifiers new values, because an OST has lost data
-// that were acknowledged as UNSTABLE. Nothing that depends on it is answered before
-// it returns. A node that is alone and cannot store them must not go on answering
-// COMMIT, so it stops answering at all; one of a cluster tries until it stops
-// serving, and then its next start changes them.
-func (n *Node) lostData(reg mgs.Registry) {
-	n.verTurn <- struct{}{}
-	defer func() { <-n.verTurn }()
-	var vips []mgs.VIP
-	for told := false; ; told = true {
-		var err error
-		if vips, err = reg.NewVerifiers(n.run, n.cfg.Cluster.Node); err == nil {
-			break
-		}
-		if n.cluster == nil {
-			n.log.Error("new write verifiers could not be stored; this node stops", "err", err)
-			os.Exit(1)
-		}
-		if n.run.Err() != nil {
-			n.stale.Store(true)
-			return
-		}
-		if !told {
-			n.log.Error("new write verifiers cannot be stored; answers about the data wait for it", "err", err)
-		}
-		select {
-		case <-n.run.Done():
-		case <-time.After(maxPause):
-		}
-	}
-	n.verifier.Add(1)
-	for _, u := range n.serving() {
-		for i := range vips {
-			if vips[i].Index == u.VIP().Index {
-				u.NFS().SetVerifier(vips[i].VerifierBytes())
-			}
-		}
-	}
 }
 
 // takeAddress begins a period of service. What a process of a cluster had of data
@@ -530,6 +491,7 @@ func (n *Node) teardown(ctx context.Context) error {
 	if n.cancel != nil {
 		n.cancel()
 	}
+	n.noMoreTries()
 	n.wg.Wait()
 	if n.cluster != nil {
 		errs = append(errs, n.leave(ctx, fixed), n.cluster.close(ctx))

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -514,6 +516,70 @@ func TestNewVerifiers(t *testing.T) {
 	}
 }
 
+// forgetful is a registry that cannot store new verifiers for a while.
+type forgetful struct {
+	mgs.Registry
+	full atomic.Bool
+}
+
+func (r *forgetful) NewVerifiers(ctx context.Context, node string, indexes ...uint32) ([]mgs.VIP, error) {
+	if r.full.Load() {
+		return nil, syscall.EROFS
+	}
+	return r.Registry.NewVerifiers(ctx, node, indexes...)
+}
+
+// Data were lost, and the registry of a node that is alone is on the disk that has failed:
+// it goes on, and answers COMMIT when clients can be told of the loss; if it ends before,
+// its next start tells them.
+func TestLostDataOnABadDisk(t *testing.T) {
+	c := conf(t, t.TempDir())
+	n := start(t, c)
+	dir := mount(t, n, "/data")
+	commit := func(n *Node) nfs3.CommitRes {
+		t.Helper()
+		return tryCommit(t, n, dir)
+	}
+	old := commit(n)
+	if old.Status != nfs.NFSStatusOk {
+		t.Fatal(old.Status)
+	}
+	reg := &forgetful{Registry: n.reg}
+	reg.full.Store(true)
+	n.lostData(reg)
+	if r := commit(n); r.Status != nfs.NFSStatusJukebox {
+		t.Errorf("COMMIT: %v, want JUKEBOX", r.Status)
+	}
+	write(t, n, create(t, n, "g"), 0, "more", wire.FileSync)
+	reg.full.Store(false)
+	var r nfs3.CommitRes
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if r = commit(n); r.Status == nfs.NFSStatusOk {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("COMMIT: %v after the disk was mended", r.Status)
+		}
+	}
+	if r.Verf == old.Verf || r.Verf != [8]byte(decodeVerf(t, n.reg)) {
+		t.Errorf("%x after %x, registered %x", r.Verf, old.Verf, decodeVerf(t, n.reg))
+	}
+	if _, err := os.Stat(lostMark(c.DataDir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the mark of a loss that clients were told of: %v", err)
+	}
+
+	reg.full.Store(true)
+	n.lostData(reg)
+	stop(t, n)
+	n = start(t, c)
+	if now := commit(n); now.Status != nfs.NFSStatusOk || now.Verf == r.Verf {
+		t.Errorf("after a start: %v, %x as before", now.Status, now.Verf)
+	}
+	if _, err := os.Stat(lostMark(c.DataDir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the mark of a loss that clients were told of: %v", err)
+	}
+}
+
 func decodeVerf(t *testing.T, r mgs.Registry) []byte {
 	v := vips(t, r)[0].VerifierBytes()
 	return v[:]
@@ -561,15 +627,20 @@ func mount(t *testing.T, n *Node, path string) []byte {
 // commitVerf makes a file, commits it and removes it.
 func commitVerf(t *testing.T, n *Node, dir []byte) [8]byte {
 	t.Helper()
+	cm := tryCommit(t, n, dir)
+	if cm.Status != nfs.NFSStatusOk {
+		t.Fatal("commit:", cm.Status)
+	}
+	return cm.Verf
+}
+
+func tryCommit(t *testing.T, n *Node, dir []byte) (cm nfs3.CommitRes) {
+	t.Helper()
 	var cr nfs3.CreateRes
 	call(t, n, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureCreate), (&nfs3.CreateArgs{FH: dir, Name: []byte("v"), How: wire.Unchecked}).Encode, &cr)
 	if cr.Status != nfs.NFSStatusOk {
 		t.Fatal("create:", cr.Status)
 	}
-	var cm nfs3.CommitRes
 	call(t, n, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureCommit), (&nfs3.CommitArgs{FH: bytes.Clone(cr.FH)}).Encode, &cm)
-	if cm.Status != nfs.NFSStatusOk {
-		t.Fatal("commit:", cm.Status)
-	}
-	return cm.Verf
+	return cm
 }

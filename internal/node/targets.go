@@ -60,6 +60,8 @@ type targets struct {
 	mdt   *host.MDT
 	osts  []*host.OST
 	fails failures
+	// failed is called when one fails.
+	failed func()
 }
 
 // mdtOptions are those that the kinds of nodes have in common.
@@ -129,7 +131,12 @@ func OpenFS(ctx context.Context, cfg *config.Config, log *slog.Logger) (*client.
 		return nil, nil, err
 	}
 	var clk clock.Strict
-	fs, _, t, _, err := openFS(ctx, cfg, log, &clk, func(reg mgs.Registry) { _, _ = reg.NewVerifiers(context.WithoutCancel(ctx), "") })
+	fs, _, t, _, err := openFS(ctx, cfg, log, &clk, func(reg mgs.Registry) {
+		if _, err := reg.NewVerifiers(context.WithoutCancel(ctx), ""); err != nil {
+			err = errors.Join(err, markLost(cfg.DataDir))
+			log.Error("data were lost, and new write verifiers cannot be stored; the next start tries again", "err", err)
+		}
+	}, func() { _ = markLost(cfg.DataDir) })
 	if err != nil {
 		unlock()
 		return nil, nil, err
@@ -142,8 +149,9 @@ func OpenFS(ctx context.Context, cfg *config.Config, log *slog.Logger) (*client.
 }
 
 // openFS opens registry and targets and connects a client to them, finishing
-// what a crash left undone before it returns.
-func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *clock.Strict, lost func(mgs.Registry)) (_ *client.FS, _ mgs.Registry, _ *targets, boot uint64, err error) {
+// what a crash left undone before it returns. lost is called when data were lost, failed when
+// a target fails.
+func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *clock.Strict, lost func(mgs.Registry), failed func()) (_ *client.FS, _ mgs.Registry, _ *targets, boot uint64, err error) {
 	reg, err := mgs.Open(cfg.MGS.Dir, mgs.FileOptions{})
 	if err != nil {
 		return nil, nil, nil, 0, err
@@ -151,7 +159,10 @@ func openFS(ctx context.Context, cfg *config.Config, log *slog.Logger, clk *cloc
 	if err = checkStores(ctx, cfg, reg); err != nil {
 		return nil, nil, nil, 0, err
 	}
-	t := &targets{log: log, osts: make([]*host.OST, len(cfg.OST))}
+	if err = lostBefore(ctx, cfg.DataDir, reg); err != nil {
+		return nil, nil, nil, 0, err
+	}
+	t := &targets{log: log, osts: make([]*host.OST, len(cfg.OST)), failed: failed}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, t.close(context.WithoutCancel(ctx)))
@@ -210,7 +221,10 @@ func (t *targets) start(ctx context.Context, cfg *config.Config, clk *clock.Stri
 	}
 	mo := mdtOptions(cfg, clk, t.log)
 	mo.Recovery.PingTimeout = -1
-	mo.OnFail = func(err error) { t.fails.note(mdtName, err) }
+	mo.OnFail = func(err error) {
+		t.fails.note(mdtName, err)
+		t.failed()
+	}
 	running := make([]atomic.Pointer[host.OST], len(cfg.OST))
 	for i := range cfg.OST {
 		mo.OSTs = append(mo.OSTs, here(ostName(i), func() wire.Target {
@@ -235,7 +249,10 @@ func (t *targets) start(ctx context.Context, cfg *config.Config, clk *clock.Stri
 		oo := ostOptions(cfg, i, clk, t.log)
 		oo.Recovery.PingTimeout = -1
 		oo.MDT = here(mdtName, func() wire.Target { return m.Front() })
-		oo.OnFail = func(err error) { t.fails.note(ostName(i), err) }
+		oo.OnFail = func(err error) {
+			t.fails.note(ostName(i), err)
+			t.failed()
+		}
 		oo.OST.OnLost = func() error {
 			t.log.Warn("the machine went down before all UNSTABLE data were flushed; write verifiers change so that clients send them again", "ost", ostName(i))
 			_, err := reg.NewVerifiers(context.Background(), "")

@@ -5,20 +5,18 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/failover"
+	"github.com/baton-nfs/baton/recovery/mgs"
 )
 
 // announcePauses are before the announcements of Announce: at once, and when the other
 // machine has certainly learnt that the address is not its own.
-var announcePauses = [...]time.Duration{0, 200 * time.Millisecond, time.Second}
-
-// confirmTime is how long the registry may take to say whose the addresses are before
-// they are announced. Meanwhile beats of all others have come, which say it, too.
-const confirmTime = time.Second
+var announcePauses = [...]time.Duration{0, 200 * time.Millisecond, time.Second, 2 * time.Second}
 
 // Announce tells the network again where the addresses are that are served here. It is
 // called when another machine is heard again: as long as that did not know that it had
-// lost an address, its kernel may have answered or asked for neighbours in its name. It
-// may be this machine that was cut off: what it has lost is not drawn to it.
+// lost an address, its kernel may have answered or asked for neighbours in its name. Or it is
+// this machine that nobody has heard: so the registry is asked first, and without it
+// nothing is announced.
 func (a *Agent) Announce() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -26,20 +24,64 @@ func (a *Agent) Announce() {
 		return
 	}
 	a.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(a.ctx, confirmTime)
-		if v, err := a.o.Registry.Watch(ctx, ""); err == nil {
-			a.apply(&v)
-		}
-		cancel()
 		for _, d := range announcePauses {
 			if wait(a.ctx, d); a.ctx.Err() != nil {
 				return
 			}
+			serving := false
 			for _, k := range a.all() {
-				k.announce()
+				serving = serving || k.serving()
+			}
+			if !serving {
+				continue
+			}
+			v, ok := a.view(a.ctx)
+			for _, k := range a.all() {
+				if ok && k.owns(&v) {
+					k.announce()
+				}
 			}
 		}
 	})
+}
+
+// confirmTime bounds the question whether an address is still here.
+const confirmTime = time.Second
+
+// view is what the registry says now.
+func (a *Agent) view(ctx context.Context) (mgs.View, bool) {
+	ctx, cancel := context.WithTimeout(ctx, confirmTime)
+	defer cancel()
+	v, err := a.o.Registry.Watch(ctx, "")
+	if err != nil {
+		return v, false
+	}
+	a.apply(&v)
+	return v, true
+}
+
+func (k *keeper) serving() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.s.state == Serving && !k.s.given
+}
+
+// owns tells whether the period of service that the registry has is the one here.
+func (k *keeper) owns(v *mgs.View) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for i := range v.VIPs {
+		if x := &v.VIPs[i]; x.Index == k.index {
+			return x.Node == k.a.o.Node && !x.Clean && x.Epoch == k.s.epoch
+		}
+	}
+	return false
+}
+
+// confirm asks the registry whether the address is still served here.
+func (k *keeper) confirm(ctx context.Context) bool {
+	v, ok := k.a.view(ctx)
+	return ok && k.owns(&v)
 }
 
 // announce does nothing unless the address is served and not known to be lost; it cannot

@@ -177,7 +177,7 @@ func (k *keeper) listen() error {
 	given := k.s.given
 	k.mu.Unlock()
 	c := &candidate{k: k}
-	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}}
+	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}, Confirm: k.confirm}
 	ctx, end := k.doing(func(s *situation) bool { return !s.mine() || s.vip.MoveID != v.MoveID })
 	defer end()
 	t, rep := k.a.runner.Listen(ctx, o)

@@ -43,6 +43,9 @@ type Cluster struct {
 	OSTs int
 	// Plain leaves connections between members unencrypted.
 	Plain bool
+	// Etcd are the members that keep the registry in an etcd of theirs; without them it
+	// is at an MGS.
+	Etcd []string
 }
 
 // NewCluster builds ./cmd/baton (once per process) and makes the members' setting.
@@ -110,8 +113,12 @@ func (s *Cluster) config(m *Member) string {
 	for _, x := range s.members {
 		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = %q\n", x.Name, x.Addr)
 	}
-	fmt.Fprintf(&b, "[mgs]\ndir = %q\nnodes = %s\n[mdt]\ndir = %q\nnodes = %s\n",
-		filepath.Join(s.c.Dir, "mgs"), all, filepath.Join(s.c.Dir, "mdt"), all)
+	if len(s.Etcd) > 0 {
+		fmt.Fprintf(&b, "[registry]\nkind = \"etcd-embedded\"\nmembers = %s\n", s.quoted(s.Etcd))
+	} else {
+		fmt.Fprintf(&b, "[mgs]\ndir = %q\nnodes = %s\n", filepath.Join(s.c.Dir, "mgs"), all)
+	}
+	fmt.Fprintf(&b, "[mdt]\ndir = %q\nnodes = %s\n", filepath.Join(s.c.Dir, "mdt"), all)
 	for i := range s.OSTs {
 		fmt.Fprintf(&b, "[[ost]]\ndir = %q\nnodes = %s\n", filepath.Join(s.c.Dir, fmt.Sprint("ost", i)), all)
 	}
@@ -153,7 +160,7 @@ func (s *Cluster) prepare(ctx context.Context) error {
 
 func (s *Cluster) issue(dir string) (cmds [][]string) {
 	for _, m := range s.members {
-		cmds = append(cmds, []string{"ca", "issue", "--dir", dir, m.Name})
+		cmds = append(cmds, []string{"ca", "issue", "--dir", dir, "--host", m.Addr.String(), m.Name})
 	}
 	return cmds
 }

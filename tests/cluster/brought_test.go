@@ -243,8 +243,12 @@ type caller struct {
 	xid     uint32
 	mu      sync.Mutex
 	longest time.Duration
+	story   string // of the longest call
 	calls   atomic.Int64
 }
+
+// long is a wait whose cause is worth a look.
+const long = 3 * time.Second
 
 func (k *caller) once(rec []byte, xid uint32) ([]byte, error) {
 	if k.conn == nil {
@@ -293,8 +297,11 @@ func (k *caller) call(prog, vers, proc uint32, args func(*xdr.Writer), res inter
 	k.xid++
 	rec := record(k.xid, prog, vers, proc, args)
 	began := time.Now()
+	var story strings.Builder
 	for {
+		had := k.conn != nil
 		out, err := k.once(rec, k.xid)
+		fmt.Fprintf(&story, "%v after %.3f s, on a connection that was there: %v: %v\n", time.Now().UTC().Format("15:04:05.000"), time.Since(began).Seconds(), had, err)
 		if err == nil {
 			if err := res.Decode(xdr.NewReader(bytes.Clone(out))); err != nil {
 				k.s.t.Error(err)
@@ -313,17 +320,37 @@ func (k *caller) call(prog, vers, proc uint32, args func(*xdr.Writer), res inter
 	}
 	k.calls.Add(1)
 	k.mu.Lock()
-	k.longest = max(k.longest, time.Since(began))
+	if took := time.Since(began); took > k.longest {
+		k.longest, k.story = took, tail(story.String(), 4000)
+	}
 	k.mu.Unlock()
 }
+
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }
 
 // pause is the longest time of a call since the last question.
 func (k *caller) pause() time.Duration {
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	d := k.longest
+	d, story := k.longest, k.story
 	k.longest = 0
+	k.mu.Unlock()
+	if d > long {
+		k.s.t.Logf("a call that took %v:\n%s", d, story)
+		k.s.explain()
+	}
 	return d
+}
+
+// explain logs what the nodes say of the last moves.
+func (s *street) explain() {
+	x, cancel := context.WithTimeout(ctx, 5*time.Second) // one may be frozen
+	defer cancel()
+	out, err := exec.CommandContext(x, s.bin, "events", "--socket", s.path("t", "s")).CombinedOutput()
+	s.t.Logf("events: %v\n%s", err, tail(string(out), 8000))
+	for name := range s.procs {
+		b, err := os.ReadFile(s.path(name, "log"))
+		s.t.Logf("end of the log of %s: %v\n%s", name, err, tail(string(b), 5000))
+	}
 }
 
 func (k *caller) mount() []byte {
@@ -449,12 +476,12 @@ func TestBroughtAddress(t *testing.T) {
 	s.start("n2")
 	gone("power cut, and back", "n1")
 
-	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGSTOP))
+	s.ok(s.procs["n1"].Signal(syscall.SIGSTOP))
 	force("n2")
 	s.until("n2 to serve", func() bool { return s.local("n2") == "serving" })
 	n := k.calls.Load()
 	s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
-	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGCONT))
+	s.ok(s.procs["n1"].Signal(syscall.SIGCONT))
 	gone("freeze and thaw", "n2")
 
 	s.cable("n2", false)

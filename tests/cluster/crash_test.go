@@ -237,10 +237,10 @@ func TestElectedManager(t *testing.T) {
 	other.conn.Close()
 	other.conn = nil
 	w.excuse("n1", true)
-	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGSTOP))
+	s.ok(s.procs["n1"].Signal(syscall.SIGSTOP))
 	g := s.haunt("n1", dir, file)
 	taken("frozen")
-	s.ok(syscall.Kill(s.procs["n1"].Pid(), syscall.SIGCONT))
+	s.ok(s.procs["n1"].Signal(syscall.SIGCONT))
 	s.until("n1 to have nothing of the address", s.without("n1"))
 	g.exorcised()
 	w.excuse("n1", false)

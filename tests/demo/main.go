@@ -22,7 +22,7 @@ import (
 )
 
 func main() {
-	service := flag.String("service", rig.DefaultMover, "what serves the address: "+strings.Join(rig.Names, ", "))
+	service := flag.String("service", "baton", "what serves the address: "+strings.Join(rig.Names, ", "))
 	verbose := flag.Bool("v", false, "show the events of each move")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

@@ -13,6 +13,7 @@ import (
 
 	nfs "github.com/willscott/go-nfs"
 
+	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/tests/bed"
 )
@@ -92,12 +93,19 @@ func (d *disk) goReadOnly(t *testing.T) {
 	t.Fatalf("%s is not in /proc/self/mounts", d.dir)
 }
 
-// again mounts the disk anew, writable.
+// again mounts the disk anew, writable. Mount namespaces that others have made meanwhile have
+// copies of the mount; as long as they are there the kernel keeps the file system as it is,
+// read-only, and would give it again for the same image. So it becomes another one.
 func (d *disk) again(t *testing.T) {
 	t.Helper()
 	if err := syscall.Unmount(d.dir, 0); err != nil {
 		t.Fatalf("unmount: %v", err)
 	}
+	img := d.img + ".again"
+	if err := tool("cp", "--sparse=always", d.img, img); err != nil {
+		t.Fatal(err)
+	}
+	d.img = img
 	if err := d.mount(); err != nil {
 		t.Fatal(err)
 	}
@@ -341,8 +349,14 @@ func lastLines(out string) string {
 	return ""
 }
 
-// TestReadOnlyDisk makes the store's file system read-only under the server.
+// TestReadOnlyDisk makes the store's file system read-only under the server, when all is
+// durable, and when data are not that their client has not committed.
 func TestReadOnlyDisk(t *testing.T) {
+	t.Run("clean", func(t *testing.T) { readOnlyDisk(t, false) })
+	t.Run("dirty", func(t *testing.T) { readOnlyDisk(t, true) })
+}
+
+func readOnlyDisk(t *testing.T, dirty bool) {
 	d := smallDisk(t, 160*mib)
 	s := onDisk(t, d, "[fs]\nmin_free = \"8 MiB\"\n")
 	w := newWitness(s)
@@ -351,6 +365,15 @@ func TestReadOnlyDisk(t *testing.T) {
 	f := c.create(dir, "f")
 	data := pattern(1, 300_000)
 	c.write(f, 0, data)
+	// A file of its own: what is lost of it says nothing of the other one.
+	g := c.create(dir, "g")
+	lost := pattern(2, 300_000)
+	var unstable nfs3.WriteRes
+	if dirty {
+		var err error
+		unstable, err = c.tryWrite(g, 0, lost, wire.Unstable)
+		c.must(err, unstable.Status)
+	}
 	d.goReadOnly(t)
 	var acked []string
 	refused := map[nfs.NFSStatus]int{}
@@ -390,6 +413,16 @@ func TestReadOnlyDisk(t *testing.T) {
 			copy(data[i*1000:], "lost")
 		}
 	}
+	// Whatever the verifier, no COMMIT may say that these data are durable.
+	for range 3 {
+		if !dirty {
+			break
+		}
+		cm, err := c.commit(g)
+		if note("COMMIT", cm.Status, err) && cm.Verf == unstable.Verf {
+			t.Error("COMMIT succeeded on a read-only disk")
+		}
+	}
 	t.Logf("%d of 40 calls acknowledged, refused: %v", len(acked), refused)
 	if len(refused) == 0 {
 		t.Error("nothing was refused: the disk is not read-only")
@@ -415,6 +448,13 @@ func TestReadOnlyDisk(t *testing.T) {
 	}
 	if got := c.read(f, 0, mib); !bytes.Equal(got, data) {
 		t.Error("the file has not what was acknowledged")
+	}
+	if dirty {
+		cm, err := c.commit(g)
+		c.must(err, cm.Status)
+		if cm.Verf == unstable.Verf && !bytes.Equal(c.read(g, 0, mib), lost) {
+			t.Error("data are lost, and the write verifier is the same")
+		}
 	}
 	r, err := c.tryCreate(dir, "after")
 	c.must(err, r.Status)

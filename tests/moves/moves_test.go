@@ -373,13 +373,17 @@ func TestMoves(t *testing.T) {
 		to := others[r.IntN(len(others))]
 		if r.IntN(moves+kills) < kills {
 			kills--
-			s.kill(ctx, vip, from, to, back)
+			node := from
+			if r.IntN(2) == 0 {
+				node = s.decider(ctx, from)
+			}
+			s.kill(ctx, node, to, back)
 		} else {
 			moves--
 			s.move(ctx, vip, to, back >= time.Second)
 			w.pause(ctx, back)
 		}
-		if moves > 0 {
+		if moves > 0 && w.mover.Owner(vip) != from {
 			moves--
 			s.move(ctx, vip, from, true)
 		}
@@ -461,14 +465,37 @@ func (s *schedule) disturb(ctx context.Context, what string, vips []netip.Addr, 
 	o, who := w.longest(w.clientsOf(vips, false), t0, t2)
 	x, whox := w.longest(w.clientsOf(vips, true), t0, t2)
 	w.logf("%s took %v; longest %v (%s %s); at other addresses %v (%s %s)", what, t1.Sub(t0).Round(time.Millisecond), o.Took, who, o.Op, x.Took, whox, x.Op)
+	if o.Took > long {
+		w.events(ctx)
+	}
 	if settle {
 		kind, _, _ := cutWord(what)
-		s.stalls[kind] = append(s.stalls[kind], o.Took)
+		if len(vips) > 0 {
+			s.stalls[kind] = append(s.stalls[kind], o.Took)
+		}
 		if whox != "" {
 			s.stalls["other address"] = append(s.stalls["other address"], x.Took)
 		}
 	}
 	w.check()
+}
+
+// long is a stall whose cause is worth a look.
+const long = 3 * time.Second
+
+// events logs what the nodes say of the last moves.
+func (w *world) events(ctx context.Context) {
+	w.t.Helper()
+	e, ok := w.mover.(interface {
+		Events(context.Context) (string, error)
+	})
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	out, err := e.Events(ctx)
+	w.t.Logf("events: %v\n%s", err, out[max(0, len(out)-8000):])
 }
 
 func cutWord(s string) (word, rest string, ok bool) {
@@ -495,15 +522,39 @@ func (s *schedule) move(ctx context.Context, a netip.Addr, to string, settle boo
 	})
 }
 
+// decider is the node that decides who takes an address over, where the service tells; else
+// the other one.
+func (s *schedule) decider(ctx context.Context, other string) string {
+	s.w.t.Helper()
+	d, ok := s.w.mover.(interface {
+		Decider(context.Context) (string, error)
+	})
+	if !ok {
+		return other
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	node, err := d.Decider(ctx)
+	if err != nil {
+		s.w.tell()
+		s.w.t.Fatal(err)
+	}
+	if node == "" {
+		return other
+	}
+	s.w.logf("%s decides", node)
+	return node
+}
+
 // kill cuts the power of a node, lets its addresses be taken over, and gives it power
 // after a while.
-func (s *schedule) kill(ctx context.Context, a netip.Addr, node, to string, away time.Duration) {
+func (s *schedule) kill(ctx context.Context, node, to string, away time.Duration) {
 	w := s.w
 	w.t.Helper()
-	hit := []netip.Addr{a}
-	for _, b := range w.vips {
-		if b != a && w.mover.Owner(b) == node {
-			hit = append(hit, b)
+	var hit []netip.Addr
+	for _, a := range w.vips {
+		if w.mover.Owner(a) == node {
+			hit = append(hit, a)
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -280,48 +281,83 @@ func (w *world) takenOver(ctx context.Context, node, to string) {
 	}
 }
 
-// TestRegistryLost stops the registry: nothing moves then, and nobody who is served
+// TestRegistryLost stops the MGS: nothing moves then, and nobody who is served
 // notices. When it is back, addresses move again.
 func TestRegistryLost(t *testing.T) {
+	t.Setenv(moverEnv, "baton")
 	w, b := batonWorld(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
-	w.start(ctx, 1)
-	w.moving(ctx, w.clients, time.Now())
-	a := w.vips[0]
-	node := w.mover.Owner(a)
-	peers := w.peers(a)
-	if err := b.Registry(ctx, false); err != nil {
+	w.withoutRegistry(ctx, "c", func() error { return b.Registry(ctx, false) }, func() error { return b.Registry(ctx, true) })
+}
+
+// TestQuorumLost cuts the power of two of the three machines that have the registry in
+// etcd. Both addresses are at the third: nothing moves, and nobody who is served notices. When
+// the two are back, with what they had on their disks, addresses move again.
+func TestQuorumLost(t *testing.T) {
+	t.Setenv(moverEnv, "baton-etcd")
+	w, b := batonWorld(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	defer cancel()
+	left := w.mover.Owner(w.vips[0])
+	if err := w.mover.Move(ctx, w.vips[1], left); err != nil {
 		t.Fatal(err)
 	}
+	w.withoutRegistry(ctx, "c", func() error { return b.Quorum(ctx, left, false) }, func() error { return b.Quorum(ctx, left, true) })
+}
+
+// withoutRegistry takes the registry away for a while. An order to move the first address
+// has no effect then.
+func (w *world) withoutRegistry(ctx context.Context, to string, off, on func() error) {
+	t := w.t
+	t.Helper()
+	w.start(ctx, 1)
+	w.moving(ctx, w.clients, time.Now())
+	node := map[netip.Addr]string{}
+	peers := map[netip.Addr][]string{}
+	for _, a := range w.vips {
+		node[a], peers[a] = w.mover.Owner(a), w.peers(a)
+	}
+	if err := off(); err != nil {
+		t.Fatal(err)
+	}
+	w.logf("the registry is away; addresses are at %v", node)
 	short, end := context.WithTimeout(ctx, 5*time.Second)
-	err := w.mover.Move(short, a, "c")
+	err := w.mover.Move(short, w.vips[0], to)
 	end()
 	if err == nil {
 		t.Error("an address moved without the registry")
 	}
 	w.pause(ctx, 10*time.Second)
 	w.moving(ctx, w.clients, time.Now())
-	has, err := w.net.Machine(node).Node().Has(a)
-	if err != nil || !has {
-		t.Errorf("%s has %v: %v, %v", node, a, has, err)
+	for _, a := range w.vips {
+		m := w.net.Machine(node[a]).Node()
+		has, err := m.Has(a)
+		if err != nil || !has {
+			t.Errorf("%s has %v: %v, %v", node[a], a, has, err)
+		}
 	}
-	if err := b.Registry(ctx, true); err != nil {
+	if err := on(); err != nil {
+		w.tell()
 		t.Fatal(err)
 	}
-	for w.mover.Owner(a) == "" {
+	for w.mover.Owner(w.vips[0]) == "" {
 		w.pause(ctx, 100*time.Millisecond)
 	}
 	// The order that was not answered may be carried out now, or never.
-	if w.mover.Owner(a) == node {
-		if after := w.peers(a); fmt.Sprint(after) != fmt.Sprint(peers) {
-			t.Errorf("connections were %v and are %v", peers, after)
+	for _, a := range w.vips {
+		if w.mover.Owner(a) != node[a] {
+			continue
+		}
+		if after := w.peers(a); !slices.Equal(after, peers[a]) {
+			t.Errorf("connections of %v were %v and are %v", a, peers[a], after)
 		}
 	}
+	w.logf("the registry is back")
 	s := &schedule{w: w, stalls: map[string][]time.Duration{}}
 	for _, to := range []string{"c", "b", "a"} {
-		if w.mover.Owner(a) != to {
-			s.move(ctx, a, to, true)
+		if w.mover.Owner(w.vips[0]) != to {
+			s.move(ctx, w.vips[0], to, true)
 		}
 	}
 	w.finish(ctx)

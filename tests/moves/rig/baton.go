@@ -13,27 +13,40 @@ import (
 )
 
 // Baton is the service itself: frontends a, b and c, between which addresses move, and
-// a machine that runs the registry and all targets and is left alone.
+// a machine that runs all targets and is left alone. The registry is at an MGS there, or
+// in an etcd of the frontends.
 type Baton struct {
 	net     *Net
 	cluster *bed.Cluster
 	vips    []netip.Addr
-	force   bool // nobody but the test decides, and says who is gone
+	o       BatonOptions
 	members map[string]*bed.Member
 }
 
-// store is the machine that runs registry and targets.
+// BatonOptions of NewBaton.
+type BatonOptions struct {
+	// Manual: nobody but orders move addresses (manager = "external"), and the test says
+	// who is gone. Else baton's own manager moves them, too.
+	Manual bool
+	// Etcd: the frontends have the registry in an etcd of theirs, and one of the nodes is
+	// elected to decide. So each of them can die that others need to move what it had.
+	Etcd bool
+}
+
+// store is the machine that runs the targets.
 const store = "store"
 
-// NewBaton makes the service. With manual nobody but orders move addresses
-// (manager = "external"); else baton's own manager does, too.
-func NewBaton(n *Net, dir string, manual bool, vips ...netip.Addr) (*Baton, error) {
-	b := &Baton{net: n, vips: vips, force: manual, members: map[string]*bed.Member{}}
+// NewBaton makes the service.
+func NewBaton(n *Net, dir string, o BatonOptions, vips ...netip.Addr) (*Baton, error) {
+	b := &Baton{net: n, vips: vips, o: o, members: map[string]*bed.Member{}}
 	var ms []*bed.Member
 	for _, m := range n.Machines {
 		x := &bed.Member{Name: m.Name, Addr: m.Addr, Node: m.Node(), Floating: m.Name != store}
 		if m.Name == store {
-			x.Start = []string{"MGS", "MDT0000", "OST0000", "OST0001"}
+			x.Start = []string{"MDT0000", "OST0000", "OST0001"}
+			if !o.Etcd {
+				x.Start = append(x.Start, "MGS")
+			}
 		}
 		ms = append(ms, x)
 		b.members[m.Name] = x
@@ -43,7 +56,10 @@ func NewBaton(n *Net, dir string, manual bool, vips ...netip.Addr) (*Baton, erro
 		return nil, err
 	}
 	b.cluster = c
-	if manual {
+	if o.Etcd {
+		c.Etcd = b.Nodes()
+	}
+	if o.Manual {
 		c.Extra = managerExternal
 	} else {
 		c.Extra = managerBuiltin
@@ -59,8 +75,11 @@ const (
 
 // Name tells who decides.
 func (b *Baton) Name() string {
-	if b.force {
+	switch {
+	case b.o.Manual:
 		return "baton (by order)"
+	case b.o.Etcd:
+		return "baton (etcd)"
 	}
 	return "baton"
 }
@@ -92,6 +111,9 @@ func (b *Baton) Start(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := b.Whole(ctx); err != nil {
+		return err
+	}
 	nodes := b.Nodes()
 	for i, a := range b.vips {
 		if out, err := b.Command(ctx, "vip", "add", netip.PrefixFrom(a, Bits).String()); err != nil {
@@ -122,15 +144,22 @@ func (b *Baton) ready(ctx context.Context, node string) error {
 	}
 }
 
-// Owner is the node that serves the address, by the registry, while it has it.
+// Owner is the node that serves the address, by the registry, while it has it. A
+// registry that has just lost one of its machines is asked again.
 func (b *Baton) Owner(a netip.Addr) string {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	s, err := b.served(ctx, a)
-	if err != nil {
-		return ""
+	for {
+		s, err := b.served(ctx, a)
+		if err == nil {
+			return s
+		}
+		select {
+		case <-ctx.Done():
+			return ""
+		case <-time.After(50 * time.Millisecond):
+		}
 	}
-	return s
 }
 
 // served asks the registry who serves an address; "" if nobody does.
@@ -199,7 +228,7 @@ func (b *Baton) TakeOver(ctx context.Context, a netip.Addr, to string) error {
 	if err != nil {
 		return err
 	}
-	if b.force {
+	if b.o.Manual {
 		if out, err := b.Command(ctx, "vip", "move", a.String(), "--to", to, "--force"); err != nil {
 			return fmt.Errorf("%w\n%s", err, out)
 		}
@@ -215,18 +244,26 @@ func (b *Baton) dead(node string) bool {
 	return m.Node() == nil || m.IsCut() || m.Frozen()
 }
 
-// Restart gives a node power and starts the service there.
+// Restart gives a node power and starts the service there. It returns when another one
+// can die.
 func (b *Baton) Restart(ctx context.Context, node string) error {
+	if err := b.start(ctx, node); err != nil {
+		return err
+	}
+	if err := b.ready(ctx, node); err != nil {
+		return err
+	}
+	return b.Whole(ctx)
+}
+
+func (b *Baton) start(ctx context.Context, node string) error {
 	m := b.net.Machine(node)
 	if err := m.On(); err != nil {
 		return err
 	}
 	x := b.members[node]
 	x.Node = m.Node()
-	if err := b.cluster.StartMember(ctx, x); err != nil {
-		return err
-	}
-	return b.ready(ctx, node)
+	return b.cluster.StartMember(ctx, x)
 }
 
 // Freeze stops the node's processes where they are.
@@ -247,7 +284,7 @@ func (b *Baton) Cut(node string) error { return b.net.Machine(node).Cut() }
 // Mend plugs it in.
 func (b *Baton) Mend(node string) error { return b.net.Machine(node).Mend() }
 
-// Registry stops the registry, or starts it again.
+// Registry stops an MGS, or starts it again.
 func (b *Baton) Registry(ctx context.Context, on bool) error {
 	verb := "stop"
 	if on {

@@ -8,7 +8,7 @@ import (
 )
 
 // DefaultMover is what is tested if nothing else was asked for.
-const DefaultMover = "baton"
+const DefaultMover = "baton-etcd"
 
 // NewMover makes a network and, on it, the named service with the addresses. What
 // it stores is below dir. The caller closes the network after the service's Stop.
@@ -26,9 +26,11 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 	case "cold":
 		m = NewCold(n, dir, vips...)
 	case "baton":
-		m, err = NewBaton(n, dir, false, vips...)
+		m, err = NewBaton(n, dir, BatonOptions{}, vips...)
+	case "baton-etcd":
+		m, err = NewBaton(n, dir, BatonOptions{Etcd: true}, vips...)
 	case "baton-manual":
-		m, err = NewBaton(n, dir, true, vips...)
+		m, err = NewBaton(n, dir, BatonOptions{Manual: true}, vips...)
 	case "keepalived":
 		m, err = NewKeepalived(n, dir, 100*time.Millisecond, vips...)
 	case "keepalived-default":
@@ -51,4 +53,4 @@ func NewMover(name, dir string, vips ...netip.Addr) (*Net, Mover, error) {
 var Compared = []string{"baton", "keepalived", "keepalived-default", "ctdb"}
 
 // Names are the services that NewMover makes.
-var Names = []string{"cold", "baton", "baton-manual", "keepalived", "keepalived-default", "ctdb", "ctdb-default"}
+var Names = []string{"cold", "baton", "baton-etcd", "baton-manual", "keepalived", "keepalived-default", "ctdb", "ctdb-default"}

@@ -22,7 +22,7 @@ func TestMovers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("SKIPPED, reason: CTDB alone needs most of a minute")
 	}
-	for _, name := range []string{"cold", "baton", "baton-manual", "keepalived", "ctdb"} {
+	for _, name := range []string{"cold", "baton", "baton-etcd", "baton-manual", "keepalived", "ctdb"} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 			defer cancel()
