@@ -169,6 +169,18 @@ func wantStat(t *testing.T, what string, got, want nlm.Stat) {
 	}
 }
 
+// unconfirmed counts the address's locks that have to be reclaimed.
+func (m *moving) unconfirmed() uint64 {
+	m.t.Helper()
+	for _, s := range m.on.Status().Locks {
+		if s.Addr == floatAddr.String() {
+			return s.Unconfirmed
+		}
+	}
+	m.t.Fatal("no lock service of the address")
+	return 0
+}
+
 // Locks stay with the address: granted, waiting, cancelled and given back while it
 // moves. Nobody hears of a planned move. After a crash those who have locks are told from
 // the address, in its name, and confirm; others wait only for what they may lose. The
@@ -227,6 +239,9 @@ func TestLocksOverMoves(t *testing.T) {
 	wantStat(t, "one of its own", h1.lock(100, 10, false, false), nlm.Granted)
 	m.move()
 	m.move()
+	if n := m.unconfirmed(); n != 0 {
+		t.Errorf("%d locks are unconfirmed after planned moves", n)
+	}
 	for _, h := range all {
 		if n := h.notices(); len(n) != 0 {
 			t.Errorf("%s was told of a planned move: %v", h.name, n)
@@ -238,6 +253,9 @@ func TestLocksOverMoves(t *testing.T) {
 
 	// A crash. Who asks for what somebody had waits, who asks for something else does not.
 	m.crash()
+	if n := m.unconfirmed(); n != 2 {
+		t.Errorf("%d locks are unconfirmed, want 2", n)
+	}
 	wantStat(t, "what conflicts with nothing", h3.lock(1000, 10, false, false), nlm.Granted)
 	if s := h3.lock(0, 10, false, false); s != nlm.Denied && s != nlm.DeniedGracePeriod {
 		t.Fatalf("what is not confirmed yet: %v", s)
@@ -256,6 +274,9 @@ func TestLocksOverMoves(t *testing.T) {
 	}
 	wantStat(t, "confirmed", h1.lock(100, 10, false, true), nlm.Granted)
 	wantStat(t, "confirmed", h2.lock(0, 10, false, true), nlm.Granted)
+	if n := m.unconfirmed(); n != 0 {
+		t.Errorf("%d locks are still unconfirmed", n)
+	}
 	wantStat(t, "confirmed and held", h3.lock(0, 10, false, false), nlm.Denied)
 	wantStat(t, "confirmed and held", h3.lock(100, 10, false, false), nlm.Denied)
 
