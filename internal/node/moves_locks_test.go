@@ -260,14 +260,17 @@ func TestLocksOverMoves(t *testing.T) {
 	if s := h3.lock(0, 10, false, false); s != nlm.Denied && s != nlm.DeniedGracePeriod {
 		t.Fatalf("what is not confirmed yet: %v", s)
 	}
+	// More than one crash if the last owner was quick to take the address anew.
 	v := m.vip(m.a)
-	if v.NSMState != state+2 || v.NSMState%2 != 1 {
+	if v.NSMState < state+2 || v.NSMState%2 != 1 {
 		t.Errorf("NSM state %d, it was %d", v.NSMState, state)
 	}
 	for _, h := range []*lockHost{h1, h2} {
-		until(t, "SM_NOTIFY to "+h.name, func() bool { return len(h.notices()) > 0 })
+		until(t, "SM_NOTIFY to "+h.name, func() bool {
+			return slices.ContainsFunc(h.notices(), func(n notice) bool { return n.state == v.NSMState })
+		})
 		for _, n := range h.notices() {
-			if n != (notice{floatAddr, floatAddr.String(), v.NSMState}) {
+			if n.from != floatAddr || n.name != floatAddr.String() || n.state <= state || n.state > v.NSMState || n.state%2 != 1 {
 				t.Errorf("%s was told %+v", h.name, n)
 			}
 		}
