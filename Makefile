@@ -14,7 +14,8 @@ BENCHFLAGS  ?= -scale 1000000 -json bench.json -markdown bench.md
 
 # Packages whose concurrency matters most; the race detector runs on them in check.
 RACE = ./internal/sunrpc/... ./internal/workers/... ./internal/xdr/... ./recovery/target/... ./recovery/client/... ./recovery/locks/... ./recovery/mdt/... \
-	./recovery/wire/... ./recovery/mgs/... ./recovery/host/... ./nfsd/... ./lockd/... ./statd/... ./vip/...
+	./recovery/wire/... ./recovery/mgs/... ./recovery/host/... ./nfsd/... ./lockd/... ./statd/... ./vip/... \
+	./failover/... ./internal/vipagent/...
 # What check runs without it.
 REST = $(filter-out $(shell $(GO) list $(RACE)),$(shell $(GO) list ./...))
 # Everything but the black-box suites.

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/tests/bed"
 	"github.com/baton-nfs/baton/vip"
 	"golang.org/x/sys/unix"
 )
@@ -300,6 +301,28 @@ func TestAnnounceMovesABusyClient(t *testing.T) {
 			w.a.take(t, a)
 		}
 	})
+}
+
+// Some machines heed only requests, some only replies.
+func TestAnnounceAsRequestAndReply(t *testing.T) {
+	bed.Need(t, namespaces())
+	w, a := newWorld(t), families["ipv4"]
+	w.a.take(t, a)
+	c := w.c.capture(t)
+	must(t, w.a.k.Announce(a))
+	ip := a.Prefix.Addr().As4()
+	must(t, c.f.SetReadDeadline(time.Now().Add(limit)))
+	for seen := [3]bool{}; !seen[1] || !seen[2]; {
+		b := make([]byte, 1<<16)
+		n, err := c.f.Read(b)
+		if err != nil {
+			t.Fatalf("a request has come: %v, a reply: %v; %v", seen[1], seen[2], err)
+		}
+		// RFC 826: hardware, protocol, sizes, operation, sender, target.
+		if b = b[:n]; n >= 28 && string(b[:7]) == "\x00\x01\x08\x00\x06\x04\x00" && [4]byte(b[14:]) == ip && [4]byte(b[24:]) == ip && b[7] <= 2 {
+			seen[b[7]] = true
+		}
+	}
 }
 
 // quietly takes the address away and then closes connections quietly.

@@ -286,7 +286,7 @@ func (a *app) hookKeepalivedCmd() *cobra.Command {
 		Long: `keepalived elects a master on a token address that no client uses; whoever is master
 takes the floating address. Use fifo, or notify where the fifo cannot be had.`,
 		Example: `  vrrp_notify_fifo_script "/usr/bin/baton hook keepalived fifo --instance nfs=192.0.2.50"
-  baton hook keepalived demote --track-file /run/baton/demote 192.0.2.50`,
+  baton hook keepalived demote --track-file /run/baton-demote 192.0.2.50`,
 		Args: noCommand,
 		RunE: giveCommand,
 	}
@@ -325,7 +325,7 @@ line for each thing that it did.
 
 A backup serves on until the master takes the address, which is how planned moves
 stay short. One that leaves (FAULT, STOP) gives it up after --handover even so.`,
-		Example: `  vrrp_notify_fifo /run/keepalived/baton.fifo
+		Example: `  vrrp_notify_fifo /run/baton-keepalived.fifo
   vrrp_notify_fifo_script "/usr/bin/baton hook keepalived fifo --instance nfs=192.0.2.50"`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
@@ -441,8 +441,8 @@ notice a short pause. If nobody takes them in time, the track file is set back t
 addresses stay here.
 
 The node stays demoted until "baton hook keepalived promote".`,
-		Example: `  baton hook keepalived demote --track-file /run/baton/demote 192.0.2.50
-  baton hook keepalived promote --track-file /run/baton/demote`,
+		Example: `  baton hook keepalived demote --track-file /run/baton-demote 192.0.2.50
+  baton hook keepalived promote --track-file /run/baton-demote`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usagef("give the addresses that keepalived moves")
@@ -474,7 +474,7 @@ func (a *app) hookPromoteCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "promote --track-file FILE",
 		Short:   "End what demote began",
-		Example: "  baton hook keepalived promote --track-file /run/baton/demote",
+		Example: "  baton hook keepalived promote --track-file /run/baton-demote",
 		Args:    noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if track == "" {

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control/vipctl"
+	"github.com/baton-nfs/baton/internal/sunrpc/rpctest"
 	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/mount3"
@@ -153,17 +153,6 @@ func (c *rpcClient) close() {
 	}
 }
 
-func record(xid, prog, vers, proc uint32, args []byte) []byte {
-	var w xdr.Writer
-	// AUTH_SYS as root, without a machine's name and groups.
-	for _, v := range []uint32{0, xid, 0, 2, prog, vers, proc, 1, 20, 0, 0, 0, 0, 0, 0, 0} {
-		w.Uint32(v)
-	}
-	b := append(w.Buf, args...)
-	binary.BigEndian.PutUint32(b, 1<<31|uint32(len(b)-4))
-	return b
-}
-
 // once sends a call and waits for its answer.
 func (c *rpcClient) once(rec []byte, xid uint32) ([]byte, error) {
 	if c.conn == nil {
@@ -183,30 +172,13 @@ func (c *rpcClient) once(rec []byte, xid uint32) ([]byte, error) {
 	if _, err := c.conn.Write(rec); err != nil {
 		return nil, err
 	}
-	for {
-		var mark [4]byte
-		if _, err := io.ReadFull(c.conn, mark[:]); err != nil {
-			return nil, err
-		}
-		b := make([]byte, binary.BigEndian.Uint32(mark[:])&^(1<<31))
-		if _, err := io.ReadFull(c.conn, b); err != nil {
-			return nil, err
-		}
-		if binary.BigEndian.Uint32(b) == xid {
-			if len(b) < 24 || binary.BigEndian.Uint32(b[8:]) != 0 || binary.BigEndian.Uint32(b[20:]) != 0 {
-				return nil, fmt.Errorf("refused: %x", b)
-			}
-			return b[24:], nil
-		}
-	}
+	return rpctest.Reply(c.conn, xid)
 }
 
 func (c *rpcClient) call(prog, vers, proc uint32, args func(*xdr.Writer), res interface{ Decode(*xdr.Reader) error }) {
 	c.t.Helper()
 	c.xid++
-	var w xdr.Writer
-	args(&w)
-	rec := record(c.xid, prog, vers, proc, w.Buf)
+	rec := rpctest.Call(c.xid, prog, vers, proc, args)
 	for end := time.Now().Add(patience); ; {
 		out, err := c.once(rec, c.xid)
 		if err == nil {
@@ -378,9 +350,7 @@ func TestTakenOver(t *testing.T) {
 	fh := k.make(dir, "kept")
 	verf := k.write(fh, "unstable")
 	k.make(dir, "gone")
-	var w xdr.Writer
-	(&nfs3.DirOpArgs{FH: dir, Name: []byte("gone")}).Encode(&w)
-	rec := record(77<<16, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), w.Buf)
+	rec := k.rec(77<<16, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), &nfs3.DirOpArgs{FH: dir, Name: []byte("gone")})
 	status := func() nfs.NFSStatus {
 		t.Helper()
 		out, err := k.once(rec, 77<<16)

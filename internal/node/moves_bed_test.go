@@ -2,9 +2,6 @@ package node
 
 import (
 	"bytes"
-	"encoding/binary"
-	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"syscall"
@@ -16,6 +13,7 @@ import (
 
 	"github.com/baton-nfs/baton/failover/events"
 	"github.com/baton-nfs/baton/internal/sunrpc"
+	"github.com/baton-nfs/baton/internal/sunrpc/rpctest"
 	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
@@ -189,9 +187,7 @@ func (c *rpcClient) answer(xid, prog, vers, proc uint32, args interface{ Encode(
 }
 
 func (c *rpcClient) rec(xid, prog, vers, proc uint32, args interface{ Encode(*xdr.Writer) }) []byte {
-	var w xdr.Writer
-	args.Encode(&w)
-	return record(xid, prog, vers, proc, w.Buf)
+	return rpctest.Call(xid, prog, vers, proc, args.Encode)
 }
 
 func (c *rpcClient) nfs(xid uint32, proc nfs.NFSProcedure, args interface{ Encode(*xdr.Writer) }, res interface{ Decode(*xdr.Reader) error }) {
@@ -240,16 +236,6 @@ func (c *rpcClient) there(dir []byte, name string) bool {
 
 // anything reads the next reply's result, to whatever call.
 func (c *rpcClient) anything() ([]byte, error) {
-	var mark [4]byte
-	if _, err := io.ReadFull(c.conn, mark[:]); err != nil {
-		return nil, err
-	}
-	b := make([]byte, binary.BigEndian.Uint32(mark[:])&^(1<<31))
-	if _, err := io.ReadFull(c.conn, b); err != nil {
-		return nil, err
-	}
-	if len(b) < 24 || binary.BigEndian.Uint32(b[8:]) != 0 || binary.BigEndian.Uint32(b[20:]) != 0 {
-		return nil, fmt.Errorf("refused: %x", b)
-	}
-	return b[24:], nil
+	_, result, err := rpctest.Next(c.conn)
+	return result, err
 }

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -23,6 +25,7 @@ import (
 	"github.com/baton-nfs/baton/lockd/nlm"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
+	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/statd/nsm"
 	"github.com/baton-nfs/baton/vip/viptest"
@@ -126,6 +129,29 @@ func (h *held) collect(t *testing.T) {
 	}
 }
 
+// silent looks whether anything of the peer's end is in the kernel: on loopback it would
+// be there by the time the peer has closed its socket.
+func silent(conn net.Conn) error {
+	if os.Geteuid() != 0 {
+		return nil // without CAP_NET_ADMIN connections are reset instead
+	}
+	rc, err := conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := rc.Control(func(fd uintptr) {
+		var n int
+		n, _, err = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		if err == nil && n == 0 {
+			err = io.EOF
+		}
+	})
+	if errors.Is(err, unix.EAGAIN) {
+		err = nil
+	}
+	return firstError(cerr, &err)
+}
+
 // A planned move with no, one and many connections, idle, in the middle of a record,
 // with a reply that is unsent or not acknowledged: what was asked is answered before the
 // end, what was not is not begun, and all are woken up by the next owner. own 1;
@@ -162,6 +188,9 @@ func TestMoveWithConnections(t *testing.T) {
 				t.Errorf("%+v", e)
 			}
 			for _, h := range l {
+				if err := silent(h.conn); err != nil {
+					t.Errorf("%s: the last owner has ended the connection with a segment: %v", kindNames[h.kind], err)
+				}
 				me := h.conn.LocalAddr().(*net.TCPAddr).AddrPort()
 				woken := false
 				for _, c := range m.net.Machine(to.cluster.name).Tickled() {
@@ -330,6 +359,11 @@ func TestEverythingAnswersFirst(t *testing.T) {
 	m.begin()
 	k := m.client()
 	dir := k.mount()
+	k.writeAt(k.make(dir, "data"), 0, []byte("data"), wire.FileSync)
+	data, st := m.a.fs.Resolve(ctx, wire.RootFID, "data")
+	if st != wire.OK {
+		t.Fatal(st)
+	}
 	asked := 0
 	ask := func(n *Node) error {
 		for _, u := range n.serving() {
@@ -359,8 +393,13 @@ func TestEverythingAnswersFirst(t *testing.T) {
 		asked = 0
 		to, from := m.other(), m.on
 		var before error
-		m.net.Machine(to.cluster.name).On(viptest.Add, func(context.Context, netip.Addr) error {
+		old := m.vip(to)
+		owner := client.Owner{VIP: old.Index, Epoch: old.Epoch}
+		var atMDT, atOST wire.Status
+		m.net.Machine(to.cluster.name).On(viptest.Add, func(ctx context.Context, _ netip.Addr) error {
 			before = ask(to)
+			_, atMDT = from.fs.Statfs(ctx, owner)
+			_, _, atOST, _ = from.fs.Read(ctx, owner, &data, 0, make([]byte, 1), true)
 			return nil
 		})
 		done := len(m.net.Log())
@@ -368,6 +407,9 @@ func TestEverythingAnswersFirst(t *testing.T) {
 		k.make(dir, w.name)
 		if before != nil || asked < 24 {
 			t.Errorf("%s: %d answers before the address was there: %v", w.name, asked, before)
+		}
+		if atMDT != wire.ErrStaleVIP || atOST != wire.ErrStaleVIP {
+			t.Errorf("%s: what the old owner asked the MDT and an OST before the address was at the next one: %v, %v", w.name, atMDT, atOST)
 		}
 		var order []string
 		for _, o := range m.net.Log()[done:] {

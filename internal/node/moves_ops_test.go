@@ -15,6 +15,7 @@ import (
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/wire"
+	"github.com/baton-nfs/baton/vip/viptest"
 )
 
 // result is the outcome of an operation: the status, and the handle that it made.
@@ -192,7 +193,24 @@ func (m *moving) unstable(w way) {
 			verf = v
 		}
 	}
-	w.run()
+	if from := m.on; !w.crash {
+		// Else an OST could lose them later, and the next owner's verifier would not tell.
+		left, net := -1, m.net.Machine(from.cluster.name)
+		net.On(viptest.Remove, func(context.Context, netip.Addr) error {
+			left = uncommitted(from)
+			return nil
+		})
+		if uncommitted(from) == 0 {
+			t.Log("all data were written out already")
+		}
+		w.run()
+		net.On(viptest.Remove, nil)
+		if left != 0 {
+			t.Errorf("%d requests were not durable when the address was removed (-1: it was not)", left)
+		}
+	} else {
+		w.run()
+	}
 	for f := range fhs {
 		now := k.commit(fhs[f])
 		if (now != verf) != w.crash {
@@ -217,6 +235,16 @@ func (m *moving) unstable(w way) {
 			}
 		}
 	}
+}
+
+// uncommitted is how much a node's frontend has been answered by OSTs that is not durable.
+func uncommitted(n *Node) (sum int) {
+	for _, im := range n.Status().Imports {
+		if im.Target != mdtName {
+			sum += im.Uncommitted
+		}
+	}
+	return sum
 }
 
 // readdir: a directory that is read in pieces while the address moves and names come and

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -23,6 +22,7 @@ import (
 	nfs "github.com/willscott/go-nfs"
 
 	"github.com/baton-nfs/baton/internal/status"
+	"github.com/baton-nfs/baton/internal/sunrpc/rpctest"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
@@ -264,38 +264,12 @@ func (k *caller) once(rec []byte, xid uint32) ([]byte, error) {
 	if _, err := k.conn.Write(rec); err != nil {
 		return nil, err
 	}
-	for {
-		var mark [4]byte
-		if _, err := io.ReadFull(k.conn, mark[:]); err != nil {
-			return nil, err
-		}
-		b := make([]byte, binary.BigEndian.Uint32(mark[:])&^(1<<31))
-		if _, err := io.ReadFull(k.conn, b); err != nil {
-			return nil, err
-		}
-		if binary.BigEndian.Uint32(b) == xid {
-			if len(b) < 24 || binary.BigEndian.Uint32(b[8:]) != 0 || binary.BigEndian.Uint32(b[20:]) != 0 {
-				return nil, fmt.Errorf("refused: %x", b)
-			}
-			return b[24:], nil
-		}
-	}
-}
-
-// record is a call as root by AUTH_SYS, without a machine's name and groups.
-func record(xid, prog, vers, proc uint32, args func(*xdr.Writer)) []byte {
-	var w xdr.Writer
-	for _, v := range []uint32{0, xid, 0, 2, prog, vers, proc, 1, 20, 0, 0, 0, 0, 0, 0, 0} {
-		w.Uint32(v)
-	}
-	args(&w)
-	binary.BigEndian.PutUint32(w.Buf, 1<<31|uint32(len(w.Buf)-4))
-	return w.Buf
+	return rpctest.Reply(k.conn, xid)
 }
 
 func (k *caller) call(prog, vers, proc uint32, args func(*xdr.Writer), res interface{ Decode(*xdr.Reader) error }) {
 	k.xid++
-	rec := record(k.xid, prog, vers, proc, args)
+	rec := rpctest.Call(k.xid, prog, vers, proc, args)
 	began := time.Now()
 	var story strings.Builder
 	for {

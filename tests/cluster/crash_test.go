@@ -15,6 +15,7 @@ import (
 	nfs "github.com/willscott/go-nfs"
 
 	"github.com/baton-nfs/baton/internal/node"
+	"github.com/baton-nfs/baton/internal/sunrpc/rpctest"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -48,6 +49,7 @@ type watch struct {
 
 	mu      sync.Mutex
 	excused map[string]bool
+	seen    int // looks at the address on one machine, and at the sockets of the others
 }
 
 func (s *street) watch() *watch {
@@ -66,6 +68,9 @@ func (s *street) watch() *watch {
 	s.t.Cleanup(func() {
 		close(w.quit)
 		<-w.done
+		if w.seen == 0 {
+			s.t.Error("nobody has seen the address anywhere")
+		}
 	})
 	return w
 }
@@ -97,7 +102,10 @@ func (w *watch) look() {
 		if n == first[0] || w.excused[n] {
 			continue
 		}
-		ss, _ := w.s.nodes[n].Sockets(brought)
+		ss, err := w.s.nodes[n].Sockets(brought)
+		if err != nil {
+			return
+		}
 		for _, x := range ss {
 			if !x.Listening() {
 				stale = append(stale, n+": "+x.String())
@@ -107,6 +115,7 @@ func (w *watch) look() {
 	if !slices.Equal(first, at()) {
 		return
 	}
+	w.seen++
 	if len(first) > 1 || len(stale) > 0 {
 		w.s.t.Errorf("the address is at %v; sockets elsewhere: %q", first, stale)
 	}
@@ -169,7 +178,7 @@ func (s *street) haunt(at string, dir, name []byte) *ghost {
 		c, err = d.Dial("tcp", brought.String()+":2049")
 		return err
 	}))
-	_, err := c.Write(record(0x6057, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), (&nfs3.DirOpArgs{FH: dir, Name: name}).Encode))
+	_, err := c.Write(rpctest.Call(0x6057, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), (&nfs3.DirOpArgs{FH: dir, Name: name}).Encode))
 	s.ok(err)
 	return &ghost{s, c, name}
 }

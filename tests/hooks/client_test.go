@@ -3,9 +3,7 @@ package hooks
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"strconv"
@@ -16,6 +14,7 @@ import (
 
 	nfs "github.com/willscott/go-nfs"
 
+	"github.com/baton-nfs/baton/internal/sunrpc/rpctest"
 	"github.com/baton-nfs/baton/internal/xdr"
 	"github.com/baton-nfs/baton/nfsd/mount3"
 	"github.com/baton-nfs/baton/nfsd/nfs3"
@@ -62,27 +61,7 @@ func (c *rpc) once(rec []byte, xid uint32) ([]byte, error) {
 	if _, err := c.conn.Write(rec); err != nil {
 		return nil, err
 	}
-	for {
-		var mark [4]byte
-		if _, err := io.ReadFull(c.conn, mark[:]); err != nil {
-			return nil, err
-		}
-		n := binary.BigEndian.Uint32(mark[:]) &^ (1 << 31)
-		if n > 1<<20 {
-			return nil, fmt.Errorf("an answer of %d bytes", n)
-		}
-		b := make([]byte, n)
-		if _, err := io.ReadFull(c.conn, b); err != nil {
-			return nil, err
-		}
-		if len(b) < 4 || binary.BigEndian.Uint32(b) != xid {
-			continue
-		}
-		if len(b) < 24 || binary.BigEndian.Uint32(b[8:]) != 0 || binary.BigEndian.Uint32(b[20:]) != 0 {
-			return nil, fmt.Errorf("refused: %x", b)
-		}
-		return b[24:], nil
-	}
+	return rpctest.Reply(c.conn, xid)
 }
 
 type result interface{ Decode(*xdr.Reader) error }
@@ -90,14 +69,7 @@ type result interface{ Decode(*xdr.Reader) error }
 // call makes a call until it is answered.
 func (c *rpc) call(prog, vers, proc uint32, args func(*xdr.Writer), res result) error {
 	c.xid++
-	var w xdr.Writer
-	// AUTH_SYS as root, without a machine's name and groups.
-	for _, v := range []uint32{0, c.xid, 0, 2, prog, vers, proc, 1, 20, 0, 0, 0, 0, 0, 0, 0} {
-		w.Uint32(v)
-	}
-	args(&w)
-	rec := w.Buf
-	binary.BigEndian.PutUint32(rec, 1<<31|uint32(len(rec)-4))
+	rec := rpctest.Call(c.xid, prog, vers, proc, args)
 	began := time.Now()
 	for {
 		out, err := c.once(rec, c.xid)

@@ -99,7 +99,7 @@ func newWorld(t *testing.T, vips int) *world {
 		}
 		t.Logf("watched: %d looks", looks)
 		if looks == 0 {
-			t.Error("nobody has looked")
+			t.Error("nobody has seen an address anywhere")
 		}
 	})
 	return w

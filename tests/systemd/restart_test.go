@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 )
 
@@ -16,7 +17,9 @@ func (b *box) restart(t *testing.T) {
 		t.Fatalf("CREATE: %v, % x", err, res)
 	}
 	pid := b.show("baton", "MainPID")
-	stop, stopped := make(chan struct{}), make(chan error, 1)
+	done, stopped := make(chan struct{}), make(chan error, 1)
+	stop := sync.OnceFunc(func() { close(done) })
+	defer stop()
 	go func() {
 		for n := 0; ; n++ {
 			nc, err := b.dial(nfsPort)
@@ -26,7 +29,7 @@ func (b *box) restart(t *testing.T) {
 			}
 			nc.Close()
 			select {
-			case <-stop:
+			case <-done:
 				stopped <- nil
 				return
 			default:
@@ -42,7 +45,7 @@ func (b *box) restart(t *testing.T) {
 		pid = now
 		c.works()
 	}
-	close(stop)
+	stop()
 	if err := <-stopped; err != nil {
 		t.Errorf("while it was restarted: %v", err)
 	}

@@ -53,7 +53,7 @@ func (w *Watch) Excuse(node string, excused bool) {
 	w.frozen[node] = excused
 }
 
-// Stop ends the watch and returns how often it has looked, and what was wrong.
+// Stop ends the watch and returns how often it has seen an address, and what was wrong.
 func (w *Watch) Stop() (looks int, found []string) {
 	select {
 	case <-w.quit:
@@ -101,6 +101,7 @@ func (w *Watch) look(a netip.Addr) {
 			w.report("%v is on %s", a, strings.Join(first, " and "))
 		}
 	}
+	seen := len(first) > 0
 	if len(first) == 1 {
 		stale := Stale(w.net, a, first[0], false)
 		if again := has(); len(stale) > 0 && slices.Equal(first, again) {
@@ -111,9 +112,11 @@ func (w *Watch) look(a netip.Addr) {
 			}
 		}
 	}
-	w.mu.Lock()
-	w.looks++
-	w.mu.Unlock()
+	if seen {
+		w.mu.Lock()
+		w.looks++
+		w.mu.Unlock()
+	}
 }
 
 func (w *Watch) report(format string, args ...any) {
