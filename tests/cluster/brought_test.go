@@ -240,7 +240,11 @@ func (s *street) has(name string) bool {
 // sockets are those of the address on a machine, listeners and datagrams too.
 func (s *street) sockets(name string) string {
 	s.t.Helper()
-	out, err := s.nodes[name].Run(ctx, "ss", "-Htuan", "src", s.vip().String())
+	of := s.vip().String()
+	if s.vip().Is6() {
+		of = "[" + of + "]"
+	}
+	out, err := s.nodes[name].Run(ctx, "ss", "-Htuan", "src", of)
 	s.ok(err)
 	return string(out)
 }

@@ -31,7 +31,7 @@ func TestFrontendKilledInRecovery(t *testing.T) {
 	s.must("vip", "add", s.at.String())
 	s.must("vip", "move", s.vip().String(), "--to", "n1")
 	s.alone("n1")
-	s.watch()
+	w := s.watch()
 	k := &caller{s: s, xid: 1 << 20}
 	dir := k.mount()
 	k.create(dir, []byte("gone"))
@@ -53,8 +53,7 @@ func TestFrontendKilledInRecovery(t *testing.T) {
 		}
 		return strings.HasPrefix(st, "recover")
 	})
-	s.cable("n1", false)
-	s.procs["n1"].Kill()
+	s.crash(w, "n1")
 	s.ok(s.procs["n2"].Signal(syscall.SIGCONT))
 	s.until("n2 to be told to take the address", func() bool {
 		_, err := s.order("t", "vip", "move", s.vip().String(), "--to", "n2", "--force")
@@ -69,8 +68,7 @@ func TestFrontendKilledInRecovery(t *testing.T) {
 		t.Errorf("REMOVE of what is not there: %v", st)
 	}
 	k.hang()
-	s.cable("n1", true)
-	s.start("n1")
+	s.back(w, "n1")
 	gone("frontend and MDT killed", "n2")
 }
 

@@ -387,7 +387,7 @@ func TestServiceOverIPv6(t *testing.T) {
 		x.alone("n1")
 		x.answers()
 	}
-	s.watch()
+	w := s.watch()
 	k := &caller{s: s}
 	dir := k.mount()
 	k.create(dir, []byte("locked"))
@@ -453,8 +453,7 @@ func TestServiceOverIPv6(t *testing.T) {
 	// n2 dies with the address. Its clients are told, and nobody else.
 	p.take()
 	was := n2.conn
-	s.cable("n2", false)
-	s.procs["n2"].Kill()
+	s.crash(w, "n2")
 	s.must("vip", "move", s.vip().String(), "--to", "n1", "--force")
 	s.until("n1 to serve", func() bool { return s.local("n1") == "serving" })
 	h3.reset("power cut")
@@ -473,8 +472,7 @@ func TestServiceOverIPv6(t *testing.T) {
 	if n2.conn != was {
 		t.Error("a client of the other address has lost its connection")
 	}
-	s.cable("n2", true)
-	s.start("n2")
+	s.back(w, "n2")
 	s.alone("n1")
 	near.alone("n1")
 
@@ -486,8 +484,7 @@ func TestServiceOverIPv6(t *testing.T) {
 	h2.notices()
 	s.must("vip", "move", s.vip().String(), "--to", "n2")
 	s.alone("n2")
-	s.cable("n1", false)
-	s.procs["n1"].Kill()
+	s.crash(w, "n1")
 	s.must("vip", "move", near.vip().String(), "--to", "n2", "--force")
 	s.until("n2 to serve both", func() bool { return near.local("n2") == "serving" })
 	n2.notified()
@@ -497,8 +494,7 @@ func TestServiceOverIPv6(t *testing.T) {
 			t.Errorf("%s was told of a crash of another address's node: %+v", h.name, l)
 		}
 	}
-	s.cable("n1", true)
-	s.start("n1")
+	s.back(w, "n1")
 	s.alone("n2")
 	near.alone("n2")
 	near.answers()
