@@ -139,17 +139,24 @@ func (h *lockHost) notices() []notice {
 	return l
 }
 
-// lockHost makes host number i, from 1, a client of the address.
-func (s *street) lockHost(i int, fh []byte) *lockHost {
+// guest gives the hub address number i, from 1, for a client of its own.
+func (s *street) guest(i int) netip.AddrPort {
 	s.t.Helper()
 	at := netip.MustParsePrefix(fmt.Sprintf(streets[s.vip().Is6()], 20+i))
 	s.ok(s.hub.AddAddr("br0", at))
-	h := &lockHost{caller: caller{s: s, from: netip.AddrPortFrom(at.Addr(), 0), xid: uint32(i) << 20}, name: fmt.Sprint("host", i), fh: fh}
+	return netip.AddrPortFrom(at.Addr(), 0)
+}
+
+// lockHost makes host number i, from 1, a client of the address.
+func (s *street) lockHost(i int, fh []byte) *lockHost {
+	s.t.Helper()
+	h := &lockHost{caller: caller{s: s, from: s.guest(i), xid: uint32(i) << 20}, name: fmt.Sprint("host", i), fh: fh}
+	at := h.from.Addr()
 	const port = 4045
 	table := &rpcbind.Table{}
 	progs := (&rpcbind.Server{Table: table}).Programs()
 	for prog, n := range map[uint32]func(uint32) uint32{nlm.Program: nlm.NumProcs, nsm.Program: func(uint32) uint32 { return 7 }} {
-		for _, m := range rpcbind.Mappings(prog, []uint32{1, 4}, []netip.Addr{at.Addr()}, port, port) {
+		for _, m := range rpcbind.Mappings(prog, []uint32{1, 4}, []netip.Addr{at}, port, port) {
 			table.Set(m)
 		}
 		progs = append(progs, sunrpc.Program{Prog: prog, VersLow: 1, VersHigh: 4, NumProcs: n, Handler: h})
@@ -158,8 +165,8 @@ func (s *street) lockHost(i int, fh []byte) *lockHost {
 	s.t.Cleanup(func() { srv.Close(); h.hang() })
 	for _, p := range []uint16{111, port} {
 		s.ok(s.hub.Do(func() error {
-			_, err1 := srv.ListenTCP(netip.AddrPortFrom(at.Addr(), p), sunrpc.ListenOptions{})
-			_, err2 := srv.ListenUDP(netip.AddrPortFrom(at.Addr(), p), sunrpc.ListenOptions{})
+			_, err1 := srv.ListenTCP(netip.AddrPortFrom(at, p), sunrpc.ListenOptions{})
+			_, err2 := srv.ListenUDP(netip.AddrPortFrom(at, p), sunrpc.ListenOptions{})
 			return errors.Join(err1, err2)
 		}))
 	}
@@ -415,6 +422,7 @@ func TestServiceOverIPv6(t *testing.T) {
 		h3.reset("planned move")
 		p.has(s, frame{s.mac(to), "NA", 0})
 		p.has(s, frame{s.mac(to), "tickle", port})
+		p.has(s, frame{s.mac(to), "RST", port})
 		for _, f := range p.take() {
 			if f.from == s.mac(from) && (f.what == "FIN" || f.what == "RST") {
 				t.Errorf("the last owner has sent %+v", f)
@@ -498,4 +506,92 @@ func TestServiceOverIPv6(t *testing.T) {
 	s.alone("n2")
 	near.alone("n2")
 	near.answers()
+}
+
+// Somebody else decides where an IPv6 address is, by hooks, written in ways that are not
+// the shortest: baton moves it, or serves it where it was added, and what a dead process has
+// left is taken away.
+func TestHooksOverIPv6(t *testing.T) {
+	s := newStreet(t, "external", six)
+	s.all()
+	s.must("vip", "add", "[FD77:0:0:0::0100]/64", "--interface", "eth0")
+	try := func(name string, args ...string) error {
+		x, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		args = append([]string{"hook"}, append(args, "--socket", s.path(name, "s"), "--timeout", "60s")...)
+		out, err := s.nodes[name].Run(x, s.bin, args...)
+		if err != nil {
+			err = fmt.Errorf("baton %v at %s: %w\n%s", args, name, err, out)
+		}
+		return err
+	}
+	hook := func(name string, args ...string) {
+		t.Helper()
+		s.ok(try(name, args...))
+	}
+	ip := func(name, verb string, more ...string) {
+		t.Helper()
+		if out, err := s.nodes[name].Run(ctx, "ip", append([]string{"addr", verb, s.at.String(), "dev", "eth0"}, more...)...); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	const name = "[fd77::0:100]"
+	for _, n := range []string{"n2", "n1"} { // which need a moment to find the MDT
+		s.until(n+" to be ready", func() bool { return try(n, "take", name) == nil })
+		hook(n, "check", name)
+		if n == "n2" {
+			hook(n, "release", name)
+		}
+	}
+	s.alone("n1")
+	s.answers()
+	w := s.watch()
+	k, gone := s.client()
+	gone("start", "n1")
+	hook("n1", "release", name, "--to", "n2")
+	hook("n2", "take", name)
+	gone("moved by hooks", "n2")
+
+	// The address is added and removed by somebody else.
+	hook("n2", "release", name)
+	give := func(to string) {
+		t.Helper()
+		hook(to, "take", name, "--given", "--stage", "listen")
+		ip(to, "add", "nodad")
+		hook(to, "take", name, "--given")
+	}
+	give("n1")
+	gone("given", "n1")
+	s.answers()
+	hook("n1", "release", name, "--given", "--stage", "drain")
+	ip("n1", "del")
+	hook("n1", "release", name, "--given", "--stage", "finish")
+	give("n2")
+	gone("given to the other one", "n2")
+	hook("n2", "release", name, "--given", "--stage", "drain")
+	ip("n2", "del")
+	hook("n2", "release", name, "--given", "--stage", "finish")
+
+	// Its process dies; the machine goes on, and has the address until the hook comes.
+	// Its kernel keeps what is left of connections until the address returns.
+	hook("n1", "take", name)
+	gone("baton's own again", "n1")
+	w.excuse("n1", true)
+	s.procs["n1"].Kill()
+	if !s.has("n1") {
+		t.Error("the address went with the process")
+	}
+	hook("n1", "release", name)
+	if s.has("n1") {
+		t.Error("the machine keeps the address of a dead process")
+	}
+	hook("n2", "take", name, "--force")
+	s.serves("n2")
+	t.Logf("process killed: longest call %v", s.goesOn(k))
+	s.start("n1")
+	s.knows("n1")
+	hook("n2", "release", name, "--to", "n1")
+	hook("n1", "take", name)
+	w.excuse("n1", false)
+	gone("and back", "n1")
 }
