@@ -195,7 +195,11 @@ func (k *Kernel) Destroy(ctx context.Context, addr netip.Addr) (int, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return len(seen), fmt.Errorf("vip: %d sockets of %s are still there (ss -tan src %s): %w", left, addr, addr, context.Cause(ctx))
+			of := addr.String()
+			if addr.Is6() {
+				of = "[" + of + "]" // ss wants it so
+			}
+			return len(seen), fmt.Errorf("vip: %d sockets of %s are still there (ss -tan src %s): %w", left, addr, of, context.Cause(ctx))
 		case <-time.After(wait):
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/baton-nfs/baton/internal/control"
+	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/mgs"
 )
@@ -126,7 +127,7 @@ serve it (baton vip undrain); removing. "next" is ready when it listens.` + anyN
 
 // vipPrefix reads an address with the length of its network's prefix.
 func vipPrefix(s string) (netip.Prefix, error) {
-	p, err := netip.ParsePrefix(s)
+	p, err := netip.ParsePrefix(vipctl.Unbracket(s))
 	if err != nil || p.Bits() == 0 {
 		return p, usagef("%q is not an address with the length of its network's prefix, like 192.0.2.50/24 or 2001:db8::50/64", s)
 	}
@@ -136,11 +137,11 @@ func vipPrefix(s string) (netip.Prefix, error) {
 // vipAddr reads an address; a prefix length is allowed and not looked at.
 func vipAddr(s string) (netip.Addr, error) {
 	host, _, _ := strings.Cut(s, "/")
-	addr, err := netip.ParseAddr(host)
+	addr, err := netip.ParseAddr(vipctl.Unbracket(host))
 	if err != nil {
 		return addr, usagef("%q is not an address", s)
 	}
-	return addr, nil
+	return addr.Unmap(), nil
 }
 
 // call gives one command with arguments.

@@ -154,11 +154,11 @@ func TestVIPOrders(t *testing.T) {
 	b.waitFor("readiness", b.notified("READY=1"))
 	for _, line := range []string{
 		"vip add 192.0.2.60/24 --prefer n1,n2 --interface eth0 --drained",
-		"vip add 2001:db8::50/64",
+		"vip add 2001:db8::50/64", "vip add [2001:DB8:0::051]/64",
 		"vip set 192.0.2.51 --prefer n3",
 		"vip set 192.0.2.50/25 --interface eth1",
 		"vip set 192.0.2.54 --prefer=",
-		"vip remove 192.0.2.50", "vip remove 192.0.2.50/24 --force",
+		"vip remove 192.0.2.50", "vip remove 192.0.2.50/24 --force", "vip remove [2001:DB8:0::050]", "vip remove ::ffff:192.0.2.50",
 		"vip drain 192.0.2.50", "vip undrain 192.0.2.50", "vip undrain 192.0.2.50 --to n2",
 		"node drain n2", "node undrain n2",
 		"vip move 192.0.2.54 --to n1 --force --no-wait --json",
@@ -170,10 +170,12 @@ func TestVIPOrders(t *testing.T) {
 	want := []string{
 		"add {Addr:192.0.2.60 Bits:24 Interface:eth0 Prefer:[n1 n2] Drained:true}",
 		"add {Addr:2001:db8::50 Bits:64 Interface: Prefer:[] Drained:false}",
+		"add {Addr:2001:db8::51 Bits:64 Interface: Prefer:[] Drained:false}",
 		"set {Addr:192.0.2.51 Bits:24 Interface:eth0 Prefer:[n3] Drained:false}",
 		"set {Addr:192.0.2.50 Bits:25 Interface:eth1 Prefer:[n1 n2] Drained:false}",
 		"set {Addr:192.0.2.54 Bits:24 Interface: Prefer:[] Drained:true}",
 		"remove 192.0.2.50 false", "remove 192.0.2.50 true",
+		"remove 2001:db8::50 false", "remove 192.0.2.50 false",
 		`drain 192.0.2.50 true ""`, `drain 192.0.2.50 false ""`, `drain 192.0.2.50 false "n2"`,
 		"drain node n2 true", "drain node n2 false",
 		"move 192.0.2.54 to n1 true",

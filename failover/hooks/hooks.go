@@ -203,11 +203,13 @@ func settle(ctx context.Context, e *Env, addr netip.Addr, changing ...string) (v
 	return last, err
 }
 
-// ParseAddr reads an address that a manager gave, which may have a prefix length.
+// ParseAddr reads an address that a manager gave, which may have a prefix length
+// and, with IPv6, brackets.
 func ParseAddr(s string) (netip.Addr, error) {
-	a, err := netip.ParseAddr(s)
+	bare := vipctl.Unbracket(s)
+	a, err := netip.ParseAddr(bare)
 	if err != nil {
-		if p, perr := netip.ParsePrefix(s); perr == nil {
+		if p, perr := netip.ParsePrefix(bare); perr == nil {
 			a, err = p.Addr(), nil
 		}
 	}

@@ -86,7 +86,11 @@ func (k *Cluster) complete() {
 }
 
 func withPort(s string) string {
-	if a, err := netip.ParseAddr(s); err == nil {
+	bare := s
+	if host, ok := strings.CutPrefix(s, "["); ok && strings.Contains(host, ":") {
+		bare = strings.TrimSuffix(host, "]")
+	}
+	if a, err := netip.ParseAddr(bare); err == nil {
 		return netip.AddrPortFrom(a, ClusterPort).String()
 	}
 	return s

@@ -37,10 +37,10 @@ func (n *Node) AddBridge(name string, addr netip.Prefix) error {
 			return err
 		}
 	}
-	if err := n.ip("link set " + name + " up"); err != nil || !addr.Addr().Is4() {
+	if err := n.ip("link set " + name + " up"); err != nil || !addr.IsValid() {
 		return err
 	}
-	return n.ip(fmt.Sprintf("route replace %s dev %s src %s rto_min 5ms", addr.Masked(), name, addr.Addr()))
+	return n.Retransmit(name, addr)
 }
 
 // AddAddr adds an address to an interface of the node.
@@ -101,7 +101,11 @@ func (n *Node) DelAddr(dev string, addr netip.Prefix) error {
 // Retransmit makes TCP to the network of an address retransmit after 5 ms, as
 // AddBridge does.
 func (n *Node) Retransmit(dev string, addr netip.Prefix) error {
-	return n.ip(fmt.Sprintf("route replace %s dev %s src %s rto_min 5ms", addr.Masked(), dev, addr.Addr()))
+	cmd := fmt.Sprintf("route replace %s dev %s src %s rto_min 5ms", addr.Masked(), dev, addr.Addr())
+	if addr.Addr().Is6() {
+		cmd += " metric 128" // the kernel's own route has 256
+	}
+	return n.ip(cmd)
 }
 
 // Neighbour tells the node for good which hardware address an address has.

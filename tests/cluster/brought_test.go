@@ -48,13 +48,31 @@ type street struct {
 	hub   *bed.Node
 	nodes map[string]*bed.Node
 	procs map[string]*bed.Proc
+	// at is the floating address, host are the machines' own, gate is the client's.
+	at   netip.Prefix
+	host map[string]netip.Prefix
+	gate netip.Prefix
 }
 
 var (
-	brought   = netip.MustParseAddr("10.77.0.100")
-	streetOf  = map[string]string{"t": "10.77.0.10", "n1": "10.77.0.11", "n2": "10.77.0.12"}
 	frontends = []string{"n1", "n2"}
+	// streets are the networks with IPv4 and with IPv6.
+	streets = map[bool]string{false: "10.77.0.%d/24", true: "fd77::%d/64"}
 )
+
+// six is the street with IPv6 addresses alone.
+func six(s *street) { s.number(true) }
+
+// number gives out addresses.
+func (s *street) number(six bool) {
+	addr := func(i int) netip.Prefix { return netip.MustParsePrefix(fmt.Sprintf(streets[six], i)) }
+	s.at, s.gate = addr(100), addr(1)
+	s.host = map[string]netip.Prefix{"t": addr(10), "n1": addr(11), "n2": addr(12)}
+}
+
+// vip is the floating address, nfs where it is connected to.
+func (s *street) vip() netip.Addr { return s.at.Addr() }
+func (s *street) nfs() string     { return netip.AddrPortFrom(s.vip(), bed.NFSPort).String() }
 
 func newStreet(t *testing.T, mode string, set ...func(*street)) *street {
 	t.Helper()
@@ -64,6 +82,7 @@ func newStreet(t *testing.T, mode string, set ...func(*street)) *street {
 	}
 	s := &street{t: t, dir: bed.Dir(t), bin: bin, mode: mode, nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
 	s.home, s.run, s.mgs = map[string][]string{"t": {"MGS", "MDT0000", "OST0000"}}, []string{"t"}, []string{"t"}
+	s.number(false)
 	for _, f := range set {
 		f(s)
 	}
@@ -79,11 +98,11 @@ func newStreet(t *testing.T, mode string, set ...func(*street)) *street {
 		return n
 	}
 	s.hub = node("hub")
-	s.ok(s.hub.AddBridge("br0", netip.MustParsePrefix("10.77.0.1/24")))
-	for name, addr := range streetOf {
+	s.ok(s.hub.AddBridge("br0", s.gate))
+	for name, addr := range s.host {
 		n := node(name)
 		s.nodes[name] = n
-		s.ok(n.Plug(s.hub, "br0", "p"+name, "eth0", netip.MustParsePrefix(addr+"/24")))
+		s.ok(n.Plug(s.hub, "br0", "p"+name, "eth0", addr))
 		// As docs/operations.md wants them.
 		for _, key := range []string{"arp_announce=2", "promote_secondaries=1"} {
 			if out, err := n.Run(ctx, "sysctl", "-qw", "net.ipv4.conf.all."+key); err != nil {
@@ -126,8 +145,8 @@ func (s *street) start(name string) {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "data_dir = %q\ncluster_key_file = %q\n[cluster]\nnode = %q\ntls = \"off\"\nstart = %s\nfile_locks = %v\n", s.path(name), s.path("cluster.key"), name, list(s.home[name]), !s.far)
-	for n, addr := range streetOf {
-		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = %q\n", n, addr)
+	for n, addr := range s.host {
+		fmt.Fprintf(&b, "[[cluster.nodes]]\nname = %q\naddress = %q\n", n, addr.Addr())
 	}
 	fmt.Fprintf(&b, `[nfs]
 addresses = []
@@ -199,10 +218,15 @@ func (s *street) cable(name string, up bool) {
 func (s *street) local(name string) string {
 	out, err := s.order(name, "vip", "list", "--json")
 	var l []status.VIP
-	if err != nil || json.Unmarshal([]byte(out), &l) != nil || len(l) != 1 || l[0].Floating == nil || l[0].Floating.Local == nil {
+	if err != nil || json.Unmarshal([]byte(out), &l) != nil {
 		return ""
 	}
-	return l[0].Floating.Local.State
+	for _, v := range l {
+		if v.Addr == s.vip().String() && v.Floating != nil && v.Floating.Local != nil {
+			return v.Floating.Local.State
+		}
+	}
+	return ""
 }
 
 // has tells whether a machine has the address.
@@ -210,13 +234,17 @@ func (s *street) has(name string) bool {
 	s.t.Helper()
 	out, err := s.nodes[name].Run(ctx, "ip", "-o", "addr", "show")
 	s.ok(err)
-	return strings.Contains(string(out), " "+brought.String()+"/")
+	return strings.Contains(string(out), " "+s.vip().String()+"/")
 }
 
 // sockets are those of the address on a machine, listeners and datagrams too.
 func (s *street) sockets(name string) string {
 	s.t.Helper()
-	out, err := s.nodes[name].Run(ctx, "ss", "-Htuan", "src", brought.String())
+	of := s.vip().String()
+	if s.vip().Is6() {
+		of = "[" + of + "]"
+	}
+	out, err := s.nodes[name].Run(ctx, "ss", "-Htuan", "src", of)
 	s.ok(err)
 	return string(out)
 }
@@ -239,6 +267,7 @@ func (s *street) alone(owner string) {
 // caller is a client that repeats a call with its XID until it is answered.
 type caller struct {
 	s       *street
+	from    netip.AddrPort // where it connects from, unless that is any address
 	conn    net.Conn
 	xid     uint32
 	mu      sync.Mutex
@@ -250,15 +279,26 @@ type caller struct {
 // long is a wait whose cause is worth a look.
 const long = 3 * time.Second
 
+// dial connects to NFS at the address, from an address of the hub's or from any.
+func (s *street) dial(from netip.AddrPort) (c net.Conn, err error) {
+	d := net.Dialer{Timeout: 2 * time.Second}
+	if from.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(from)
+	}
+	err = s.hub.Do(func() (err error) {
+		c, err = d.Dial("tcp", s.nfs())
+		return err
+	})
+	return c, err
+}
+
 func (k *caller) once(rec []byte, xid uint32) ([]byte, error) {
 	if k.conn == nil {
-		x, cancel := context.WithTimeout(ctx, 2*time.Second)
-		defer cancel()
-		var err error
-		if k.conn, err = k.s.hub.DialContext(x, "tcp", brought.String()+":2049"); err != nil {
-			k.conn = nil
+		c, err := k.s.dial(k.from)
+		if err != nil {
 			return nil, err
 		}
+		k.conn = c
 	}
 	k.conn.SetDeadline(time.Now().Add(5 * time.Second))
 	if _, err := k.conn.Write(rec); err != nil {
@@ -425,21 +465,26 @@ func (s *street) client() (k *caller, gone func(what, owner string)) {
 // if it were executed once; only the owner has anything of the address. 004.1, 004.8,
 // 004.22, 004.24, 004.32.
 func TestBroughtAddress(t *testing.T) {
-	s := newStreet(t, "off")
+	t.Run("ipv4", func(t *testing.T) { testBrought(t) })
+	t.Run("ipv6", func(t *testing.T) { testBrought(t, six) })
+}
+
+func testBrought(t *testing.T, set ...func(*street)) {
+	s := newStreet(t, "off", set...)
 	s.all()
 	must := s.must
-	must("vip", "add", brought.String()+"/24")
-	must("vip", "move", brought.String(), "--to", "n1")
+	must("vip", "add", s.at.String())
+	must("vip", "move", s.vip().String(), "--to", "n1")
 	s.alone("n1")
 	k, gone := s.client()
 	gone("start", "n1")
 	for _, to := range []string{"n2", "n1", "n2"} {
-		must("vip", "move", brought.String(), "--to", to)
+		must("vip", "move", s.vip().String(), "--to", to)
 		gone("planned move", to)
 	}
 	force := func(to string) {
 		t.Helper()
-		must("vip", "move", brought.String(), "--to", to, "--force")
+		must("vip", "move", s.vip().String(), "--to", to, "--force")
 	}
 	s.cable("n2", false)
 	s.procs["n2"].Kill()
@@ -465,16 +510,21 @@ func TestBroughtAddress(t *testing.T) {
 	s.until("the client to get on", func() bool { return k.calls.Load() > n+10 })
 	s.cable("n2", true)
 	gone("cable", "n1")
-	must("vip", "move", brought.String(), "--to", "n2")
+	must("vip", "move", s.vip().String(), "--to", "n2")
 	gone("planned move afterwards", "n2")
 }
 
 // The manager gives an address to its preferred node, to the other one when that loses
 // its power, and back when the other one stops in order: without any command.
 func TestManagedAddress(t *testing.T) {
-	s := newStreet(t, "builtin")
+	t.Run("ipv4", func(t *testing.T) { testManaged(t) })
+	t.Run("ipv6", func(t *testing.T) { testManaged(t, six) })
+}
+
+func testManaged(t *testing.T, set ...func(*street)) {
+	s := newStreet(t, "builtin", set...)
 	s.all()
-	s.must("vip", "add", brought.String()+"/24", "--prefer", "n1,n2")
+	s.must("vip", "add", s.at.String(), "--prefer", "n1,n2")
 	s.alone("n1")
 	_, gone := s.client()
 	gone("start", "n1")

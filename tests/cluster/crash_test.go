@@ -87,7 +87,7 @@ func (w *watch) look() {
 	defer w.mu.Unlock()
 	at := func() (l []string) {
 		for _, n := range frontends {
-			if has, err := w.s.nodes[n].Has(brought); err == nil && has && !w.excused[n] {
+			if has, err := w.s.nodes[n].Has(w.s.vip()); err == nil && has && !w.excused[n] {
 				l = append(l, n)
 			}
 		}
@@ -102,7 +102,7 @@ func (w *watch) look() {
 		if n == first[0] || w.excused[n] {
 			continue
 		}
-		ss, err := w.s.nodes[n].Sockets(brought)
+		ss, err := w.s.nodes[n].Sockets(w.s.vip())
 		if err != nil {
 			return
 		}
@@ -149,7 +149,7 @@ func (s *street) back(w *watch, name string) {
 // for a time that ends with a failback.
 func (s *street) without(name string) func() bool {
 	return func() bool {
-		has, err := s.nodes[name].Has(brought)
+		has, err := s.nodes[name].Has(s.vip())
 		return err == nil && !has
 	}
 }
@@ -172,10 +172,10 @@ type ghost struct {
 func (s *street) haunt(at string, dir, name []byte) *ghost {
 	s.t.Helper()
 	// From the machine's own address: the other one may leave the machine.
-	d := net.Dialer{Timeout: patience, LocalAddr: &net.TCPAddr{IP: net.ParseIP(streetOf[at])}}
+	d := net.Dialer{Timeout: patience, LocalAddr: &net.TCPAddr{IP: s.host[at].Addr().AsSlice()}}
 	var c net.Conn
 	s.ok(s.nodes[at].Do(func() (err error) {
-		c, err = d.Dial("tcp", brought.String()+":2049")
+		c, err = d.Dial("tcp", s.nfs())
 		return err
 	}))
 	_, err := c.Write(rpctest.Call(0x6057, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), (&nfs3.DirOpArgs{FH: dir, Name: name}).Encode))
@@ -221,7 +221,7 @@ func TestElectedManager(t *testing.T) {
 		s.more = "failback_delay = \"3s\"\nhold_off = \"1s\"\nhold_off_max = \"1s\""
 	})
 	s.all()
-	s.must("vip", "add", brought.String()+"/24", "--prefer", "n1,n2")
+	s.must("vip", "add", s.at.String(), "--prefer", "n1,n2")
 	s.alone("n1")
 	w := s.watch()
 	k, gone := s.client()
@@ -290,7 +290,7 @@ func TestElectedManager(t *testing.T) {
 func TestPauses(t *testing.T) {
 	s := newStreet(t, "builtin", inEtcd)
 	s.all()
-	s.must("vip", "add", brought.String()+"/24")
+	s.must("vip", "add", s.at.String())
 	var owner string
 	s.until("somebody to serve", func() bool {
 		for _, n := range frontends {
@@ -309,7 +309,7 @@ func TestPauses(t *testing.T) {
 	move := func(to string) {
 		t.Helper()
 		k.pause()
-		s.must("vip", "move", brought.String(), "--to", to)
+		s.must("vip", "move", s.vip().String(), "--to", to)
 		planned = append(planned, s.goesOn(k))
 		s.alone(to)
 		owner = to
@@ -367,7 +367,7 @@ func TestAddressOutlivesTargets(t *testing.T) {
 	}
 	s := newStreet(t, "builtin", inEtcd, func(s *street) { s.run = []string{"t", "n1", "n2"} })
 	s.all()
-	s.must("vip", "add", brought.String()+"/24", "--prefer", "n1")
+	s.must("vip", "add", s.at.String(), "--prefer", "n1")
 	s.alone("n1")
 	s.watch()
 	k, gone := s.client()
@@ -404,7 +404,7 @@ func TestRegistryDiesWithOwner(t *testing.T) {
 		return err == nil && strings.Contains(out, "up")
 	})
 	s.all()
-	s.must("vip", "add", brought.String()+"/24", "--prefer", "n1,n2")
+	s.must("vip", "add", s.at.String(), "--prefer", "n1,n2")
 	s.alone("n1")
 	w := s.watch()
 	k, gone := s.client()

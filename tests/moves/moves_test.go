@@ -61,14 +61,20 @@ func newMover(t *testing.T, dir string, vips ...netip.Addr) (*rig.Net, rig.Mover
 // newWorld starts the service; clients come later.
 func newWorld(t *testing.T, vips int) *world {
 	t.Helper()
+	var as []netip.Addr
+	for i := range vips {
+		as = append(as, rig.VIP(i))
+	}
+	return newWorldOf(t, as...)
+}
+
+func newWorldOf(t *testing.T, vips ...netip.Addr) *world {
+	t.Helper()
 	if os.Getenv("BATON_KERNEL") != "1" {
 		t.Skip("SKIPPED, reason: moves under kernel clients run only with BATON_KERNEL=1 (make test)")
 	}
 	bed.Need(t, uml.Available())
-	w := &world{t: t, began: time.Now()}
-	for i := range vips {
-		w.vips = append(w.vips, rig.VIP(i))
-	}
+	w := &world{t: t, began: time.Now(), vips: vips}
 	w.net, w.mover = newMover(t, bed.Dir(t), w.vips...)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -126,6 +132,12 @@ func (w *world) start(ctx context.Context, seed uint64) {
 	if len(w.vips) > 1 {
 		cs = append(cs, rig.ClientConfig{Name: "other", VIP: w.vips[1], With: "seq,storm,lock", Flags: "-counters " + counter(w.vips[1])})
 	}
+	w.boot(ctx, seed, cs...)
+}
+
+// boot boots clients and waits until those that hold a lock have it.
+func (w *world) boot(ctx context.Context, seed uint64, cs ...rig.ClientConfig) {
+	w.t.Helper()
 	all := make([]*rig.Client, len(cs))
 	errs := make([]error, len(cs))
 	var wg sync.WaitGroup

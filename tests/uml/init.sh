@@ -24,8 +24,10 @@ if [ -n "@STATE@" ]; then
 fi
 if [ -n "@HOST@" ]; then echo @HOST@ >/proc/sys/kernel/hostname; fi
 chown -R _rpc /run/rpcbind; chown -R statd /var/lib/nfs
+if [ -n "@ADDR6@" ]; then $WORK modprobe ipv6 || exit 1; fi
 ip link set lo up
 ip addr add @ADDR@ dev vec0
+if [ -n "@ADDR6@" ]; then ip addr add @ADDR6@ dev vec0 nodad || exit 1; fi
 ip link set vec0 up
 $WORK modprobe nfs nfsv3 nfsv4 || exit 1
 rpcbind && rpc.statd $notify

@@ -37,6 +37,8 @@ type Config struct {
 	Tap  string
 	// Addr is the guest's address with its prefix.
 	Addr netip.Prefix
+	// Addr6 is its IPv6 address with prefix. Without it the guest has no IPv6.
+	Addr6 netip.Prefix
 	// Dir is a directory of the host, used by this guest alone. The guest sees
 	// it as /mnt/out, writable.
 	Dir string
@@ -156,7 +158,11 @@ func Start(ctx context.Context, c Config) (*Guest, error) {
 			return nil, fmt.Errorf("uml: %w", err)
 		}
 	}
-	script := strings.NewReplacer("@WINDOW@", c.Dir, "@ADDR@", c.Addr.String(), "@SHARE@", c.Share, "@HOST@", c.Hostname, "@STATE@", c.StateDir).Replace(initScript)
+	six := ""
+	if c.Addr6.IsValid() {
+		six = c.Addr6.String()
+	}
+	script := strings.NewReplacer("@WINDOW@", c.Dir, "@ADDR@", c.Addr.String(), "@ADDR6@", six, "@SHARE@", c.Share, "@HOST@", c.Hostname, "@STATE@", c.StateDir).Replace(initScript)
 	for name, text := range map[string]string{"init.sh": script, "job.sh": c.Script + "\n"} {
 		if err := os.WriteFile(filepath.Join(c.Dir, name), []byte(text), 0o755); err != nil {
 			return nil, fmt.Errorf("uml: %w", err)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"github.com/baton-nfs/baton/internal/control"
 )
@@ -135,4 +136,13 @@ func check(addr netip.Addr, stage string, stages ...string) error {
 		return fmt.Errorf("stage %q: want one of %q", stage, stages)
 	}
 	return nil
+}
+
+// Unbracket takes the brackets away that belong around an IPv6 address before a port, and
+// that people write without a port, too. What follows them stays.
+func Unbracket(s string) string {
+	if host, rest, ok := strings.Cut(s, "]"); ok && strings.HasPrefix(host, "[") && strings.Contains(host, ":") {
+		return host[1:] + rest
+	}
+	return s
 }

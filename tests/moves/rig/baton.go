@@ -116,7 +116,7 @@ func (b *Baton) Start(ctx context.Context) error {
 	}
 	nodes := b.Nodes()
 	for i, a := range b.vips {
-		if out, err := b.Command(ctx, "vip", "add", netip.PrefixFrom(a, Bits).String()); err != nil {
+		if out, err := b.Command(ctx, "vip", "add", Prefix(a).String()); err != nil {
 			return fmt.Errorf("%w\n%s", err, out)
 		}
 		if err := b.Move(ctx, a, nodes[i%len(nodes)]); err != nil {

@@ -24,7 +24,7 @@ import (
 // ClientConfig says what a kernel client does.
 type ClientConfig struct {
 	Name string
-	// VIP is mounted with Options (default "vers=3").
+	// VIP is mounted with Options (default "vers=3", with IPv6 "vers=3,proto=tcp6").
 	VIP     netip.Addr
 	Options string
 	// With are the workers (tests/kernel/work/moves.go), Flags further flags.
@@ -115,16 +115,22 @@ func parseOp(line string) (o Op, err error) {
 // script mounts, and works in a directory of the client's own. The directory "all"
 // is for files that clients share.
 func (c *ClientConfig) script(i int) string {
-	o := c.Options
+	o, host := c.Options, c.VIP.String()
 	if o == "" {
 		o = "vers=3"
+		if c.VIP.Is6() {
+			o += ",proto=tcp6"
+		}
+	}
+	if c.VIP.Is6() {
+		host = "[" + host + "]"
 	}
 	return fmt.Sprintf(`mount -t nfs -o %s %s:/rw $MNT || exit 90
 mkdir -p $MNT/all $MNT/%s || exit 91
 cd $MNT/%s || exit 92
 GODEBUG=asyncpreemptoff=1 $WORK moves -control $OUT -id %d -seed %d -with %s %s . || exit $?
 cd /
-umount $MNT || exit 93`, o, c.VIP, c.Name, c.Name, i, c.Seed, c.With, c.Flags)
+umount $MNT || exit 93`, o, host, c.Name, c.Name, i, c.Seed, c.With, c.Flags)
 }
 
 // StartClient boots guest number i and waits until it works.
@@ -137,8 +143,12 @@ func (n *Net) StartClient(ctx context.Context, i int, dir string, c ClientConfig
 		c.MemoryMiB = 256
 	}
 	cl := &Client{ClientConfig: c, i: i, log: opLog{ops: map[string][]Op{}}}
+	var six netip.Prefix
+	if c.VIP.Is6() {
+		six = Prefix(Six(GuestAddr(i)))
+	}
 	g, err := uml.Start(ctx, uml.Config{
-		Node: n.Hub, Tap: fmt.Sprint("tap", i), Addr: netip.PrefixFrom(GuestAddr(i), Bits), Dir: dir, Work: work,
+		Node: n.Hub, Tap: fmt.Sprint("tap", i), Addr: Prefix(GuestAddr(i)), Addr6: six, Dir: dir, Work: work,
 		MemoryMiB: c.MemoryMiB, Script: c.script(i), Hostname: c.Name, StateDir: filepath.Join(dir, "state"),
 	})
 	if err != nil {

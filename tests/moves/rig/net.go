@@ -12,8 +12,23 @@ import (
 	"github.com/baton-nfs/baton/tests/bed"
 )
 
-// Bits is the length of the network's prefix.
+// Bits is the length of the network's prefix with IPv4.
 const Bits = 24
+
+// Six is the address of the same machine, guest or service with IPv6.
+func Six(a netip.Addr) netip.Addr {
+	b := netip.MustParseAddr("fd77::").As16()
+	b[15] = a.As4()[3]
+	return netip.AddrFrom16(b)
+}
+
+// Prefix is an address with the length of its network's prefix.
+func Prefix(a netip.Addr) netip.Prefix {
+	if a.Is6() {
+		return netip.PrefixFrom(a, 64)
+	}
+	return netip.PrefixFrom(a, Bits)
+}
 
 // HubAddr is the address of the hub, where guests and load generators run.
 var HubAddr = netip.MustParseAddr("10.77.0.1")
@@ -59,7 +74,10 @@ func NewNet(names ...string) (_ *Net, err error) {
 	if n.Hub, err = bed.NewNode("hub"); err != nil {
 		return nil, err
 	}
-	if err := n.Hub.AddBridge("br0", netip.PrefixFrom(HubAddr, Bits)); err != nil {
+	if err := n.Hub.AddBridge("br0", Prefix(HubAddr)); err != nil {
+		return nil, err
+	}
+	if err := addSix(n.Hub, "br0", HubAddr); err != nil {
 		return nil, err
 	}
 	for i := range Taps {
@@ -75,6 +93,15 @@ func NewNet(names ...string) (_ *Net, err error) {
 		}
 	}
 	return n, nil
+}
+
+// addSix gives an interface its IPv6 address besides.
+func addSix(b *bed.Node, dev string, a netip.Addr) error {
+	six := Prefix(Six(a))
+	if err := b.AddAddr(dev, six); err != nil {
+		return err
+	}
+	return b.Retransmit(dev, six)
 }
 
 // Close ends everything that runs on the network.
@@ -122,7 +149,7 @@ func (m *Machine) On() error {
 	if err != nil {
 		return err
 	}
-	addr := netip.PrefixFrom(m.Addr, Bits)
+	addr := Prefix(m.Addr)
 	if err := b.Plug(m.hub, "br0", m.port(), "eth0", addr); err != nil {
 		b.Close()
 		return err
@@ -131,7 +158,10 @@ func (m *Machine) On() error {
 	if err := b.SetMAC("eth0", m.MAC()); err != nil {
 		return err
 	}
-	return b.Retransmit("eth0", addr)
+	if err := b.Retransmit("eth0", addr); err != nil {
+		return err
+	}
+	return addSix(b, "eth0", m.Addr)
 }
 
 // Off is a power cut: the cable goes dead first, so that nobody's kernel says
