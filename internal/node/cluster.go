@@ -74,6 +74,8 @@ type cluster struct {
 	mu      sync.Mutex
 	closing bool
 	met     bool // the registry was asked who it is
+	// marking is held while identityFile is looked at and written; no lock is taken in it.
+	marking sync.Mutex
 }
 
 // newCluster listens for the other nodes and serves nothing yet.
@@ -338,11 +340,12 @@ func (c *cluster) meet(ctx context.Context) error {
 		return err
 	}
 	id, err := c.reg.Identity(ctx)
+	if err == nil && known == "" {
+		known, err = c.remember(path, id)
+	}
 	switch {
 	case err != nil:
 		return err
-	case known == "":
-		err = writeMark(path, id)
 	case known != id && c.etcd != nil:
 		err = fmt.Errorf("the registry is not the one that this node knows: correct registry.prefix and where etcd is, or import the right one (baton registry import --force); if it really is another cluster, remove %s", path)
 	case known != id:
@@ -358,6 +361,17 @@ func (c *cluster) meet(ctx context.Context) error {
 	c.met = true
 	c.mu.Unlock()
 	return nil
+}
+
+// remember makes id the registry that this node knows, unless another caller was first,
+// and returns the one that it knows.
+func (c *cluster) remember(path, id string) (known string, err error) {
+	c.marking.Lock()
+	defer c.marking.Unlock()
+	if known, err = readMark(path); err != nil || known != "" {
+		return known, err
+	}
+	return id, writeMark(path, id)
 }
 
 func readMark(path string) (string, error) {

@@ -279,9 +279,10 @@ type caller struct {
 // long is a wait whose cause is worth a look.
 const long = 3 * time.Second
 
-// dial connects to NFS at the address, from an address of the hub's or from any.
+// dial connects to NFS at the address, from an address of the hub's or from any. An idle
+// connection sends nothing, so that its end is not found out by itself.
 func (s *street) dial(from netip.AddrPort) (c net.Conn, err error) {
-	d := net.Dialer{Timeout: 2 * time.Second}
+	d := net.Dialer{Timeout: 2 * time.Second, KeepAlive: -1}
 	if from.IsValid() {
 		d.LocalAddr = net.TCPAddrFromAddrPort(from)
 	}
