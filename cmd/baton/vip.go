@@ -238,6 +238,8 @@ allows all nodes.` + anyNode,
 				return err
 			}
 			n := mgs.VIPSpec{Addr: addr, Bits: v.Floating.Bits, Interface: v.Floating.Interface, Prefer: v.Floating.Prefer, Drained: v.Floating.Drained}
+			was := n
+			n.Was = &was
 			if strings.Contains(args[0], "/") {
 				p, err := vipPrefix(args[0])
 				if err != nil {

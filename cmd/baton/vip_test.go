@@ -59,8 +59,12 @@ func (f *fakeNode) ListVIPs(context.Context) ([]status.VIP, error) {
 	return l, nil
 }
 
+func settings(s *mgs.VIPSpec) string {
+	return fmt.Sprintf("%v/%d %q %q %v", s.Addr, s.Bits, s.Interface, s.Prefer, s.Drained)
+}
+
 func (f *fakeNode) AddVIP(_ context.Context, s mgs.VIPSpec) (status.VIP, error) {
-	f.vipOrder("add %+v", s)
+	f.vipOrder("add %s", settings(&s))
 	if f.order != nil {
 		return status.VIP{}, f.order
 	}
@@ -68,7 +72,7 @@ func (f *fakeNode) AddVIP(_ context.Context, s mgs.VIPSpec) (status.VIP, error) 
 }
 
 func (f *fakeNode) SetVIP(_ context.Context, s mgs.VIPSpec) (status.VIP, error) {
-	f.vipOrder("set %+v", s)
+	f.vipOrder("set %s, was %s", settings(&s), settings(s.Was))
 	return status.VIP{Addr: s.Addr.String()}, f.order
 }
 
@@ -168,12 +172,12 @@ func TestVIPOrders(t *testing.T) {
 		}
 	}
 	want := []string{
-		"add {Addr:192.0.2.60 Bits:24 Interface:eth0 Prefer:[n1 n2] Drained:true}",
-		"add {Addr:2001:db8::50 Bits:64 Interface: Prefer:[] Drained:false}",
-		"add {Addr:2001:db8::51 Bits:64 Interface: Prefer:[] Drained:false}",
-		"set {Addr:192.0.2.51 Bits:24 Interface:eth0 Prefer:[n3] Drained:false}",
-		"set {Addr:192.0.2.50 Bits:25 Interface:eth1 Prefer:[n1 n2] Drained:false}",
-		"set {Addr:192.0.2.54 Bits:24 Interface: Prefer:[] Drained:true}",
+		`add 192.0.2.60/24 "eth0" ["n1" "n2"] true`,
+		`add 2001:db8::50/64 "" [] false`,
+		`add 2001:db8::51/64 "" [] false`,
+		`set 192.0.2.51/24 "eth0" ["n3"] false, was 192.0.2.51/24 "eth0" [] false`,
+		`set 192.0.2.50/25 "eth1" ["n1" "n2"] false, was 192.0.2.50/24 "" ["n1" "n2"] false`,
+		`set 192.0.2.54/24 "" [] true, was 192.0.2.54/24 "" [] true`,
 		"remove 192.0.2.50 false", "remove 192.0.2.50 true",
 		"remove 2001:db8::50 false", "remove 192.0.2.50 false",
 		`drain 192.0.2.50 true ""`, `drain 192.0.2.50 false ""`, `drain 192.0.2.50 false "n2"`,

@@ -206,19 +206,27 @@ func (n *Node) MoveVIP(ctx context.Context, addr netip.Addr, to string, force bo
 // best of those that are not drained and not known to be silent, or by whom the manager
 // chooses.
 func (n *Node) DrainVIP(ctx context.Context, addr netip.Addr, drained bool, to string) (control.VIPMoved, error) {
-	f, view, err := n.view(ctx)
-	if err != nil {
-		return control.VIPMoved{}, err
-	}
-	v, err := findVIP(&view, addr)
-	if err != nil {
-		return control.VIPMoved{}, err
-	}
-	s := v.Spec()
-	s.Drained = drained
-	x, err := f.SetVIP(ctx, s)
-	if err != nil {
-		return control.VIPMoved{}, err
+	var view mgs.View
+	var x mgs.VIP
+	for try := 1; ; try++ { // the settings may change between the question and the order
+		f, now, err := n.view(ctx)
+		if err != nil {
+			return control.VIPMoved{}, err
+		}
+		v, err := findVIP(&now, addr)
+		if err != nil {
+			return control.VIPMoved{}, err
+		}
+		was, s := v.Spec(), v.Spec()
+		s.Was, s.Drained = &was, drained
+		view = now
+		if x, err = f.SetVIP(ctx, s); err == nil {
+			break
+		}
+		var e *mgs.Error
+		if !errors.As(err, &e) || e.Code != mgs.CodeChanged || try == assignTries {
+			return control.VIPMoved{}, err
+		}
 	}
 	n.log.Info("address is drained, or no longer, by order", "addr", addr, "drained", drained)
 	m := control.VIPMoved{MoveID: x.MoveID}

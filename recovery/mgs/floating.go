@@ -24,7 +24,8 @@ type Floating interface {
 	// settings is returned as it is; with others it is refused with CodeExists. An
 	// address that a node has by its configuration may be entered when it is not served.
 	AddVIP(ctx context.Context, s VIPSpec) (VIP, error)
-	// SetVIP changes the settings of a floating address, which is found by s.Addr.
+	// SetVIP changes the settings of a floating address, which is found by s.Addr. If they
+	// are others than s.Was it is refused with CodeChanged.
 	SetVIP(ctx context.Context, s VIPSpec) (VIP, error)
 	// RemoveVIP marks an address as to be given up; it is forgotten, except for its
 	// index, epoch and MoveID, when it was (Stopped, Abandoned): then Bits is 0. Assign
@@ -66,6 +67,13 @@ type VIPSpec struct {
 	// Drained: nobody is to serve the address. Setting it takes the assignment away,
 	// so that the owner stops in order. It does not count for AddVIP's comparison.
 	Drained bool `json:"drained,omitempty"`
+	// Was, of SetVIP, are the settings that these were made from; nil: whatever they are.
+	Was *VIPSpec `json:"was,omitempty"`
+}
+
+// same tells whether the settings are the same, Was and Drained left aside.
+func (s *VIPSpec) same(t *VIPSpec) bool {
+	return s.Bits == t.Bits && s.Interface == t.Interface && slices.Equal(s.Prefer, t.Prefer)
 }
 
 // View is what all nodes have to know of floating addresses.
@@ -169,7 +177,7 @@ func (s *state) addVIP(rnd io.Reader, spec VIPSpec) (VIP, error) {
 	case v.Removed:
 		return VIP{}, &Error{Code: CodeExists, Text: fmt.Sprintf(
 			"%s is being removed: wait until node %s has given it up; if that node is gone, say so with `baton vip remove %s --force`", v.Addr, v.Node, v.Addr)}
-	case v.Bits != 0 && have.Bits == spec.Bits && have.Interface == spec.Interface && slices.Equal(have.Prefer, spec.Prefer):
+	case v.Bits != 0 && have.same(&spec):
 		return *v, nil
 	case v.Bits != 0:
 		return VIP{}, &Error{Code: CodeExists, Text: fmt.Sprintf("%s is there with other settings: change them with `baton vip set`", v.Addr)}
@@ -208,6 +216,9 @@ func (s *state) setVIP(spec VIPSpec) (VIP, error) {
 		return VIP{}, invalid("%s is being removed", spec.Addr)
 	}
 	v := s.VIPs[i]
+	if have := v.spec(); spec.Was != nil && (!have.same(spec.Was) || have.Drained != spec.Was.Drained) {
+		return VIP{}, &Error{Code: CodeChanged, Text: fmt.Sprintf("somebody else has changed the settings of %s just now: see `baton vip list`, and try again", spec.Addr)}
+	}
 	if spec.Drained && v.Next != "" {
 		if err := v.assign(""); err != nil {
 			return VIP{}, err

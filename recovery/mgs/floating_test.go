@@ -275,7 +275,12 @@ func floatingScript(t *testing.T, r bothRegistry) (out []string) {
 	v := vip(r.AddVIP(ctx, a))
 	vip(r.AddVIP(ctx, floatSpec(0)))
 	a.Prefer = []string{"n2", "n1"}
+	was := a
+	a.Was = &was // not what it is
 	vip(r.SetVIP(ctx, a))
+	was.Prefer = []string{"n1", "n2"}
+	vip(r.SetVIP(ctx, a))
+	vip(r.SetVIP(ctx, a)) // it is no more
 	v = vip(r.Assign(ctx, v.Index, v.Epoch, "n1"))
 	vip(r.SetReady(ctx, v.Index, v.MoveID))
 	vip(r.SetReady(ctx, v.Index, v.MoveID+1))
@@ -299,6 +304,31 @@ func floatingScript(t *testing.T, r bothRegistry) (out []string) {
 	view, err = r.Watch(ctx, view.Rev)
 	say(err, view)
 	return out
+}
+
+// A change is refused if it was made from settings that are others by now: a drain
+// that came between is not undone.
+func TestSettingsChangedMeanwhile(t *testing.T) {
+	r := NewStored(&memory{}, &counter{})
+	v, err := r.AddVIP(ctx, floatSpec(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := v.Spec()
+	drain, prefer := was, was
+	drain.Drained, prefer.Prefer = true, []string{"n9"}
+	drain.Was, prefer.Was = &was, &was
+	if v, err = r.SetVIP(ctx, drain); err != nil || !v.Drained {
+		t.Fatalf("%+v, %v", v, err)
+	}
+	if _, err = r.SetVIP(ctx, prefer); !isCode(err, CodeChanged) {
+		t.Errorf("%v, want that the settings have changed", err)
+	}
+	was, prefer = v.Spec(), v.Spec()
+	prefer.Prefer, prefer.Was = []string{"n9"}, &was
+	if v, err = r.SetVIP(ctx, prefer); err != nil || !v.Drained || len(v.Prefer) != 1 {
+		t.Errorf("%+v, %v", v, err)
+	}
 }
 
 // A Remote says what the registry itself would.

@@ -154,6 +154,8 @@ const (
 	CodeLate Code = "late"
 	// CodeExists: the address is there with other settings.
 	CodeExists Code = "exists"
+	// CodeChanged: the settings of the address are others by now (VIPSpec.Was).
+	CodeChanged Code = "changed"
 	// CodeMoved: the address was assigned anew meanwhile.
 	CodeMoved Code = "moved"
 	// CodeDrained: the address, or the node, is not to serve by the administrator's
