@@ -9,14 +9,19 @@ import (
 )
 
 // A member whose files are damaged does not start, and does not take the process with it.
-// The process cannot start it again, and says so.
+// Where etcd gives up itself the process cannot start it again, and says so.
 func TestDamagedMember(t *testing.T) {
 	for name, damage := range map[string]func([]byte) []byte{
-		"empty":   func([]byte) []byte { return nil },
+		"empty": func([]byte) []byte { return nil },
+		// What is flipped depends on the cluster's name: etcd gives up, or reports it.
 		"flipped": func(b []byte) []byte { b[24] ^= 0x5a; return b },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCluster(t, 1, false)
+			// What etcd leaves when it gives up may be making a file still.
+			t.Cleanup(func() {
+				eventually(t, "no more files are made", func() error { return os.RemoveAll(c.dir) })
+			})
 			c.start("n1")
 			<-c.members["n1"].Ready()
 			c.stop("n1")
@@ -37,7 +42,7 @@ func TestDamagedMember(t *testing.T) {
 			if err == nil {
 				t.Fatal("it starts", m.Close())
 			}
-			if !errors.Is(err, ErrFailed) {
+			if name == "empty" && !errors.Is(err, ErrFailed) {
 				t.Errorf("it may be tried again: %v", err)
 			}
 		})
