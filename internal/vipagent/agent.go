@@ -79,7 +79,7 @@ const (
 	askTime      = 300 * time.Millisecond // a question to another node that a move waits for
 	knownTime    = time.Second            // a question to another node that nothing waits for
 	tellPause    = 50 * time.Millisecond  // changes of connections are put together this long
-	tellAgain    = time.Second            // a node that was not told of connections is told again
+	tellAgain    = time.Second            // whether a node has the list of connections is asked this often
 	beginTime    = 30 * time.Second       // targets may be in recovery when an address is taken
 	holdTime     = 10 * time.Minute       // listeners hold the ports for a cluster manager
 )

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/mgs"
 )
@@ -252,6 +253,9 @@ func (t *teller) keep(node string, box chan struct{}) {
 		case <-t.ctx.Done():
 			return
 		case <-box:
+		case <-time.After(tellAgain):
+			// It may have been started anew, and know nothing: then it does not have the list
+			// to which no change applies.
 		}
 		if !t.k.successor(node) {
 			base = 0

@@ -7,7 +7,11 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/wire"
@@ -125,4 +129,43 @@ func TestConnsAreAskedFor(t *testing.T) {
 	if res, err := other.HandleKnown(b.ctx, "a", raw); err != nil || len(res.(knownResult).Conns) != 0 {
 		t.Errorf("%v, %v", res, err)
 	}
+}
+
+// A node that was started anew knows no connections; it is told of them again though
+// none has changed.
+func TestConnsAreToldAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		remote := netip.AddrPortFrom(addr.Next(), 700)
+		u := &crowd{plain: plain{changed: make(chan struct{}, 1)}, conns: []vip.Conn{{Local: netip.AddrPortFrom(addr, 2049), Remote: remote}}}
+		var to atomic.Pointer[Agent]
+		var asked atomic.Int32
+		to.Store(New(Options{Node: "b"}))
+		from := New(Options{Node: "a", Others: []string{"b"}, Ask: func(ctx context.Context, _, _ string, args, result any) error {
+			asked.Add(1)
+			raw, err := json.Marshal(args)
+			if err != nil {
+				return err
+			}
+			res, err := to.Load().HandleConns(ctx, "a", raw)
+			if err == nil {
+				*result.(*connsResult) = res.(connsResult)
+			}
+			return err
+		}})
+		tell := newKeeper(from, &mgs.VIP{Index: 1, Addr: addr}).startTeller(u, 7)
+		defer tell.stop()
+		want := []told{{2049, remote}}
+		time.Sleep(10 * tellAgain)
+		if l := to.Load().book.known(1, 7); !slices.Equal(l, want) {
+			t.Errorf("%v, want %v", l, want)
+		}
+		if n := asked.Load(); n > 11 {
+			t.Errorf("asked %d times", n)
+		}
+		to.Store(New(Options{Node: "b"}))
+		time.Sleep(3 * tellAgain)
+		if l := to.Load().book.known(1, 7); !slices.Equal(l, want) {
+			t.Errorf("after a restart %v, want %v", l, want)
+		}
+	})
 }

@@ -160,10 +160,16 @@ func TestDepose(t *testing.T) {
 		cancel()
 		wg.Wait()
 	})
-	first, err := run["a"].Await(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var first string
+	eventually(t, "somebody leads, and knows it", func() error {
+		for n, e := range run {
+			if l, _ := e.Leader(); l == n && e.Leads() {
+				first = n
+				return nil
+			}
+		}
+		return errors.New("nobody does")
+	})
 	other := map[string]string{"a": "b", "b": "a"}[first]
 	_, term := run[first].Leader()
 	if err := run[other].Depose(ctx, term+1000); err != nil {
