@@ -39,6 +39,7 @@ type soak struct {
 	guests  []*uml.Guest
 	began   time.Time
 	orders  []chan error // outcomes of take-overs that have begun
+	silent  bool         // the guests have lost each other
 	done    map[faultKind]int
 }
 
@@ -57,6 +58,17 @@ func TestTwoFrontends(t *testing.T) {
 			t.Fatalf("%s=%q", soakEnv, s)
 		}
 	}
+	// The network between guests of User Mode Linux stands still at times.
+	for _, name := range []string{"once", "again"} {
+		silent := false
+		t.Run(name, func(t *testing.T) { twoFrontends(t, length, &silent) })
+		if !silent {
+			return
+		}
+	}
+}
+
+func twoFrontends(t *testing.T, length time.Duration, silent *bool) {
 	s := &soak{t: t, done: map[faultKind]int{}, members: map[string]*bed.Member{
 		// The frontend of the first client lives on, with whatever targets it takes over.
 		"north": {Name: "north", Addr: netip.MustParseAddr("127.0.0.2"), Serve: netip.MustParseAddr(serverAddr)},
@@ -85,7 +97,10 @@ func TestTwoFrontends(t *testing.T) {
 	s.plan = newFaultPlan(seed, []string{"south", "meta", "data"}, []string{"north", "south", "meta", "data"}, []string{"north", "south"}, s.at)
 	ctx, cancel := context.WithTimeout(context.Background(), 3*length+5*soakPatience)
 	defer cancel()
-	defer s.tell()
+	defer func() {
+		s.tell()
+		*silent = s.silent
+	}()
 	for i, addr := range []string{serverAddr, southAddr} {
 		// What the second client asks with stat(2) goes to its server.
 		options, strict := "vers=3", ""
@@ -235,12 +250,41 @@ func (s *soak) look(ctx context.Context) {
 		default:
 		}
 		if _, err := os.Stat(g.Path("failed")); err == nil || over {
+			s.bedFailed()
 			s.order("stop")
 			short, cancel := context.WithTimeout(ctx, 30*time.Second)
 			finish(short, s.t, g)
 			cancel()
 			s.t.Fatalf("guest %d has failed", i)
 		}
+	}
+}
+
+// bedFailed skips the test if it is the bed that has failed: guests tell each other what
+// they have written by TCP, from kernel to kernel, where baton is not in the way, and one
+// such connection has timed out. Whatever else a process has found counts.
+func (s *soak) bedFailed() {
+	s.t.Helper()
+	for _, g := range s.guests {
+		log, err := os.ReadFile(g.Path("guest.log"))
+		if err != nil {
+			return
+		}
+		for line := range strings.Lines(string(log)) {
+			lost := strings.Contains(line, "the other guest's reader: ") || strings.Contains(line, "the other guest's author: ")
+			if strings.Contains(line, "FAILED:") && !lost && !strings.Contains(line, "FAILED: exit status") {
+				return
+			}
+		}
+	}
+	for i, g := range s.guests {
+		why, err := os.ReadFile(g.Path("peer-lost"))
+		if err != nil {
+			continue
+		}
+		s.silent = true
+		s.order("stop")
+		s.t.Skipf("SKIPPED, reason: guest %d has lost the other guest, with which it has a connection past all servers; nothing was wrong until then (%v): %s", i, s.done, why)
 	}
 }
 
