@@ -283,6 +283,12 @@ func (s *soak) bedFailed() {
 			continue
 		}
 		s.silent = true
+		s.order("dump")
+		time.Sleep(3 * time.Second)
+		for i, g := range s.guests {
+			dump, err := os.ReadFile(g.Path("dump.txt"))
+			s.t.Logf("guest %d: %v\n%.12000s", i, err, dump)
+		}
 		s.order("stop")
 		s.t.Skipf("SKIPPED, reason: guest %d has lost the other guest, with which it has a connection past all servers; nothing was wrong until then (%v): %s", i, s.done, why)
 	}

@@ -233,17 +233,19 @@ func (m *mover) verifyOrDump() error {
 
 // dump writes what helps to understand a hang to "dump.txt": connections, locks,
 // the mounts' calls, and what the kernel's blocked threads do.
-func (m *mover) dump() {
+func (m *mover) dump() { dump(m.control) }
+
+func dump(control string) {
 	var b []byte
 	os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0o200)
-	for _, name := range []string{"/proc/net/tcp", "/proc/net/udp", "/proc/locks", "/proc/self/mountstats"} {
+	for _, name := range []string{"/proc/uptime", "/proc/interrupts", "/proc/net/dev", "/proc/net/arp", "/proc/net/tcp", "/proc/net/udp", "/proc/locks", "/proc/self/mountstats"} {
 		text, err := os.ReadFile(name)
 		b = fmt.Appendf(b, "== %s %v\n%s\n", name, err, text)
 	}
 	text, err := exec.Command("dmesg").CombinedOutput()
 	b = fmt.Appendf(b, "== dmesg %v\n%s\n", err, text)
-	os.WriteFile(filepath.Join(m.control, "dump.tmp"), b, 0o644)
-	os.Rename(filepath.Join(m.control, "dump.tmp"), filepath.Join(m.control, "dump.txt"))
+	os.WriteFile(filepath.Join(control, "dump.tmp"), b, 0o644)
+	os.Rename(filepath.Join(control, "dump.tmp"), filepath.Join(control, "dump.txt"))
 }
 
 func (m *mover) verify() error {

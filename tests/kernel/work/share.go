@@ -68,7 +68,7 @@ type shared struct {
 // share runs the processes of one guest, waits until the other guest's have ended
 // too, and tells what all files are at the end. The host drives it with files in
 // the control directory: "stop" ends the work, "quiet" answers that it has ended,
-// "compare" asks for "final", a JSON object of sizes and contents.
+// "compare" asks for "final", a JSON object of sizes and contents, "dump" for "dump.txt".
 func share(args []string) error {
 	fl := flag.NewFlagSet("share", flag.ContinueOnError)
 	control := fl.String("control", "", "control directory")
@@ -102,7 +102,21 @@ func share(args []string) error {
 				}
 			})
 		}
-		wg.Wait()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			wg.Wait()
+		}()
+		for over := false; !over; {
+			select {
+			case <-ended:
+				over = true
+			case <-time.After(200 * time.Millisecond):
+				if os.Remove(filepath.Join(*control, "dump")) == nil {
+					dump(*control)
+				}
+			}
+		}
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
