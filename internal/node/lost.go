@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -115,8 +116,12 @@ func (n *Node) targetFailed() {
 	n.unsure.mu.Lock()
 	defer n.unsure.mu.Unlock()
 	n.unsure.failed = true
-	if err := markLost(n.cfg.DataDir); err != nil {
-		n.log.Error("it cannot be noted for the next start that data may be lost: reboot the machine before it", "err", err)
+	noteFailed(n.cfg.DataDir, n.log)
+}
+
+func noteFailed(dataDir string, log *slog.Logger) {
+	if err := markLost(dataDir); err != nil {
+		log.Error("it cannot be noted for the next start that data may be lost: reboot the machine before it", "err", err)
 	}
 }
 
@@ -148,9 +153,9 @@ func (n *Node) noMoreTries() {
 }
 
 // lostMark is a file which says that data of the store were lost by a flush that failed, or
-// may be by a target that has failed, and that the verifiers have not changed. It is not in the data directory, which cannot be
-// written to then, but in memory: a start after a reboot changes them in any case, as
-// data that were not flushed are lost with it.
+// may be by a target that has failed, and that the verifiers have not changed. It is not
+// in the data directory, which cannot be written to then, but in memory: a start after a
+// reboot changes them in any case, as data that were not flushed are lost with it.
 func lostMark(dataDir string) string {
 	dir := "/dev/shm"
 	if st, err := os.Stat(dir); err != nil || !st.IsDir() {

@@ -136,7 +136,7 @@ func OpenFS(ctx context.Context, cfg *config.Config, log *slog.Logger) (*client.
 			err = errors.Join(err, markLost(cfg.DataDir))
 			log.Error("data were lost, and new write verifiers cannot be stored; the next start tries again", "err", err)
 		}
-	}, func() { _ = markLost(cfg.DataDir) })
+	}, func() { noteFailed(cfg.DataDir, log) })
 	if err != nil {
 		unlock()
 		return nil, nil, err
