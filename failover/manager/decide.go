@@ -86,7 +86,7 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 		why = cmp.Or(why, "nobody serves it")
 	case next == nil:
 		why = cmp.Or(why, "node "+a.v.Next+" is not in the cluster")
-	case next.dead != "":
+	case m.gone(now, a, next):
 		why = cmp.Or(why, "node "+a.v.Next+", which was to serve it, is dead")
 	case m.stops(now, next), next.drained:
 		why = cmp.Or(why, "node "+a.v.Next+", which was to serve it, is to have no addresses: "+next.unfit)
@@ -171,7 +171,7 @@ func (m *Machine) moving(now time.Duration, a *addr, d *Decision, leave string) 
 	switch {
 	case next == nil:
 		why = "node " + a.v.Next + " is not in the cluster"
-	case next.dead != "":
+	case m.gone(now, a, next):
 		why = "node " + a.v.Next + ", which was to take it, is dead"
 	case m.stops(now, next), next.drained:
 		why = "node " + a.v.Next + ", which was to take it, is to have no addresses: " + next.unfit

@@ -118,6 +118,7 @@ type node struct {
 	asked time.Duration
 
 	dead string // why; "": it is not
+	died time.Duration
 	// fit: it gets addresses; unfit is why not. unready: that is because it cannot serve.
 	fit                    bool
 	unfit                  string

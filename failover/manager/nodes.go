@@ -117,6 +117,7 @@ func (m *Machine) judge(now time.Duration, n *node) {
 	n.dead = m.death(now, n)
 	switch {
 	case n.dead != "" && was == "":
+		n.died = now
 		m.say(n, "is dead", n.dead)
 	case n.dead == "" && was != "" && n.state != Suspect:
 		m.say(n, "is alive again", "")
@@ -210,6 +211,12 @@ func (m *Machine) death(now time.Duration, n *node) string {
 		return fmt.Sprintf("no beats and no answer for %v since it was suspected", need)
 	}
 	return fmt.Sprintf("no beats and no answer for %v since it was suspected, and none of %d other nodes hears it", need, answers)
+}
+
+// gone tells that the node which is to take an address is dead. Somebody who assigns it
+// to a node that was dead before knows more: that node may just have come back.
+func (m *Machine) gone(now time.Duration, a *addr, n *node) bool {
+	return n.dead != "" && (n.died >= a.assigned || now-a.assigned >= m.cfg.fresh())
 }
 
 // unfit is why a node gets no addresses, "" if it does, and whether that is because it

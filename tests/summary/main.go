@@ -131,6 +131,31 @@ func (t *test) reason() string {
 	return "no reason given"
 }
 
+// What is told of a failure again at the end, where it is seen first.
+const (
+	maxCauses = 6
+	maxCause  = 400
+)
+
+// causes returns the last lines in which the test itself, or a panic, says something,
+// shortened.
+func (t *test) causes() (l []string) {
+	for _, x := range slices.Backward(t.output) {
+		x = strings.TrimSpace(x)
+		if !strings.Contains(x, "_test.go:") && !strings.HasPrefix(x, "panic:") && !strings.HasPrefix(x, "fatal error:") && !strings.HasPrefix(x, "WARNING: DATA RACE") {
+			continue
+		}
+		if len(x) > maxCause {
+			x = strings.ToValidUTF8(x[:maxCause], "") + " ..."
+		}
+		if l = append(l, x); len(l) == maxCauses {
+			break
+		}
+	}
+	slices.Reverse(l)
+	return l
+}
+
 // finish prints the summary to w and reports whether everything is well.
 func (s *summary) finish(w io.Writer, require []string) bool {
 	var passed, failed, skipped int
@@ -200,6 +225,15 @@ func (s *summary) finish(w io.Writer, require []string) bool {
 			for _, n := range reasons[r] {
 				fmt.Fprintf(w, "    %s\n", n)
 			}
+		}
+	}
+	if len(fails) > 0 {
+		fmt.Fprintf(w, "\nFailed, with the last words of each; its output is above:\n")
+	}
+	for _, t := range fails {
+		fmt.Fprintf(w, "  %s %s\n", t.pkg, t.name)
+		for _, l := range t.causes() {
+			fmt.Fprintf(w, "    %s\n", l)
 		}
 	}
 	ok := failed == 0

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 func summarize(t *testing.T, in string, require ...string) (string, bool) {
@@ -77,9 +79,25 @@ func TestReasonsAndOutput(t *testing.T) {
 {"Action":"skip","Package":"p","Test":"A"}
 {"Action":"output","Package":"p","Test":"B","Output":"    x_test.go:9: got 1\n"}
 {"Action":"fail","Package":"p","Test":"B"}`)
-	for _, want := range []string{"\n  no moon: tonight\n    p.A\n", "FAILED p B\n      x_test.go:9: got 1\n"} {
+	for _, want := range []string{"\n  no moon: tonight\n    p.A\n", "FAILED p B\n      x_test.go:9: got 1\n", "above:\n  p B\n    x_test.go:9: got 1\n\n0 passed"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("summary lacks %q:\n%s", want, out)
 		}
+	}
+}
+
+// The end of a long output names the causes.
+func TestCauses(t *testing.T) {
+	x := &test{}
+	for i := range 2 * maxCauses {
+		x.output = append(x.output, fmt.Sprintf("    x_test.go:%d: step\n", i), "        more of it\n")
+	}
+	x.output = append(x.output, "    x_test.go:99: "+strings.Repeat("ü", maxCause)+"\n", "panic: oh\n", "--- FAIL: A (0.00s)\n")
+	l := x.causes()
+	if len(l) != maxCauses || l[0] != "x_test.go:8: step" || l[maxCauses-1] != "panic: oh" {
+		t.Errorf("%q", l)
+	}
+	if y := l[maxCauses-2]; len(y) > maxCause+4 || !strings.HasPrefix(y, "x_test.go:99: ü") || !utf8.ValidString(y) {
+		t.Errorf("%q", y)
 	}
 }
