@@ -347,6 +347,10 @@ func (p *Proc) Kill() {
 	<-p.done
 }
 
+// SignalOne sends a signal to the process alone, not to its group; nothing happens if it
+// has ended.
+func (p *Proc) SignalOne(sig syscall.Signal) { p.cmd.Process.Signal(sig) }
+
 // Signal sends a signal to the process group. After SIGSTOP no thread of the process
 // runs any more.
 func (p *Proc) Signal(sig syscall.Signal) error {

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/baton-nfs/baton/tests/bed"
@@ -215,13 +216,14 @@ func boot(ctx context.Context, c Config, withShim bool) (*Guest, error) {
 	deadline := time.After(60 * time.Second)
 	for {
 		if _, err := os.Stat(filepath.Join(c.Dir, "booted")); err == nil {
+			go g.wakeTimer()
 			return g, nil
 		}
 		var why error
 		select {
 		case <-p.Done():
 			if _, err := os.Stat(filepath.Join(c.Dir, "booted")); err == nil {
-				return g, nil
+				return g, nil // already over
 			}
 			why = fmt.Errorf("ended with %v", p.Err())
 		case <-deadline:
@@ -235,6 +237,25 @@ func boot(ctx context.Context, c Config, withShim bool) (*Guest, error) {
 		return nil, fmt.Errorf("uml: %w: User Mode Linux %w:\n%s", bed.ErrUnavailable, why, g.readTail("console.log", 2000))
 	}
 }
+
+// wakeTimer makes the guest look at its timers now and then, until it has ended. The
+// kernel under User Mode Linux (6.1, unblock_signals) drops a timer's signal that becomes
+// pending while the one before is handled. Its timers are one-shot, so none ever fires
+// after that: whatever sleeps stays asleep, no packet is sent again, and no keepalive
+// answered, since answers to them are limited by the clock. One signal more is harmless.
+func (g *Guest) wakeTimer() {
+	for {
+		select {
+		case <-g.proc.Done():
+			return
+		case <-time.After(timerWake):
+			g.proc.SignalOne(syscall.SIGALRM)
+		}
+	}
+}
+
+// timerWake is how long a guest's timers may stand still.
+const timerWake = 100 * time.Millisecond
 
 // Kill ends the guest at once.
 func (g *Guest) Kill() {
