@@ -481,7 +481,7 @@ func (s *sharer) author(id int) error {
 			return err
 		}
 		if _, err := in.ReadString('\n'); err != nil {
-			return s.peer(fmt.Errorf("the other guest's reader: %w", err))
+			return fmt.Errorf("the other guest's reader: %w", err)
 		}
 		return nil
 	})
@@ -517,17 +517,9 @@ func (s *sharer) reader(peer string) error {
 	}
 	fmt.Printf("reader: %d files\n", n)
 	if err := in.Err(); err != nil {
-		return s.peer(fmt.Errorf("the other guest's author: %w", err))
+		return fmt.Errorf("the other guest's author: %w", err)
 	}
 	return nil
-}
-
-// peer notes for the host that the network between the guests has failed.
-func (s *sharer) peer(err error) error {
-	if errors.Is(err, unix.ETIMEDOUT) {
-		err = errors.Join(err, os.WriteFile(filepath.Join(s.control, "peer-lost"), []byte(err.Error()), 0o644))
-	}
-	return err
 }
 
 func (s *sharer) readPublished(p published) error {
