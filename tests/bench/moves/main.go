@@ -2,11 +2,13 @@
 // after a power cut, of baton and of others on the same bed: three machines on a
 // bridge (namespaces), real Linux kernel clients, real keepalived and CTDB.
 //
-// Two kernel clients have mounted the address: a light one with one small call every
-// 10 ms, and a loaded one that writes with fsync and makes and removes
-// names as fast as it can. A pause is the longest call of a client that was under way
+// Three kernel clients have mounted the address: a light one with one small call every
+// 10 ms, a loaded one that writes with fsync and makes and removes names as fast as it
+// can, and an idle one, which writes and makes a name when the move is over, and
+// does nothing until then. A pause is the longest call of a client that was under way
 // between the order to move (or the power cut) and the time at which each of its
-// threads has done something that it began afterwards. Wrong results are those of
+// threads has done something that it began afterwards; of the idle client it is the
+// longest of these calls, of which the first finds the connection. Wrong results are those of
 // the loaded client's operations that show that one was not executed exactly once.
 package main
 
@@ -64,8 +66,8 @@ const patience = 5 * time.Minute
 func table(ctx context.Context, w io.Writer, o options) error {
 	fmt.Fprintf(w, "Command: `go run ./tests/bench/moves %s`; %s; %d CPUs; load average %s. Pauses in ms, median / worst.\n\n",
 		strings.Join(os.Args[1:], " "), time.Now().UTC().Format("2006-01-02 15:04 UTC"), runtime.NumCPU(), loadavg())
-	fmt.Fprintln(w, "| service | move | moves | connections | light client | loaded client | the other connections | hung | wrong results |")
-	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|---:|---:|")
+	fmt.Fprintln(w, "| service | move | moves | connections | idle client | light client | loaded client | the other connections | hung | wrong results |")
+	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
 	for s := range strings.SplitSeq(o.services, ",") {
 		for c := range strings.SplitSeq(o.conns, ",") {
 			k, err := strconv.Atoi(c)
@@ -91,9 +93,10 @@ func loadavg() string {
 
 // pauses are those of one kind of move.
 type pauses struct {
-	light, loaded, others []time.Duration
-	hung                  int // moves after which somebody waited until the limit
-	wrong                 int // results that cannot be if each operation is executed once
+	idle, light, loaded, others []time.Duration
+
+	hung  int // moves after which somebody waited until the limit
+	wrong int // results that cannot be if each operation is executed once
 }
 
 func cell(d []time.Duration) string {
@@ -145,7 +148,7 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 	if err := net.Answers(short, a); err != nil {
 		return err
 	}
-	cs := []rig.ClientConfig{{Name: "light", VIP: a, With: "light"}, {Name: "loaded", VIP: a, With: "seq,storm,storm"}}
+	cs := []rig.ClientConfig{{Name: "light", VIP: a, With: "light"}, {Name: "loaded", VIP: a, With: "seq,storm,storm"}, {Name: "idle", VIP: a, With: "idle"}}
 	var clients []*rig.Client
 	for i, c := range cs {
 		c.Options, c.Seed, c.Flags = "vers=3,nolock", 1, "-lenient"
@@ -156,6 +159,7 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 		defer cl.Kill()
 		clients = append(clients, cl)
 	}
+	idle := clients[2]
 	others, err := newOthers(short, net.Hub, a, conns-1)
 	if err != nil {
 		return err
@@ -181,6 +185,9 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 			return fmt.Errorf("%s: %w", kind, err)
 		}
 		t1 := time.Now()
+		if err := idle.Rouse(); err != nil {
+			return err
+		}
 		p := results[kind]
 		if p == nil {
 			p = &pauses{}
@@ -193,7 +200,7 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 			hung = hung || c.Moving(cut, t1) != nil
 		}
 		_, err := others.longest(cut, t0, t1)
-		hung = hung || err != nil
+		hung = hung || err != nil || idle.Awake(cut) != nil
 		stop()
 		if hung {
 			p.hung++
@@ -204,7 +211,10 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 				return err
 			}
 		}
-		var d [2]time.Duration
+		if err := idle.Awake(ctx); err != nil {
+			return fmt.Errorf("%s: %w\n%s", kind, err, mover.Log())
+		}
+		var d [3]time.Duration
 		for i, c := range clients {
 			if err := c.Moving(ctx, t1); err != nil {
 				return fmt.Errorf("%s: %w\n%s", kind, err, mover.Log())
@@ -220,15 +230,18 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 			return fmt.Errorf("%s: %w", kind, err)
 		}
 		other := min(x.took, o.cap)
-		wrong := clients[0].Wrong() + clients[1].Wrong()
+		wrong := 0
+		for _, c := range clients {
+			wrong += c.Wrong()
+		}
 		p.wrong += wrong - seen
 		seen = wrong
-		p.light, p.loaded = append(p.light, d[0]), append(p.loaded, d[1])
+		p.light, p.loaded, p.idle = append(p.light, d[0]), append(p.loaded, d[1]), append(p.idle, d[2])
 		if conns > 1 {
 			p.others = append(p.others, other)
 		}
 		if o.verbose {
-			fmt.Fprintf(os.Stderr, "%s, %d connections, %s: took %v; light %v, loaded %v, others %v\n", mover.Name(), conns, kind, t1.Sub(t0), d[0], d[1], other)
+			fmt.Fprintf(os.Stderr, "%s, %d connections, %s: took %v; idle %v, light %v, loaded %v, others %v\n", mover.Name(), conns, kind, t1.Sub(t0), d[2], d[0], d[1], other)
 			if conns > 1 {
 				fmt.Fprintf(os.Stderr, "the longest of the others: %s\n", x.tell(t0))
 			}
@@ -267,7 +280,7 @@ func run(ctx context.Context, out io.Writer, o options, service string, conns in
 	}
 	for kind := range strings.SplitSeq(o.kinds, ",") {
 		p := results[kind]
-		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %d | %d |\n", name, kind, o.n, conns, cell(p.light), cell(p.loaded), cell(p.others), p.hung, p.wrong)
+		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %s | %d | %d |\n", name, kind, o.n, conns, cell(p.idle), cell(p.light), cell(p.loaded), cell(p.others), p.hung, p.wrong)
 	}
 	end, stop := context.WithTimeout(ctx, patience)
 	defer stop()

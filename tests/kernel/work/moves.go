@@ -492,12 +492,13 @@ type idleWorker struct {
 	m       *mover
 	id, dir string
 	n       int
+	first   int // n when the open file was empty
 	heldF   *os.File
 	f       *os.File
 }
 
 func newIdleWorker(m *mover, id, dir, held string) (*idleWorker, error) {
-	w := &idleWorker{m: m, id: id, dir: dir, n: 1}
+	w := &idleWorker{m: m, id: id, dir: dir, n: 1, first: 1}
 	var err error
 	if w.f, err = os.OpenFile(filepath.Join(dir, "open"), os.O_CREATE|os.O_RDWR, 0o644); err != nil {
 		return nil, err
@@ -523,7 +524,7 @@ func (w *idleWorker) step() error {
 	}
 	start := time.Now()
 	text := fmt.Appendf(nil, "%08d", w.n)
-	if _, err := w.f.WriteAt(text, int64(8*(w.n-1))); err != nil {
+	if _, err := w.f.WriteAt(text, int64(8*(w.n-w.first))); err != nil {
 		return err
 	}
 	if err := w.f.Sync(); err != nil {
@@ -540,7 +541,7 @@ func (w *idleWorker) step() error {
 		return err
 	}
 	w.m.did(w.id, "create", start)
-	if w.n > 1 {
+	if w.n > w.first {
 		start = time.Now()
 		if err := os.Remove(filepath.Join(w.dir, fmt.Sprint("wake", w.n-1))); err != nil {
 			return err
@@ -556,10 +557,21 @@ func (w *idleWorker) step() error {
 		}
 		w.m.did(w.id, "lock", start)
 	}
+	return w.woke()
+}
+
+// woke answers the host.
+func (w *idleWorker) woke() error {
 	w.m.flush()
-	err = os.WriteFile(filepath.Join(w.m.control, fmt.Sprint("woke.", w.n)), nil, 0o644)
+	err := os.WriteFile(filepath.Join(w.m.control, fmt.Sprint("woke.", w.n)), nil, 0o644)
 	w.n++
 	return err
+}
+
+// reset makes the open file empty. A name that is left is not used again.
+func (w *idleWorker) reset() error {
+	w.first = w.n + 1
+	return errors.Join(w.f.Truncate(0), w.woke())
 }
 
 func (w *idleWorker) verify() error {
@@ -568,7 +580,7 @@ func (w *idleWorker) verify() error {
 		return err
 	}
 	var want []byte
-	for i := 1; i < w.n; i++ {
+	for i := w.first; i < w.n; i++ {
 		want = fmt.Appendf(want, "%08d", i)
 	}
 	return equal(b, want)

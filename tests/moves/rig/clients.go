@@ -234,13 +234,23 @@ func (c *Client) Verify(ctx context.Context) error {
 
 // Wake has the idle worker do something, and returns how long that took.
 func (c *Client) Wake(ctx context.Context) (time.Duration, error) {
-	c.woken++
 	start := time.Now()
-	if err := c.Order(fmt.Sprint("wake.", c.woken)); err != nil {
+	if err := c.Rouse(); err != nil {
 		return 0, err
 	}
-	err := c.await(ctx, fmt.Sprint("woke.", c.woken))
+	err := c.Awake(ctx)
 	return time.Since(start), err
+}
+
+// Rouse has the idle worker do something, and does not wait for it.
+func (c *Client) Rouse() error {
+	c.woken++
+	return c.Order(fmt.Sprint("wake.", c.woken))
+}
+
+// Awake waits until the idle worker has done it.
+func (c *Client) Awake(ctx context.Context) error {
+	return c.await(ctx, fmt.Sprint("woke.", c.woken))
 }
 
 // Dump asks the client's kernel what hangs, and returns what it says.
