@@ -253,10 +253,11 @@ allows all nodes.` + anyNode,
 			if cmd.Flags().Changed("interface") {
 				n.Interface = s.Interface
 			}
-			if err := t.call(cmd.Context(), a, control.CmdVIPSet, &n, v); err != nil {
+			var now status.VIP
+			if err := t.call(cmd.Context(), a, control.CmdVIPSet, &n, &now); err != nil {
 				return err
 			}
-			return a.showJSON(asJSON, v)
+			return a.showJSON(asJSON, &now)
 		},
 	}
 	t.add(cmd)

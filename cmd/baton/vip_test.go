@@ -187,6 +187,10 @@ func TestVIPOrders(t *testing.T) {
 	if !slices.Equal(b.node.vips.orders, want) {
 		t.Errorf("the node was told\n%s", strings.Join(b.node.vips.orders, "\n"))
 	}
+	// What is printed is what the node says, not what was before.
+	if code, out, errs := b.run("vip", "set", "192.0.2.50", "--prefer=", "--json", "--data", b.dir); code != 0 || strings.Contains(out, "n1") || !strings.Contains(out, "192.0.2.50") {
+		t.Errorf("%d, %q, %q", code, out, errs)
+	}
 	b.node.order = errors.New("mgs: no")
 	for _, line := range []string{"vip add 192.0.2.60/24", "vip set 192.0.2.51", "vip remove 192.0.2.50", "vip drain 192.0.2.50", "node drain n2", "node list"} {
 		if code, out, errs := b.run(append(strings.Fields(line), "--data", b.dir)...); code != exitFailure || out != "" || errs != "baton: mgs: no\n" {

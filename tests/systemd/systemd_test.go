@@ -110,6 +110,14 @@ func TestUnits(t *testing.T) {
 
 	step("restart", b.restart)
 
+	// systemd must not remove what a process leaves in /dev/shm for the next one.
+	step("shared memory", func(t *testing.T) {
+		b.sh("install -o baton -g baton /dev/null /dev/shm/baton-lost-test && systemctl restart baton && systemctl stop baton && systemctl start baton")
+		if out, err := b.try("rm /dev/shm/baton-lost-test"); err != nil {
+			t.Errorf("the service's file in /dev/shm is gone after a restart: %s", out)
+		}
+	})
+
 	step("watchdog", func(t *testing.T) {
 		b.write("/etc/systemd/system/baton.service.d/test.conf", "[Service]\nWatchdogSec=2\nTimeoutAbortSec=2")
 		b.sh("systemctl daemon-reload")
