@@ -117,7 +117,8 @@ func TestCallbackOutcomes(t *testing.T) {
 			c.change(w)
 			h.unlock("file1", 1, 0, 10)
 			b.wantOutcome(c.out)
-			if n := len(w.got()); n != c.calls {
+			// A datagram is sent again when its answer is late.
+			if n := len(w.got()); n < c.calls || n > c.calls && c.nw != "udp" {
 				t.Errorf("%d calls, want %d", n, c.calls)
 			}
 			_, held := b.tab.states(fileFID(1))[2]

@@ -349,7 +349,7 @@ func TestNotifier(t *testing.T) {
 		holder("127.0.0.21", "udp", 1), holder("127.0.0.22", "tcp", 1),
 		holder("127.0.0.23", "both", 1), holder("127.0.0.23", "both.example", 1), told, other,
 	}}
-	b := newBed(t, tb, func(c *Config) { c.GiveUp = time.Second })
+	b := newBed(t, tb, func(c *Config) { c.GiveUp = 5 * time.Second })
 	u := b.add(newHost(t, "127.0.0.21", nsm.Program, 1, rpcbind.UDP))
 	tc := b.add(newHost(t, "127.0.0.22", nsm.Program, 1, rpcbind.TCP))
 	both := b.add(newHost(t, "127.0.0.23", nsm.Program, 1, rpcbind.UDP, rpcbind.TCP))

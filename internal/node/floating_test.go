@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -47,6 +48,8 @@ func newFloatCell(t *testing.T) *floatCell {
 		k.NFS.Floating = k.Cluster.Node != "c"
 		k.Manager.Mode = config.ManagerExternal
 		k.Failover.StopWait = config.Duration(100 * time.Millisecond)
+		// Other tests run beside this one: nothing is to be cut short because of them.
+		k.Failover.DrainTimeout, k.Failover.CommitTimeout = config.Duration(patience/2), config.Duration(patience/2)
 	}
 	c.prepare = func(n *Node) { n.testNet = c.net.Machine(n.cfg.Cluster.Node) }
 	t.Cleanup(func() {
@@ -144,6 +147,7 @@ type rpcClient struct {
 	xid  uint32
 	sent int            // calls that were sent again
 	from netip.AddrPort // of its connections, if valid
+	wait time.Duration  // for a reply; default 300 ms
 }
 
 func (c *rpcClient) close() {
@@ -168,7 +172,7 @@ func (c *rpcClient) once(rec []byte, xid uint32) ([]byte, error) {
 	}
 	// A connection that has vanished quietly says nothing: a real client is woken up by
 	// the new owner's kernel, this one asks again.
-	c.conn.SetDeadline(time.Now().Add(300 * time.Millisecond))
+	c.conn.SetDeadline(time.Now().Add(cmp.Or(c.wait, 300*time.Millisecond)))
 	if _, err := c.conn.Write(rec); err != nil {
 		return nil, err
 	}
@@ -353,11 +357,7 @@ func TestTakenOver(t *testing.T) {
 	rec := k.rec(77<<16, nfs3.Program, nfs3.Version, uint32(nfs.NFSProcedureRemove), &nfs3.DirOpArgs{FH: dir, Name: []byte("gone")})
 	status := func() nfs.NFSStatus {
 		t.Helper()
-		out, err := k.once(rec, 77<<16)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return nfs.NFSStatus(binary.BigEndian.Uint32(out))
+		return nfs.NFSStatus(binary.BigEndian.Uint32(k.again(rec, 77<<16)))
 	}
 	if st := status(); st != nfs.NFSStatusOk {
 		t.Fatal(st)

@@ -173,7 +173,12 @@ func last(t *testing.T, n *Node, role string) events.Event {
 // answer sends a call and gives the result, undecoded.
 func (c *rpcClient) answer(xid, prog, vers, proc uint32, args interface{ Encode(*xdr.Writer) }) []byte {
 	c.t.Helper()
-	rec := c.rec(xid, prog, vers, proc, args)
+	return c.again(c.rec(xid, prog, vers, proc, args), xid)
+}
+
+// again makes a call, as often as it must, and returns the result.
+func (c *rpcClient) again(rec []byte, xid uint32) []byte {
+	c.t.Helper()
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		out, err := c.once(rec, xid)
 		if err == nil {

@@ -243,7 +243,7 @@ func TestPhasesDeadline(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantXID(t, b.queued, 7)
-	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), 1500*time.Millisecond)
 	defer cancel()
 	q := b.s.Quiesce(ctx)
 	if q.Conns != 6 || q.Left != 2 || q.LeftUDP != 1 {
@@ -299,7 +299,7 @@ func TestPhasesQuiet(t *testing.T) {
 			}
 			wantXID(t, b.queued, 7)
 			if name == "drained" {
-				ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+				ctx, cancel := context.WithTimeout(context.Background(), 1500*time.Millisecond)
 				defer cancel()
 				if q := b.s.Quiesce(ctx); q.Left != 2 {
 					t.Errorf("quiesced: %+v", q)

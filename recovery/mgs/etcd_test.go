@@ -78,10 +78,10 @@ func (m *members) all() {
 	}
 }
 
-// storage is one with a connection of its own.
-func (m *members) storage(prefix string) etcd.Storage {
+// storage is one with a connection of its own, whose calls take no longer than a time.
+func (m *members) storage(prefix string, timeout time.Duration) etcd.Storage {
 	m.t.Helper()
-	c, err := etcd.New(etcd.Options{Endpoints: etcd.Endpoints(m.peers, "", false), Prefix: prefix, Timeout: time.Second, Probe: 2 * time.Second})
+	c, err := etcd.New(etcd.Options{Endpoints: etcd.Endpoints(m.peers, "", false), Prefix: prefix, Timeout: timeout, Probe: 2 * time.Second})
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -100,6 +100,9 @@ func local(s *mgs.Service) func(context.Context, string) (wire.Conn, error) {
 	return func(context.Context, string) (wire.Conn, error) { return wire.Local(s, wire.NextSession()), nil }
 }
 
+// patience is how long a call may take while nothing is wrong.
+const patience = 20 * time.Second
+
 var random = regexp.MustCompile(`\b[0-9a-f]{16,32}\b|\[[0-9 ]{30,}\]`)
 
 // The registry in etcd says what the one in a file does.
@@ -110,7 +113,7 @@ func TestEtcdIsTheRegistry(t *testing.T) {
 	}
 	m := newMembers(t, 1)
 	m.all()
-	s := m.storage("/one")
+	s := m.storage("/one", patience)
 	hide := func(l []string) []string {
 		for i := range l {
 			l[i] = random.ReplaceAllString(l[i], "RANDOM")
@@ -121,7 +124,7 @@ func TestEtcdIsTheRegistry(t *testing.T) {
 	if d := cmp.Diff(want, hide(mgs.Script(t, mgs.NewStored(s, rand.Reader), "n1"))); d != "" {
 		t.Error("(-file +etcd)", d)
 	}
-	r, err := mgs.NewRemote(mgs.RemoteOptions{Node: "n1", Addrs: []string{"here"}, Dial: local(mgs.NewService(mgs.NewStored(m.storage("/two"), rand.Reader), nil))})
+	r, err := mgs.NewRemote(mgs.RemoteOptions{Node: "n1", Addrs: []string{"here"}, Dial: local(mgs.NewService(mgs.NewStored(m.storage("/two", patience), rand.Reader), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,9 +132,9 @@ func TestEtcdIsTheRegistry(t *testing.T) {
 	if d := cmp.Diff(want, hide(mgs.Script(t, r, "n1"))); d != "" {
 		t.Error("(-file +etcd by messages)", d)
 	}
-	mgs.Conflicts(t, 10, m.storage("/three"), m.storage("/three"))
+	mgs.Conflicts(t, 10, m.storage("/three", patience), m.storage("/three", patience))
 	// A change by one process is told to another one.
-	a, b := mgs.NewStored(s, rand.Reader), mgs.NewStored(m.storage("/one"), rand.Reader)
+	a, b := mgs.NewStored(s, rand.Reader), mgs.NewStored(m.storage("/one", patience), rand.Reader)
 	v, err := b.Watch(context.Background(), "")
 	if err != nil {
 		t.Fatal(err)
@@ -164,7 +167,7 @@ func TestEtcdExactlyOnce(t *testing.T) {
 	crashed := 0
 	for i := range nodes {
 		node, addr := fmt.Sprintf("n%d", i), netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})
-		r, err := mgs.NewRemote(mgs.RemoteOptions{Node: node, Addrs: []string{"here"}, Dial: local(mgs.NewService(mgs.NewStored(m.storage(""), rand.Reader), nil))})
+		r, err := mgs.NewRemote(mgs.RemoteOptions{Node: node, Addrs: []string{"here"}, Dial: local(mgs.NewService(mgs.NewStored(m.storage("", time.Second), rand.Reader), nil))})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -277,7 +277,7 @@ func (s *Cluster) Stop() error {
 	var errs []error
 	for _, m := range s.members {
 		if m.proc != nil {
-			if err := m.proc.Stop(30 * time.Second); err != nil {
+			if err := m.proc.Stop(time.Minute); err != nil {
 				errs = append(errs, fmt.Errorf("bed: stop %s: %w\n%s", m.Name, err, s.memberLog(m)))
 			}
 			m.proc = nil

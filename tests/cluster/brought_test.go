@@ -38,7 +38,10 @@ type street struct {
 	bin  string
 	mode string // manager.mode
 	more string // lines of [manager]
-	etcd bool   // the registry is in an etcd that all three run, not at an MGS
+	// confirm is manager.confirm: longer than its default, since nodes stand still on a busy
+	// machine, unless figures are taken.
+	confirm string
+	etcd    bool // the registry is in an etcd that all three run, not at an MGS
 	// home is where targets start, run where they may run.
 	home map[string][]string
 	run  []string
@@ -80,7 +83,7 @@ func newStreet(t *testing.T, mode string, set ...func(*street)) *street {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &street{t: t, dir: bed.Dir(t), bin: bin, mode: mode, nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
+	s := &street{t: t, dir: bed.Dir(t), bin: bin, mode: mode, confirm: "1s", nodes: map[string]*bed.Node{}, procs: map[string]*bed.Proc{}}
 	s.home, s.run, s.mgs = map[string][]string{"t": {"MGS", "MDT0000", "OST0000"}}, []string{"t"}, []string{"t"}
 	s.number(false)
 	for _, f := range set {
@@ -161,7 +164,11 @@ address = ""
 min_free = "1 MiB"
 [manager]
 mode = %q
+confirm = %q
 %s
+[failover]
+drain_timeout = "10s"
+commit_timeout = "10s"
 [recovery]
 window_min = "2s"
 window_max = "5s"
@@ -173,7 +180,7 @@ nodes = %s
 [[ost]]
 dir = %q
 nodes = %s
-`, name != "t", s.path("exports"), s.mode, s.more, s.path(name, "s"), s.path("mdt"), list(s.run), s.path("ost0"), list(s.run))
+`, name != "t", s.path("exports"), s.mode, s.confirm, s.more, s.path(name, "s"), s.path("mdt"), list(s.run), s.path("ost0"), list(s.run))
 	if s.etcd {
 		b.WriteString("[registry]\nkind = \"etcd-embedded\"\nmembers = [\"n1\", \"n2\", \"t\"]\n")
 	} else {

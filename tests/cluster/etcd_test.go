@@ -58,12 +58,21 @@ func TestRegistryInEtcd(t *testing.T) {
 		}
 	}
 	c.until("the table of targets at all nodes", watched(nodes...))
-	was := c.registry("d")
-	if was.Leader == "" || was.Identity == "" || was.Addresses != 2 || len(was.Members) != 3 || was.Error != "" {
+	var was node.RegistryStatus
+	c.until("all members to answer", func() bool {
+		was = c.registry("d")
+		for _, m := range was.Members {
+			if m.Error != "" {
+				return false
+			}
+		}
+		return was.Error == "" && was.Leader != ""
+	})
+	if was.Identity == "" || was.Addresses != 2 || len(was.Members) != 3 {
 		t.Fatalf("registry: %+v", was)
 	}
 	for _, m := range was.Members {
-		if m.Error != "" || m.Name == "" {
+		if m.Name == "" {
 			t.Errorf("member %+v", m)
 		}
 	}
@@ -72,6 +81,7 @@ func TestRegistryInEtcd(t *testing.T) {
 	if was.Leader == "b" || was.Leader == "d" {
 		c.kill(was.Leader)
 		c.start(was.Leader)
+		c.until(was.Leader+" to take orders", func() bool { _, err := c.order(was.Leader, "target", "list"); return err == nil })
 	}
 	c.kill("c")
 	c.must("d", "target", "start", "MDT0000")

@@ -328,11 +328,30 @@ func isDenied(r lockmsg.Reply) bool {
 	return r.Errno == int(syscall.EAGAIN) || r.Errno == int(syscall.EACCES)
 }
 
-// queued starts a blocking request and gives it the time to reach the queue.
+// queued starts a blocking request and gives it the time to reach the queue: at the
+// server, which tells, or in the client, when another process there has the lock.
 func (f *lockFile) queued(typ string, start, length int64) *call {
 	f.o.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	waiting := func() (n int, err error) {
+		es, err := f.o.g.w.lockTable(ctx)
+		for _, e := range es {
+			if e.State == "waiting" {
+				n++
+			}
+		}
+		return n, err
+	}
+	before, err := waiting()
 	c := f.lock(typ, start, length, true)
 	time.Sleep(150 * time.Millisecond)
+	for end := time.Now().Add(time.Second); err == nil && !c.ended() && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		var n int
+		if n, err = waiting(); n > before {
+			break
+		}
+	}
 	if c.ended() {
 		f.o.t.Fatalf("%v: did not wait: %+v", c, c.reply())
 	}

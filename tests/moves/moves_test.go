@@ -18,7 +18,10 @@ import (
 	"github.com/baton-nfs/baton/tests/uml"
 )
 
-func TestMain(m *testing.M) { bed.Main(m) }
+func TestMain(m *testing.M) {
+	rig.Patient = os.Getenv(soakEnv) == ""
+	bed.Main(m)
+}
 
 // patience is how long anything may take; only a hang takes longer.
 const patience = 3 * time.Minute

@@ -139,6 +139,7 @@ func TestUnits(t *testing.T) {
 		c := b.connect()
 		c.works()
 		c.send(progNFS, procCreate, c.createArgs("last"))
+		time.Sleep(300 * time.Millisecond) // the service has to read it before it is told to stop
 		b.sh("systemctl stop --no-block baton")
 		if res, err := c.receive(c.xid); err != nil || status(res) != statusOK {
 			t.Errorf("a call that was sent before the stop: %v, % x", err, res)

@@ -333,9 +333,9 @@ func TestCloseCutsOff(t *testing.T) {
 // Silence longer than the idle time does no harm, since pings break it; a
 // server that has stopped answering is noticed.
 func TestKeepalive(t *testing.T) {
-	b := newBed(t, false, func(o *ServerOptions) { o.Timeouts.Idle = 400 * time.Millisecond })
-	c := b.dial(func(o *DialOptions) { o.Timeouts.Idle = 400 * time.Millisecond })
-	time.Sleep(1500 * time.Millisecond)
+	b := newBed(t, false, func(o *ServerOptions) { o.Timeouts.Idle = 2 * time.Second })
+	c := b.dial(func(o *DialOptions) { o.Timeouts.Idle = 2 * time.Second })
+	time.Sleep(5 * time.Second)
 	if err := c.Call(ctx, request(wire.OpPing, 1), new(wire.Reply)); err != nil {
 		t.Fatal(err)
 	}

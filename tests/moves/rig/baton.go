@@ -63,6 +63,12 @@ func NewBaton(n *Net, dir string, o BatonOptions, vips ...netip.Addr) (*Baton, e
 		c.Extra = managerExternal
 	} else {
 		c.Extra = managerBuiltin
+		if Patient {
+			c.Extra += managerPatient
+		}
+	}
+	if Patient {
+		c.Extra += failoverPatient
 	}
 	return b, nil
 }
@@ -71,7 +77,14 @@ func NewBaton(n *Net, dir string, o BatonOptions, vips ...netip.Addr) (*Baton, e
 const (
 	managerExternal = "[manager]\nmode = \"external\"\n"
 	managerBuiltin  = "[manager]\nmode = \"builtin\"\nfailback_delay = \"never\"\n"
+	managerPatient  = "confirm = \"1s\"\nstart_timeout = \"1m\"\n"
+	failoverPatient = "[failover]\ndrain_timeout = \"10s\"\ncommit_timeout = \"10s\"\nclose_timeout = \"2s\"\nclear_timeout = \"2s\"\nremove_timeout = \"2s\"\n"
 )
+
+// Patient makes nodes of NewBaton wait longer before they think that something is dead
+// or cannot be done, so that they are right on a machine that stands still for a
+// second. It is set before the first of them is made. Figures are taken without.
+var Patient bool
 
 // Name tells who decides.
 func (b *Baton) Name() string {
@@ -188,11 +201,19 @@ func (b *Baton) served(ctx context.Context, a netip.Addr) (string, error) {
 
 // Move gives the order to move, and waits until the node serves the address.
 func (b *Baton) Move(ctx context.Context, a netip.Addr, to string) error {
-	out, err := b.Command(ctx, "vip", "move", a.String(), "--to", to)
-	if err != nil {
-		return fmt.Errorf("%w\n%s\n%s", err, out, b.Log())
+	for {
+		out, err := b.Command(ctx, "vip", "move", a.String(), "--to", to)
+		if err != nil {
+			return fmt.Errorf("%w\n%s\n%s", err, out, b.Log())
+		}
+		// A manager may call an order off, as when it takes the node for dead.
+		short, cancel := context.WithTimeout(ctx, 30*time.Second)
+		err = b.until(short, a, func(node string) bool { return node == to })
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
 	}
-	return b.until(ctx, a, func(node string) bool { return node == to })
 }
 
 // until waits until the node that serves the address is one that ok takes, and has it.

@@ -14,7 +14,10 @@ import (
 	"github.com/baton-nfs/baton/tests/bed"
 )
 
-func TestMain(m *testing.M) { bed.Main(m) }
+func TestMain(m *testing.M) {
+	Patient = true
+	bed.Main(m)
+}
 
 // TestMovers moves an address of each service that is compared, and cuts the power of
 // its owner, with a probe that reads what it wrote before.
