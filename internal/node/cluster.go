@@ -333,13 +333,15 @@ func (c *cluster) meet(ctx context.Context) error {
 	}
 	path := filepath.Join(c.cfg.DataDir, identityFile)
 	known, err := readMark(path)
-	if err == nil && known != "" && c.etcd != nil {
-		err = c.etcd.found(ctx)
-	}
 	if err != nil {
 		return err
 	}
-	id, err := c.reg.Identity(ctx)
+	var id string
+	if known != "" && c.etcd != nil {
+		id, err = c.etcd.found(ctx)
+	} else {
+		id, err = c.reg.Identity(ctx)
+	}
 	if err == nil && known == "" {
 		known, err = c.remember(path, id)
 	}
@@ -352,6 +354,7 @@ func (c *cluster) meet(ctx context.Context) error {
 		err = fmt.Errorf("the registry is not the one that this node knows: mount its disk in mgs.dir where the MGS runs; if it really is another cluster, remove %s", path)
 	}
 	if err == nil && c.etcd != nil {
+		c.etcd.storage.expect(known)
 		err = adopt(ctx, c.reg) // one that was imported
 	}
 	if err != nil {
