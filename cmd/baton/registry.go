@@ -224,18 +224,25 @@ func export(ctx context.Context, cfg *config.Config, path string, freeze bool) (
 			err = errors.Join(err, os.Remove(path))
 		}
 	}()
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return nil, "", err
+	}
+	defer d.Close()
 	if freeze && cfg.InEtcd() {
 		if doc, _, err = node.ExportRegistry(ctx, cfg, nil, false); err == nil {
-			err = write(f, doc)
+			err = write(f, d, doc)
 		}
-		if err != nil {
-			return nil, "", err
-		}
+	} else if freeze {
+		err = becomeOwner(cfg.DataDir)
+	}
+	if err != nil {
+		return nil, "", err
 	}
 	if doc, place, err = node.ExportRegistry(ctx, cfg, nil, freeze); err != nil {
 		return nil, "", err
 	}
-	if err = write(f, doc); err == nil && freeze {
+	if err = write(f, d, doc); err == nil && freeze {
 		err = node.FreezeRegistry(ctx, cfg)
 	}
 	if err != nil && freeze && cfg.InEtcd() {
@@ -244,22 +251,15 @@ func export(ctx context.Context, cfg *config.Config, path string, freeze bool) (
 	return doc, place, err
 }
 
-// write makes b the content of a file, durably.
-func write(f *os.File, b []byte) error {
+// write makes b the content of a file in a directory, durably.
+func write(f, dir *os.File, b []byte) error {
 	if err := f.Truncate(int64(len(b))); err != nil {
 		return err
 	}
 	if _, err := f.WriteAt(b, 0); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(f.Name()))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(f.Sync(), dir.Sync())
 }
 
 func (a *app) registryImportCmd() *cobra.Command {
@@ -269,7 +269,8 @@ func (a *app) registryImportCmd() *cobra.Command {
 		Use:   "import [--force] [--config FILE] FILE",
 		Short: "Make the content of a file the registry",
 		Long: `Make FILE, which "baton registry export" has written, the registry where the
-configuration has it. A registry that is there is overwritten only with --force.
+configuration has it. A registry that is there is overwritten only with --force. Run by
+root it writes that of an MGS as the user that the data directory belongs to.
 
 Nodes that know the cluster wait until its registry is there. One that is new makes an
 empty registry if there is none: start those afterwards.`,
@@ -288,6 +289,11 @@ empty registry if there is none: start those afterwards.`,
 			}
 			if err != nil {
 				return err
+			}
+			if !cfg.InEtcd() {
+				if err := becomeOwner(cfg.DataDir); err != nil {
+					return err
+				}
 			}
 			ctx, cancel := withTime(cmd)
 			defer cancel()
