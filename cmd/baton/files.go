@@ -129,7 +129,7 @@ func (t *target) open(ctx context.Context, a *app, open openFSFunc) (tree, func(
 // fileCmds makes ls, cat and cp. open is for file systems that no baton serves;
 // nil leaves those out.
 func (a *app) fileCmds(open openFSFunc) []*cobra.Command {
-	return []*cobra.Command{a.lsCmd(open), a.catCmd(open), a.cpCmd(open)}
+	return []*cobra.Command{a.lsCmd(asOwner(open)), a.catCmd(asOwner(open)), a.cpCmd(byOwner(open))}
 }
 
 const filesHelp = `
@@ -137,7 +137,8 @@ const filesHelp = `
 The whole file system is there, whatever the exports say, with root's rights.
 When a baton runs on the data directory its control socket is used, otherwise
 the directory itself; in both cases the command needs to be run by root or the
-user that baton runs as.`
+user that baton runs as. In a directory of that user's root works as that user; cp is
+refused to root there.`
 
 func (a *app) lsCmd(open openFSFunc) *cobra.Command {
 	var t target

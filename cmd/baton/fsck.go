@@ -33,7 +33,8 @@ data is thrown away: files without a name go to /lost+found, objects without a
 file to lost+found of their object target. Copy the directories first.
 
 In a cluster it is given on a node that sees the directories of the MDT and all
-OSTs; it refuses those whose targets run on any node.
+OSTs; it refuses those whose targets run on any node. Run by root it goes on as the
+user that the data directory belongs to.
 
 Exit codes: 0 nothing is wrong (any more), 1 something is, 2 the check could
 not be made.`,
@@ -56,6 +57,10 @@ not be made.`,
 			ctx := cmd.Context()
 			if ctx == nil {
 				ctx = context.Background()
+			}
+			if err := becomeOwner(cfg.DataDir); err != nil {
+				fmt.Fprintf(a.stderr, "baton: %v\n", err)
+				return &exitError{fsck.ExitCannot}
 			}
 			leave, err := node.TakeStores(ctx, cfg)
 			if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"text/tabwriter"
@@ -181,26 +182,16 @@ stopped first; its file is renamed to registry.json.exported.`,
 			}
 			ctx, cancel := withTime(cmd)
 			defer cancel()
-			if args[0] != "-" {
-				if _, err := os.Lstat(args[0]); err == nil {
-					return fmt.Errorf("%s exists and is not overwritten", args[0])
+			if args[0] == "-" {
+				doc, _, err := node.ExportRegistry(ctx, cfg, nil, false)
+				if err == nil {
+					_, err = a.stdout.Write(doc)
 				}
+				return err
 			}
-			doc, place, err := node.ExportRegistry(ctx, cfg, nil, freeze)
+			doc, place, err := export(ctx, cfg, args[0], freeze)
 			if err != nil {
 				return err
-			}
-			if args[0] == "-" {
-				_, err := a.stdout.Write(doc)
-				return err
-			}
-			if err := writeNew(args[0], doc); err != nil {
-				return err
-			}
-			if freeze {
-				if err := node.FreezeRegistry(ctx, cfg); err != nil {
-					return err
-				}
 			}
 			d, err := mgs.Inspect(args[0], doc)
 			if err != nil {
@@ -218,21 +209,57 @@ stopped first; its file is renamed to registry.json.exported.`,
 	return cmd
 }
 
-// writeNew makes a file of mode 0600, durably.
-func writeNew(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// export writes the registry to a new file. What keeps the file from being written is found
+// out before the registry is frozen.
+func export(ctx context.Context, cfg *config.Config, path string, freeze bool) (doc []byte, place string, err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil, "", fmt.Errorf("%s exists and is not overwritten", path)
+	}
 	if err != nil {
-		return err
+		return nil, "", err
 	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return errors.Join(err, os.Remove(path))
-	}
+	defer func() {
+		if err = errors.Join(err, f.Close()); err != nil {
+			err = errors.Join(err, os.Remove(path))
+		}
+	}()
 	d, err := os.Open(filepath.Dir(path))
 	if err != nil {
+		return nil, "", err
+	}
+	defer d.Close()
+	if freeze && cfg.InEtcd() {
+		if doc, _, err = node.ExportRegistry(ctx, cfg, nil, false); err == nil {
+			err = write(f, d, doc)
+		}
+	} else if freeze {
+		err = becomeOwner(cfg.DataDir)
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	if doc, place, err = node.ExportRegistry(ctx, cfg, nil, freeze); err != nil {
+		return nil, "", err
+	}
+	if err = write(f, d, doc); err == nil && freeze {
+		err = node.FreezeRegistry(ctx, cfg)
+	}
+	if err != nil && freeze && cfg.InEtcd() {
+		err = &node.FrozenError{Err: err}
+	}
+	return doc, place, err
+}
+
+// write makes b the content of a file in a directory, durably.
+func write(f, dir *os.File, b []byte) error {
+	if err := f.Truncate(int64(len(b))); err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	if _, err := f.WriteAt(b, 0); err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), dir.Sync())
 }
 
 func (a *app) registryImportCmd() *cobra.Command {
@@ -242,7 +269,8 @@ func (a *app) registryImportCmd() *cobra.Command {
 		Use:   "import [--force] [--config FILE] FILE",
 		Short: "Make the content of a file the registry",
 		Long: `Make FILE, which "baton registry export" has written, the registry where the
-configuration has it. A registry that is there is overwritten only with --force.
+configuration has it. A registry that is there is overwritten only with --force. Run by
+root it writes that of an MGS as the user that the data directory belongs to.
 
 Nodes that know the cluster wait until its registry is there. One that is new makes an
 empty registry if there is none: start those afterwards.`,
@@ -261,6 +289,11 @@ empty registry if there is none: start those afterwards.`,
 			}
 			if err != nil {
 				return err
+			}
+			if !cfg.InEtcd() {
+				if err := becomeOwner(cfg.DataDir); err != nil {
+					return err
+				}
 			}
 			ctx, cancel := withTime(cmd)
 			defer cancel()

@@ -144,6 +144,16 @@ nodes = ["n1"]
 	}
 	has(run(exitOK, "registry", "status", "--config", inEtcd), "1 service addresses", "elected: nobody", "leader of the members")
 
+	// What cannot be written is not frozen, and a file that comes to nothing does not stay.
+	has(run(exitFailure, "registry", "export", "--freeze", "--config", inEtcd, path("missing/back")), "no such file")
+	has(run(exitFailure, "registry", "export", "--freeze", "--config", inEtcd, path("moved")), "not overwritten")
+	if r := state(inEtcd); r.Frozen {
+		t.Error("an export that has failed has frozen the registry")
+	}
+	if _, err := os.Stat(path("again")); err == nil {
+		t.Error("the file of an export that has failed is there")
+	}
+
 	// And back.
 	has(run(exitOK, "registry", "export", "--freeze", "--config", inEtcd, path("back")), "it is frozen now")
 	has(run(exitOK, "registry", "status", "--config", inEtcd), "frozen")
@@ -153,6 +163,8 @@ nodes = ["n1"]
 	if r := state(file); r.Identity != id || r.Addresses != 1 {
 		t.Errorf("back: %+v", r)
 	}
+	// Again, as after one of which the file is lost.
+	has(run(exitOK, "registry", "export", "--freeze", "--config", inEtcd, path("back2")), id, "it is frozen now")
 	// By force over what is there, frozen or not.
 	has(run(exitOK, "registry", "import", "--force", "--config", inEtcd, path("back")), id)
 	if r := state(inEtcd); r.Frozen || r.Identity != id {

@@ -291,7 +291,8 @@ func (a *app) vipRemoveCmd() *cobra.Command {
 takes it. Clients that have it mounted wait until it is added again.
 
 --force says that the node which serves it is gone (powered off, say), so that nobody
-is waited for. Never say that of a node that may be alive.` + anyNode,
+is waited for. Never say that of a node that may be alive. With it ADDR may also be an
+address that a lost node had in nfs.addresses: then another node can have it there.` + anyNode,
 		Example: `  baton vip remove 192.0.2.50`,
 		Args:    names(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

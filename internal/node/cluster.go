@@ -27,6 +27,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/recovery/mgs/ir"
+	"github.com/baton-nfs/baton/recovery/ost/objfs"
 	"github.com/baton-nfs/baton/recovery/target/owner"
 	"github.com/baton-nfs/baton/recovery/wire"
 	"github.com/baton-nfs/baton/recovery/wire/tcp"
@@ -57,6 +58,7 @@ type cluster struct {
 	// incarnation numbers this process among those of the node.
 	incarnation uint64
 	managing    managing
+	testDisk    func(objfs.FS) objfs.FS
 	// fs is the frontend's client while there is one, vips what it serves.
 	fs   atomic.Pointer[client.FS]
 	vips atomic.Pointer[[]health.VIP]
@@ -333,13 +335,15 @@ func (c *cluster) meet(ctx context.Context) error {
 	}
 	path := filepath.Join(c.cfg.DataDir, identityFile)
 	known, err := readMark(path)
-	if err == nil && known != "" && c.etcd != nil {
-		err = c.etcd.found(ctx)
-	}
 	if err != nil {
 		return err
 	}
-	id, err := c.reg.Identity(ctx)
+	var id string
+	if known != "" && c.etcd != nil {
+		id, err = c.etcd.found(ctx)
+	} else {
+		id, err = c.reg.Identity(ctx)
+	}
 	if err == nil && known == "" {
 		known, err = c.remember(path, id)
 	}
@@ -352,6 +356,7 @@ func (c *cluster) meet(ctx context.Context) error {
 		err = fmt.Errorf("the registry is not the one that this node knows: mount its disk in mgs.dir where the MGS runs; if it really is another cluster, remove %s", path)
 	}
 	if err == nil && c.etcd != nil {
+		c.etcd.storage.expect(known)
 		err = adopt(ctx, c.reg) // one that was imported
 	}
 	if err != nil {

@@ -180,18 +180,31 @@ func (u floatingUnit) Begin(ctx context.Context, v mgs.VIP) error {
 	return u.Unit.Begin(ctx, v, false)
 }
 
-// stopFloating gives all floating addresses up. With wait somebody may take them first.
-func (n *Node) stopFloating(ctx context.Context, wait bool) error {
+// silenceFloating gives all floating addresses up. Somebody may take them first.
+func (n *Node) silenceFloating(ctx context.Context) {
+	if n.cluster == nil {
+		return
+	}
+	a := n.cluster.agent.Load()
+	if a == nil {
+		return
+	}
+	if n.cfg.Manager.Mode == config.ManagerBuiltin && n.cluster.othersLive() {
+		wctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.Failover.StopWait))
+		a.Leave(wctx)
+		cancel()
+	}
+	a.Silence()
+}
+
+// stopFloating ends what has to do with floating addresses, and gives up those that there
+// are still.
+func (n *Node) stopFloating(ctx context.Context) error {
 	if n.net == nil {
 		return nil
 	}
 	if n.cluster != nil {
 		if a := n.cluster.agent.Load(); a != nil {
-			if wait && n.cfg.Manager.Mode == config.ManagerBuiltin && n.cluster.othersLive() {
-				wctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.Failover.StopWait))
-				a.Leave(wctx)
-				cancel()
-			}
 			// The rest of the stop needs its time, too.
 			sctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 			defer cancel()

@@ -177,12 +177,17 @@ func (c *cluster) run(ctx context.Context, h *hosted, fenced string) (err error)
 		oo.Found = found.node
 		defer c.news.join(found)()
 		oo.OnWait = func(why string) { h.set(status.StateStarting, why) }
-		if !c.cfg.Cluster.FileLocks {
+		if !c.cfg.Cluster.FileLocks || c.testDisk != nil {
 			fs, err := objfs.NewLinux(h.Dir)
 			if err != nil {
 				return fmt.Errorf("start %s: %w", h.Name, err)
 			}
-			oo.OST.FS = noFSLocks{fs}
+			if oo.OST.FS = fs; !c.cfg.Cluster.FileLocks {
+				oo.OST.FS = noFSLocks{fs}
+			}
+			if c.testDisk != nil {
+				oo.OST.FS = c.testDisk(oo.OST.FS)
+			}
 		}
 		o, err = host.StartOST(ctx, oo)
 	}

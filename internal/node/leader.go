@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -65,6 +66,7 @@ func NewEtcd(cfg *config.Config, log *slog.Logger) (*etcd.Client, error) {
 type inEtcd struct {
 	c        *cluster
 	client   *etcd.Client
+	storage  *loud
 	stored   *mgs.Stored
 	calls    *mgs.Service
 	election *etcd.Election
@@ -93,7 +95,12 @@ func newInEtcd(c *cluster) (*inEtcd, error) {
 	if err != nil {
 		return nil, err
 	}
-	e.stored = mgs.NewStored(&loud{Storage: e.client.Storage(), log: c.log}, rand.Reader)
+	known, err := readMark(filepath.Join(c.cfg.DataDir, identityFile))
+	if err != nil {
+		return nil, err
+	}
+	e.storage = &loud{Storage: e.client.Storage(), log: c.log, known: known}
+	e.stored = mgs.NewStored(e.storage, rand.Reader)
 	e.calls = mgs.NewService(e.stored, c.log)
 	return e, nil
 }
@@ -283,36 +290,67 @@ func (e *inEtcd) close() error {
 	return err
 }
 
-// found waits until there is a registry: this node knows one, and must not begin
-// another.
-func (e *inEtcd) found(ctx context.Context) error {
+// found waits until there is a registry, and returns its identity: this node knows one, and
+// must not begin another.
+func (e *inEtcd) found(ctx context.Context) (identity string, err error) {
 	for told := false; ; {
 		doc, _, err := e.client.Storage().Load(ctx)
 		switch {
 		case err == nil && doc != nil:
-			return nil
+			d, err := mgs.Inspect(e.client.Storage().Name(), doc)
+			return d.Identity, err
 		case err == nil && !told:
 			told = true
 			e.c.log.Warn("the registry in etcd is empty, but this node belongs to a cluster: waiting until its registry is imported (baton registry import)", "key", e.client.Storage().Name())
 		case err != nil && !errors.Is(err, mgs.ErrUnavailable):
-			return err
+			return "", err
 		}
 		if err := e.client.Storage().Wait(ctx, 0); err != nil {
-			return err
+			return "", err
 		}
 	}
 }
 
-// loud is a storage that says when it cannot be reached, and when it can be again.
+// loud is a storage that says when it cannot be used, and when it can be again. That is so
+// also of one that does not have the registry which this node knows: somebody has emptied
+// etcd, or it was set up anew, and what the node serves it serves on.
 type loud struct {
 	etcd.Storage
 	log *slog.Logger
 
-	mu   sync.Mutex
-	last time.Time // when it was said, zero: it can be reached
+	mu    sync.Mutex
+	last  time.Time // when it was said, zero: it can be used
+	known string    // identity of this node's registry; empty: it knows none yet
+	right []byte    // the last document that was found to be of it
 }
 
-// tellEvery is how often it is said that the registry cannot be reached.
+// expect has the storage be that of the registry with this identity.
+func (s *loud) expect(identity string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.known, s.right = identity, nil
+}
+
+// check refuses a document of another registry.
+func (s *loud) check(doc []byte) error {
+	s.mu.Lock()
+	known, right := s.known, s.right
+	s.mu.Unlock()
+	if known == "" || doc != nil && bytes.Equal(doc, right) {
+		return nil
+	}
+	if err := mgs.Expect(s.Name(), doc, known); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.known == known {
+		s.right = doc
+	}
+	return nil
+}
+
+// tellEvery is how often it is said that the registry cannot be used.
 const tellEvery = 30 * time.Second
 
 func (s *loud) note(err error) {
@@ -322,22 +360,25 @@ func (s *loud) note(err error) {
 	case errors.Is(err, mgs.ErrUnavailable):
 		if s.last.IsZero() || time.Since(s.last) >= tellEvery {
 			s.last = time.Now()
-			s.log.Warn("the registry cannot be reached: addresses and targets stay where they are and are served, nothing can begin or move", "err", err)
+			s.log.Warn("the registry cannot be used: addresses and targets stay where they are and are served, nothing can begin or move", "err", err)
 		}
 	case err == nil && !s.last.IsZero():
 		s.last = time.Time{}
-		s.log.Info("the registry can be reached again")
+		s.log.Info("the registry can be used again")
 	}
 }
 
 // Load implements mgs.Storage.
 func (s *loud) Load(ctx context.Context) ([]byte, uint64, error) {
 	doc, rev, err := s.Storage.Load(ctx)
+	if err == nil {
+		err = s.check(doc)
+	}
 	s.note(err)
 	return doc, rev, err
 }
 
-// Swap implements mgs.Storage.
+// Swap implements mgs.Storage. What it replaces was checked: it has the revision of a Load.
 func (s *loud) Swap(ctx context.Context, rev uint64, doc []byte) error {
 	err := s.Storage.Swap(ctx, rev, doc)
 	s.note(err)

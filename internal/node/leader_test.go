@@ -10,8 +10,13 @@ import (
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"github.com/baton-nfs/baton/failover/manager"
 	"github.com/baton-nfs/baton/internal/config"
+	"github.com/baton-nfs/baton/internal/vipagent"
+	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/mgs/etcd"
 	"github.com/baton-nfs/baton/recovery/mgs/ir"
 	"github.com/baton-nfs/baton/recovery/wire"
 )
@@ -192,4 +197,117 @@ func TestEmptyEtcdIsNotANewCluster(t *testing.T) {
 		defer h.mu.Unlock()
 		return strings.Contains(h.reason, "mount its disk")
 	})
+}
+
+// Somebody empties etcd under running nodes, or puts another registry there: what is served
+// goes on, nothing is written, and with the right document everything goes on.
+func TestEtcdIsEmptiedUnderRunningNodes(t *testing.T) {
+	c := newFloatCell(t)
+	float := c.change
+	inEtcd := etcdCell(t)
+	c.ports = inEtcd.ports
+	c.start = map[string][]string{"c": {mdtName, ostName(0), ostName(1)}}
+	c.change = func(k *config.Config) {
+		float(k)
+		inEtcd.change(k)
+		k.Registry.Members = []string{"c"}
+	}
+	n := c.up("c")
+	a, b := c.up("a"), c.up("b")
+	c.ready(a)
+	c.ready(b)
+	c.all(n)
+	c.add(a)
+	c.assign(a, "a")
+	c.become(a, vipagent.Serving)
+	k := &rpcClient{t: t, at: func() netip.AddrPort { return served(a, b) }}
+	defer k.close()
+	dir := k.mount()
+	fh := k.make(dir, "before")
+	verf := k.commit(fh)
+	epoch := c.vip(a).Epoch
+
+	s := n.cluster.etcd.client.Storage()
+	good, _, err := s.Load(ctx)
+	if err != nil || good == nil {
+		t.Fatal(err)
+	}
+	cli, err := clientv3.New(clientv3.Config{Endpoints: etcdEndpoints(t, n), DialTimeout: patience})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cli.Close()
+	refused := func() {
+		t.Helper()
+		for _, x := range []*Node{a, b} { // who watch
+			l := x.cluster.etcd.storage
+			until(t, "the refusal at "+x.cluster.name, func() bool {
+				l.mu.Lock()
+				defer l.mu.Unlock()
+				return !l.last.IsZero()
+			})
+		}
+	}
+	if _, err := cli.Delete(ctx, strings.TrimSuffix(strings.TrimPrefix(s.Name(), "etcd key "), "registry"), clientv3.WithPrefix()); err != nil {
+		t.Fatal(err)
+	}
+	refused()
+	lost := make(chan struct{})
+	go func() {
+		defer close(lost)
+		a.lostData(a.reg)
+	}()
+	short, cancel := context.WithTimeout(ctx, time.Second)
+	_, aerr := c.reg(b).AddVIP(short, mgs.VIPSpec{Addr: netip.MustParseAddr("127.0.9.8"), Bits: 32})
+	cancel()
+	if !errors.Is(aerr, context.DeadlineExceeded) {
+		t.Errorf("a change: %v", aerr)
+	}
+	k.make(dir, "meanwhile")
+	if st, o := addressState(a), c.net.Owners(floatAddr); st != vipagent.Serving || len(o) != 1 || o[0] != "a" {
+		t.Errorf("the address is %s, at %v", st, o)
+	}
+	if doc, _, err := s.Load(ctx); doc != nil || err != nil {
+		t.Errorf("%s, %v", doc, err)
+	}
+	select {
+	case <-lost:
+		t.Error("new verifiers are there, which are nowhere")
+	default:
+	}
+
+	other := fmt.Sprintf(`{"format":1,"client":%q,"generation":3,"next_index":1,"vips":[],"osts":2}`, strings.Repeat("ab", 16))
+	if err := s.Swap(ctx, 0, []byte(other)); err != nil {
+		t.Fatal(err)
+	}
+	k.make(dir, "with another registry")
+	if doc, _, err := s.Load(ctx); string(doc) != other || err != nil {
+		t.Errorf("%s, %v", doc, err)
+	}
+	if _, err := cli.Delete(ctx, strings.TrimPrefix(s.Name(), "etcd key ")); err != nil {
+		t.Fatal(err)
+	}
+
+	if _, err := ImportRegistry(ctx, n.cfg, n.log, good, false); err != nil {
+		t.Fatal(err)
+	}
+	<-lost
+	if now := k.commit(fh); now == verf {
+		t.Error("the write verifier is the old one")
+	}
+	c.assign(a, "b")
+	c.become(b, vipagent.Serving)
+	if v := c.vip(a); v.Node != "b" || v.Epoch != epoch+1 || v.NSMState != 1 {
+		t.Errorf("%+v", v)
+	}
+	k.make(dir, "after")
+}
+
+func etcdEndpoints(t *testing.T, n *Node) []string {
+	t.Helper()
+	peers, err := EtcdPeers(n.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return etcd.Endpoints(peers, n.cluster.name, false)
 }

@@ -44,11 +44,11 @@ func (n *Node) lostData(reg mgs.Registry) {
 		return
 	}
 	for told := false; ; told = true {
-		err := n.changeVerifiers(n.run, reg)
+		err := n.changeVerifiers(n.answers, reg)
 		if err == nil {
 			return
 		}
-		if n.run.Err() != nil {
+		if n.answers.Err() != nil {
 			n.stale.Store(true)
 			return
 		}
@@ -56,7 +56,7 @@ func (n *Node) lostData(reg mgs.Registry) {
 			n.log.Error("new write verifiers cannot be stored; answers about the data wait for it", "err", err)
 		}
 		select {
-		case <-n.run.Done():
+		case <-n.answers.Done():
 		case <-time.After(maxPause):
 		}
 	}

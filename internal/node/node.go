@@ -31,6 +31,7 @@ import (
 	"github.com/baton-nfs/baton/recovery/client"
 	"github.com/baton-nfs/baton/recovery/health"
 	"github.com/baton-nfs/baton/recovery/mgs"
+	"github.com/baton-nfs/baton/recovery/ost/objfs"
 	"github.com/baton-nfs/baton/statd"
 	"github.com/baton-nfs/baton/vip"
 )
@@ -58,6 +59,7 @@ type Node struct {
 	net         vip.Net
 	testNet     vip.Net
 	testPortmap func(host netip.Addr, prog uint32, netid string) (uint16, error)
+	testDisk    func(objfs.FS) objfs.FS // is between the OSTs and their disks
 	events      *events.Log
 
 	deps    *unit.Deps
@@ -67,8 +69,11 @@ type Node struct {
 	units []*unit.Unit // whose period of service has begun
 
 	// run ends, by cancel, when nothing is served any more.
-	run      context.Context
-	cancel   context.CancelFunc
+	run    context.Context
+	cancel context.CancelFunc
+	// answers ends, by endLost, when nothing is answered any more: lostData waits so long.
+	answers  context.Context
+	endLost  context.CancelFunc
 	wg       sync.WaitGroup
 	stopping atomic.Bool
 	orderly  bool          // Stop has drained all addresses
@@ -156,6 +161,7 @@ func (n *Node) Start(ctx context.Context) (err error) {
 		}
 	}()
 	n.run, n.cancel = context.WithCancel(context.Background())
+	n.answers, n.endLost = context.WithCancel(n.run)
 	if !n.cfg.NFS.Floating || !n.cfg.Clustered() {
 		if err = n.forgetFloating(); err != nil {
 			return err
@@ -186,7 +192,7 @@ func (n *Node) startCluster() (err error) {
 	if n.cluster, err = newCluster(n.cfg, n.log, &n.clock); err != nil {
 		return err
 	}
-	n.reg = n.cluster.reg
+	n.reg, n.cluster.testDisk = n.cluster.reg, n.testDisk
 	n.cluster.attend(n)
 	n.cluster.boot()
 	ctx, cancel := context.WithCancel(n.run)
@@ -427,7 +433,7 @@ func (n *Node) Stop(ctx context.Context) error {
 		n.noFrontend()
 		n.frontend.Wait()
 	}
-	ferr := n.stopFloating(ctx, true)
+	n.silenceFloating(ctx)
 	dctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
 	defer cancel()
 	kept := n.keeping(ctx)
@@ -443,6 +449,9 @@ func (n *Node) Stop(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	// Nothing is answered any more, and what follows waits for the calls that are held.
+	n.endLost()
+	ferr := n.stopFloating(ctx)
 	if n.cluster != nil {
 		n.cluster.vips.Store(nil)
 	}
@@ -480,7 +489,7 @@ func (n *Node) teardown(ctx context.Context) error {
 		n.frontend.Wait()
 	}
 	n.inherited.Close()
-	errs := []error{n.stopFloating(ctx, false)}
+	errs := []error{n.stopFloating(ctx)}
 	fixed := n.serving()
 	for _, u := range fixed {
 		errs = append(errs, u.Finish(ctx))

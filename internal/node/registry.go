@@ -26,7 +26,9 @@ func ExportRegistry(ctx context.Context, cfg *config.Config, log *slog.Logger, f
 		defer c.Close()
 		s := c.Storage()
 		if doc, _, err = s.Load(ctx); err == nil && doc != nil && freeze {
-			doc, _, err = s.Freeze(ctx)
+			if doc, _, err = s.Freeze(ctx); err != nil {
+				err = &FrozenError{err}
+			}
 		}
 		return present(doc, s.Name(), err)
 	}
@@ -45,6 +47,17 @@ func ExportRegistry(ctx context.Context, cfg *config.Config, log *slog.Logger, f
 	}
 	return present(doc, place, err)
 }
+
+// FrozenError is of an export after which the registry in etcd is frozen, or may be.
+type FrozenError struct{ Err error }
+
+// Error implements error.
+func (e *FrozenError) Error() string {
+	return fmt.Sprintf("%v; the registry may be frozen now, so that it takes no changes: repeat \"baton registry export --freeze\" to a file that can be written; or, to take that back, \"baton registry export\" to such a file and \"baton registry import --force\" of it", e.Err)
+}
+
+// Unwrap gives what has failed.
+func (e *FrozenError) Unwrap() error { return e.Err }
 
 func present(doc []byte, place string, err error) ([]byte, string, error) {
 	if err == nil && doc == nil {

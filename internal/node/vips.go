@@ -145,12 +145,41 @@ func (n *Node) abandon(ctx context.Context, v *mgs.VIP) error {
 	return n.cluster.reg.Abandoned(ctx, v.Index, v.Epoch)
 }
 
+// abandonFixed tells the registry that the node which had an address in its nfs.addresses is
+// gone for good, so that another one may have it there, or it may float. The order is refused
+// if the node answers.
+func (n *Node) abandonFixed(ctx context.Context, v *mgs.VIP) error {
+	switch {
+	case v.Free():
+		return fmt.Errorf("%s does not float, and nobody serves it: it can be served by any node, and \"baton vip add\" adds it", v.Addr)
+	case n.reaches(ctx, v.Node):
+		return fmt.Errorf("node %s, which has %s in nfs.addresses, is alive: take the address out there and restart baton in order", v.Node, v.Addr)
+	}
+	return n.abandon(ctx, v)
+}
+
+// reachTime bounds the question whether a node is there.
+const reachTime = 2 * time.Second
+
+// reaches tells whether a node answers; two that have no business exchange no beats.
+func (n *Node) reaches(ctx context.Context, node string) bool {
+	if node == n.cluster.name || n.cluster.lives.has(node) {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, reachTime)
+	defer cancel()
+	return n.known(node) == nil && n.cluster.ask(ctx, node, askEvents, eventsAsk{}, &eventsPage{}) == nil
+}
+
 // RemoveVIP has an address given up for good. With force the node that serves it is
-// known to be gone.
+// known to be gone; then it may be a fixed address, too.
 func (n *Node) RemoveVIP(ctx context.Context, addr netip.Addr, force bool) error {
 	f, view, err := n.view(ctx)
 	if err != nil {
 		return err
+	}
+	if i := slices.IndexFunc(view.VIPs, func(x mgs.VIP) bool { return x.Addr == addr }); force && i >= 0 && view.VIPs[i].Bits == 0 {
+		return n.abandonFixed(ctx, &view.VIPs[i])
 	}
 	v, err := findVIP(&view, addr)
 	if err != nil {

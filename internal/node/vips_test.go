@@ -138,6 +138,47 @@ func TestVIPOrders(t *testing.T) {
 	}
 }
 
+// The fixed address of a node that is lost is given to another one by order, as after a crash;
+// not while the node answers.
+func TestFixedAddressOfALostNode(t *testing.T) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	c := newCell(t)
+	c.start = map[string][]string{"c": {"MGS"}}
+	c.up("c")
+	a, b := c.up("a"), c.up("b")
+	addr, free := netip.MustParseAddr("127.0.9.1"), netip.MustParseAddr("127.0.9.2")
+	old, err := b.reg.Serve(ctx, addr, "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := func(err error, want ...string) {
+		t.Helper()
+		for _, w := range want {
+			if err == nil || !strings.Contains(err.Error(), w) {
+				t.Errorf("no %q in: %v", w, err)
+			}
+		}
+	}
+	refused(a.RemoveVIP(ctx, addr, true), "node b", "is alive", "nfs.addresses")
+	refused(b.RemoveVIP(ctx, addr, true), "node b", "is alive")
+	refused(a.RemoveVIP(ctx, addr, false), "does not float")
+	refused(a.RemoveVIP(ctx, free, true), "no address")
+	c.down("b", b)
+	_, err = a.reg.Serve(ctx, addr, "a")
+	refused(err, "node b", "vip remove "+addr.String()+" --force")
+	_, err = a.AddVIP(ctx, mgs.VIPSpec{Addr: addr, Bits: 8})
+	refused(err, "node b", "vip remove "+addr.String()+" --force")
+	if err := a.RemoveVIP(ctx, addr, true); err != nil {
+		t.Fatal(err)
+	}
+	refused(a.RemoveVIP(ctx, addr, true), "nobody serves it")
+	v, err := a.reg.Serve(ctx, addr, "a")
+	if err != nil || !v.Crashed || v.Node != "a" || v.Epoch != old.Epoch+1 || v.NSMState != old.NSMState+2 || v.Index != old.Index {
+		t.Errorf("%+v after %+v, %v", v, old, err)
+	}
+}
+
 // fakeLog is an event log.
 type fakeLog []events.Event
 

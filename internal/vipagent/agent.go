@@ -351,18 +351,24 @@ func (a *Agent) busy() bool {
 	})
 }
 
-// Stop releases what is still served and ends the agent. It returns when all is done;
-// each address is bounded by the deadlines of its stages. The registry is told for as
-// long as ctx lasts. Unless all periods of service have ended in order it is false.
-func (a *Agent) Stop(ctx context.Context) (orderly bool) {
+// Silence releases what is still served. It returns when nothing is answered any more at the
+// floating addresses; each is bounded by the deadlines of its stages.
+func (a *Agent) Silence() {
 	a.leave(true)
 	for {
 		changed := a.changes()
 		if !a.busy() {
-			break
+			return
 		}
 		<-changed
 	}
+}
+
+// Stop does what Silence does and ends the agent. It returns when all is done, calls too that
+// a stage has left behind at its deadline. The registry is told for as long as ctx lasts.
+// Unless all periods of service have ended in order it is false.
+func (a *Agent) Stop(ctx context.Context) (orderly bool) {
+	a.Silence()
 	orderly = true
 	for _, k := range a.all() {
 		orderly = k.settle(ctx) && orderly

@@ -33,6 +33,28 @@ func Inspect(name string, doc []byte) (Document, error) {
 	return Document{Identity: s.Client, VIPs: len(s.VIPs), Nodes: len(s.Clients), OSTs: s.OSTs}, nil
 }
 
+// Expect checks that doc is the registry with an identity. Without a document, or with that of
+// another registry, nothing may be read from the storage or written to it: to go on from
+// there would forget every address, epoch and verifier. The error is an ErrUnavailable, since
+// the right document may come back.
+func Expect(place string, doc []byte, identity string) error {
+	if doc == nil {
+		return missing(fmt.Sprintf("mgs: %s is empty, but this node knows the registry %s: bring that back (baton registry import, or a backup of etcd)", place, identity))
+	}
+	d, err := Inspect(place, doc)
+	if err == nil && d.Identity != identity {
+		err = missing(fmt.Sprintf("mgs: %s is the registry %s, but this node knows %s: import the right one (baton registry import --force), or correct where etcd is", place, d.Identity, identity))
+	}
+	return err
+}
+
+// missing is an ErrUnavailable that says what is there instead.
+type missing string
+
+func (m missing) Error() string { return string(m) }
+
+func (missing) Unwrap() error { return ErrUnavailable }
+
 // FrozenName is what Freeze renames a registry's file to.
 const FrozenName = FileName + ".exported"
 

@@ -183,7 +183,7 @@ func (s *state) addVIP(rnd io.Reader, spec VIPSpec) (VIP, error) {
 		return VIP{}, &Error{Code: CodeExists, Text: fmt.Sprintf("%s is there with other settings: change them with `baton vip set`", v.Addr)}
 	case !v.Free():
 		return VIP{}, &Error{Code: CodeServed, Node: v.Node, Text: fmt.Sprintf(
-			"%s is served by node %s, which has it in nfs.addresses: take it out there and restart baton in order", v.Addr, v.Node)}
+			"%s is served by node %s, which has it in nfs.addresses: take it out there and restart baton in order; if that node is gone for good, say so with `baton vip remove %s --force`", v.Addr, v.Node, v.Addr)}
 	}
 	v.set(spec)
 	return *v, nil

@@ -80,7 +80,7 @@ func (s *state) serve(rnd io.Reader, addr netip.Addr, node string) (VIP, error) 
 	}
 	if v.Node != "" && v.Node != node && !v.Clean {
 		return VIP{}, &Error{Code: CodeServed, Node: v.Node, Text: fmt.Sprintf(
-			"%s is served by node %s (epoch %d): stop baton there, or take the address out of nfs.addresses here", addr, v.Node, v.Epoch)}
+			"%s is served by node %s (epoch %d): stop baton there, or take the address out of nfs.addresses here; if that node is gone for good, `baton vip remove %s --force` on another one says so", addr, v.Node, v.Epoch, addr)}
 	}
 	crashed, err := v.begin(node)
 	if err != nil {

@@ -28,12 +28,20 @@ type Portmap struct {
 
 	mu   sync.Mutex
 	mode string
+	// without: of the own portmappers the one that was to be opened last is not there.
+	without bool
 	// Of the system's rpcbind: addrs are to be known there, whose changes are numbered;
 	// heard is the last change that it was told of, err what came of that.
 	addrs   map[netip.Addr]bool
 	changes uint64
 	heard   uint64
 	err     error
+	// lacks: rpcbind does not have what was wanted last. It is told again after a pause,
+	// which doubles, until closed.
+	lacks  bool
+	pause  time.Duration
+	again  *time.Timer
+	closed bool
 	// idle is closed when it knows all; nil: it does, and nobody talks to it.
 	idle chan struct{}
 
@@ -45,6 +53,13 @@ type Portmap struct {
 // families are those of addresses. Entries of rpcbind have no address, so nothing else
 // matters of them.
 type families struct{ v4, v6 bool }
+
+func familiesOf(addrs []netip.Addr) (f families) {
+	for _, a := range addrs {
+		f.v4, f.v6 = f.v4 || a.Is4(), f.v6 || a.Is6()
+	}
+	return f
+}
 
 // NewPortmap decides how ports are made known.
 func NewPortmap(ctx context.Context, cfg *config.Config, log *slog.Logger) *Portmap {
@@ -62,13 +77,30 @@ func NewPortmap(ctx context.Context, cfg *config.Config, log *slog.Logger) *Port
 func (p *Portmap) Mode() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.mode == config.RpcbindOwn && p.without {
+		return config.RpcbindOff
+	}
 	return p.mode
 }
 
-func (p *Portmap) off() {
+// own tells whether an address is to have a portmapper of its own.
+func (p *Portmap) own() bool {
 	p.mu.Lock()
-	p.mode = config.RpcbindOff
-	p.mu.Unlock()
+	defer p.mu.Unlock()
+	return p.mode == config.RpcbindOwn
+}
+
+// opened takes note of whether an address has got its own portmapper. Of one that has not,
+// with rpcbind.mode "auto", the system's rpcbind may be the cause, started since: then it is
+// used from now on, which is returned. Otherwise the next address may have more luck.
+func (p *Portmap) opened(ok bool) (system bool) {
+	system = !ok && p.cfg.Rpcbind.Mode == config.RpcbindAuto && p.sys.Available(context.Background())
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.without = !ok && !system; system {
+		p.mode = config.RpcbindSystem
+	}
+	return system
 }
 
 // mappings lists what is answered for addresses.
@@ -113,12 +145,43 @@ func (p *Portmap) want(addr netip.Addr, known bool) bool {
 	} else {
 		delete(p.addrs, addr)
 	}
+	p.change()
+	return true
+}
+
+// change has rpcbind told of what is wanted. p.mu is held.
+func (p *Portmap) change() {
 	p.changes++
 	if p.idle == nil {
 		p.idle = make(chan struct{})
 		go p.tell()
 	}
-	return true
+}
+
+// Pauses before rpcbind is told again.
+const (
+	rpcbindRetry    = time.Second
+	rpcbindRetryMax = 30 * time.Second
+)
+
+// later tells rpcbind again after a pause, if it lacks anything. p.mu is held.
+func (p *Portmap) later() {
+	if p.again != nil {
+		p.again.Stop()
+		p.again = nil
+	}
+	if !p.lacks || p.closed {
+		p.pause = 0
+		return
+	}
+	p.pause = min(max(2*p.pause, rpcbindRetry), rpcbindRetryMax)
+	p.again = time.AfterFunc(p.pause, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.lacks && !p.closed && p.idle == nil {
+			p.change()
+		}
+	})
 }
 
 // settled waits until rpcbind knows what was wanted last, and returns what came of it.
@@ -147,19 +210,21 @@ func (p *Portmap) tell() {
 		change, addrs := p.changes, slices.Collect(maps.Keys(p.addrs))
 		p.mu.Unlock()
 		err := p.register(addrs)
+		lacks := p.has != familiesOf(addrs)
 		p.mu.Lock()
-		p.heard, p.err = change, err
+		if p.lacks && !lacks && len(addrs) > 0 {
+			p.log.Info("the system's rpcbind knows the ports now")
+		}
+		p.heard, p.err, p.lacks = change, err, lacks
 	}
+	p.later()
 	close(p.idle)
 	p.idle = nil
 }
 
 // register has rpcbind know the ports of addresses, and no others.
 func (p *Portmap) register(addrs []netip.Addr) error {
-	var want families
-	for _, a := range addrs {
-		want.v4, want.v6 = want.v4 || a.Is4(), want.v6 || a.Is6()
-	}
+	want := familiesOf(addrs)
 	if want == p.has {
 		return nil
 	}
@@ -187,6 +252,10 @@ const rpcbindTime = 10 * time.Second
 // Close takes back what is still registered.
 func (p *Portmap) Close(ctx context.Context) error {
 	p.mu.Lock()
+	p.closed = true
+	if p.again != nil {
+		p.again.Stop()
+	}
 	addrs := slices.Collect(maps.Keys(p.addrs))
 	p.mu.Unlock()
 	for _, a := range addrs {

@@ -3,6 +3,7 @@ package unit
 import (
 	"context"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"testing"
@@ -134,6 +135,95 @@ func TestPortmapEndsMeanwhile(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := d.Portmap.settled(ctx); err != nil {
+		t.Fatal(err)
+	}
+	wantEntries(t, tab, false)
+}
+
+// An rpcbind that does not answer when an address begins is told the ports when it does.
+func TestPortmapIsToldAgain(t *testing.T) {
+	d, _, tab := portmapBed(t)
+	right := d.Portmap.sys
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Portmap.sys.Addr = l.Addr().String()
+	l.Close()
+	u := d.New(unitAddr)
+	if _, err := u.Notify(t.Context()); err == nil {
+		t.Fatal("nobody was told, and nothing is said")
+	}
+	d.Portmap.mu.Lock()
+	if d.Portmap.again == nil {
+		t.Error("it is not tried again")
+	}
+	d.Portmap.sys = right
+	d.Portmap.mu.Unlock()
+	for end := time.Now().Add(time.Minute); len(tab.List()) == 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("rpcbind was not told again")
+		}
+	}
+	if err := d.Portmap.settled(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := u.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantEntries(t, tab, false)
+
+	// What nobody wants any more is not tried again.
+	d.Portmap.sys.Addr = l.Addr().String()
+	u = d.New(unitAddr)
+	if _, err := u.Notify(t.Context()); err == nil {
+		t.Error("nobody was told, and nothing is said")
+	}
+	u.Finish(t.Context())
+	d.Portmap.mu.Lock()
+	defer d.Portmap.mu.Unlock()
+	if d.Portmap.lacks || d.Portmap.again != nil {
+		t.Error("it is tried again for nobody")
+	}
+}
+
+// An rpcbind that was started after baton has the port: it is told the ports. Anybody else
+// there costs one address its portmapper, not those that come later.
+func TestOwnPortmapIsInTheWay(t *testing.T) {
+	d, _, tab := portmapBed(t)
+	p := d.Portmap
+	local := netip.MustParseAddr("127.0.0.1")
+	d.Config.Rpcbind.Mode, p.mode = config.RpcbindAuto, config.RpcbindOwn
+	system := p.sys
+
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.sys.Addr = other.Addr().String() // and it never answers
+	d.Config.Rpcbind.Port = other.Addr().(*net.TCPAddr).Port
+	u := d.New(local)
+	if err := u.openPortmap(sunrpc.ListenOptions{}); err != nil || u.bind != nil || p.Mode() != config.RpcbindOff {
+		t.Fatalf("%v, own: %v, mode %s", err, u.bind != nil, p.Mode())
+	}
+	other.Close()
+	u = d.New(local)
+	if err := u.openPortmap(sunrpc.ListenOptions{}); err != nil || u.bind == nil || p.Mode() != config.RpcbindOwn {
+		t.Fatalf("%v, own: %v, mode %s", err, u.bind != nil, p.Mode())
+	}
+	u.bind.Close()
+
+	p.sys = system
+	d.Config.Rpcbind.Port = int(netip.MustParseAddrPort(system.Addr).Port())
+	u = d.New(local)
+	if err := u.openPortmap(sunrpc.ListenOptions{}); err != nil || u.bind != nil || p.Mode() != config.RpcbindSystem {
+		t.Fatalf("%v, own: %v, mode %s", err, u.bind != nil, p.Mode())
+	}
+	if _, err := u.Notify(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantEntries(t, tab, true)
+	if err := u.Finish(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	wantEntries(t, tab, false)

@@ -201,7 +201,7 @@ func (u *Unit) inherit(udp bool, ap netip.AddrPort, opts sunrpc.ListenOptions) s
 // openPortmap opens the own portmapper's listeners, if it is to answer.
 func (u *Unit) openPortmap(opts sunrpc.ListenOptions) error {
 	p := u.d.Portmap
-	if p.Mode() != config.RpcbindOwn {
+	if !p.own() {
 		return nil
 	}
 	srv := &rpcbind.Server{Table: p.table(u.addr)}
@@ -214,6 +214,7 @@ func (u *Unit) openPortmap(opts sunrpc.ListenOptions) error {
 		_, err = u.bind.ListenUDP(ap, u.inherit(true, ap, opts))
 	}
 	if err == nil {
+		p.opened(true)
 		u.port[ap] = "rpcbind"
 		return nil
 	}
@@ -223,7 +224,10 @@ func (u *Unit) openPortmap(opts sunrpc.ListenOptions) error {
 	}
 	u.bind.Close()
 	u.bind = nil
-	p.off()
+	if p.opened(false) {
+		u.log.Info("the system's rpcbind answers by now, and is told the ports from now on", "own", err)
+		return nil
+	}
 	u.log.Warn("portmap is not available; clients must name the ports themselves (mount options port= and mountport=)", "err", err)
 	return nil
 }

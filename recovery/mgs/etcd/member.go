@@ -208,6 +208,12 @@ func (o *MemberOptions) config() (*embed.Config, error) {
 	}
 	cfg.MaxRequestBytes = EmbeddedMaxDocument + overhead
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModeRevision, "100"
+	// An entry has the whole document: what members keep in memory for slow ones is bounded
+	// by this many, and what one needs that was away for longer is the database itself.
+	cfg.SnapshotCatchUpEntries, cfg.SnapshotCount = catchUpEntries, snapshotCount
+	// Compaction comes every five minutes only: at a change a second of the largest document
+	// that is more than etcd's own 2 GiB.
+	cfg.QuotaBackendBytes = quota
 	cfg.GRPCKeepAliveMinTime = time.Second
 	cfg.EnableGRPCGateway = false
 	cfg.WarningUnaryRequestDuration = embed.DefaultWarningUnaryRequestDuration
@@ -226,6 +232,14 @@ func (o *MemberOptions) config() (*embed.Config, error) {
 	}
 	return cfg, nil
 }
+
+// Bounds of what a member keeps: raft's entries in memory, and until a snapshot on the disk,
+// and the database in bytes.
+const (
+	catchUpEntries = 100
+	snapshotCount  = 1000
+	quota          = 4 << 30
+)
 
 // awaited tells whether the other members expect this one as a new member.
 func (o *MemberOptions) awaited(ctx context.Context, log *slog.Logger) bool {

@@ -62,3 +62,48 @@ func TestFailedMember(t *testing.T) {
 		t.Error("it still takes connections")
 	}
 }
+
+// A member runs with bounds that suit documents which are written as a whole, and a member
+// that was away for more changes than the others keep is brought up to date.
+func TestMemberKeepsFewEntries(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3, false)
+	for _, p := range c.peers {
+		c.start(p.Name)
+	}
+	for _, p := range c.peers {
+		<-c.members[p.Name].Ready()
+		k := c.members[p.Name].etcd.Server.Cfg
+		if k.SnapshotCatchUpEntries != catchUpEntries || k.SnapshotCount != snapshotCount || k.QuotaBackendBytes != quota || k.AutoCompactionMode != "revision" {
+			t.Errorf("%s: %d entries, %d until a snapshot, %d bytes, compaction by %s", p.Name, k.SnapshotCatchUpEntries, k.SnapshotCount, k.QuotaBackendBytes, k.AutoCompactionMode)
+		}
+	}
+	x := c.client("n1", nil)
+	s := x.Storage()
+	write := func(n int) {
+		t.Helper()
+		for i := range n {
+			if err := s.Replace(ctx, []byte{byte(i)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	write(1)
+	c.stop("n3")
+	write(3 * catchUpEntries)
+	want, rev, err := s.Load(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.start("n3")
+	<-c.members["n3"].Ready()
+	c.stop("n1") // n2 and n3 are the majority
+	y := c.client("n3", nil)
+	eventually(t, "n3 knows it", func() error {
+		doc, at, err := y.Storage().Load(ctx)
+		if err == nil && (string(doc) != string(want) || at != rev) {
+			err = errors.New("another document")
+		}
+		return err
+	})
+}
