@@ -55,6 +55,7 @@ type keeper struct {
 	retry  time.Time
 	pause  time.Duration
 	failed uint64 // counts failures
+	missed uint64 // the last assignment that could not be followed
 }
 
 // debt is the end of a period of service that the registry does not know of yet.
@@ -166,6 +167,9 @@ func (k *keeper) report() Report {
 	if k.s.state == Serving || k.s.state == Releasing || k.s.state == Taking {
 		r.Epoch = k.s.epoch
 	}
+	if k.s.state == Failed {
+		r.Move = k.missed
+	}
 	if k.s.state == Failed && k.owe != nil {
 		r.Epoch = k.owe.epoch // it has to do with that still
 		r.Stuck, r.Silent = k.owe.stuck, k.owe.stuck && k.owe.silent
@@ -190,14 +194,21 @@ func (k *keeper) become(s State, reason string) {
 // run does what is to be done until the agent ends.
 func (k *keeper) run() {
 	k.adopt()
+	var g guard
 	for {
-		var timer <-chan time.Time
 		k.mu.Lock()
 		at := k.retry
 		k.mu.Unlock()
+		if !at.After(time.Now()) {
+			at = time.Time{}
+		}
+		if look := g.due(k); at.IsZero() || !look.IsZero() && look.Before(at) {
+			at = look
+		}
+		var timer <-chan time.Time
 		stop := func() bool { return true }
-		if d := time.Until(at); d > 0 {
-			t := time.NewTimer(d)
+		if !at.IsZero() {
+			t := time.NewTimer(time.Until(at))
 			timer, stop = t.C, t.Stop
 		}
 		select {
@@ -211,6 +222,11 @@ func (k *keeper) run() {
 		}
 		stop()
 		for k.step() {
+		}
+		if look := g.due(k); !look.IsZero() && !look.After(time.Now()) {
+			g.look(k)
+			for k.step() {
+			}
 		}
 	}
 }

@@ -315,7 +315,7 @@ func (k *keeper) release(st step) {
 	}
 	rep := k.a.runner.Release(k.a.ctx, o)
 	k.mu.Lock()
-	k.fencing, k.unit, k.letgo, k.s.held = nil, nil, nil, false
+	k.fencing, k.unit, k.letgo, k.s.held, k.s.failing = nil, nil, nil, false, ""
 	switch {
 	case rep.Outcome == failover.Superseded || rep.Told:
 	case rep.Outcome == failover.Stuck:
@@ -336,6 +336,10 @@ func (k *keeper) release(st step) {
 		k.log.Error("the address could not be removed; nothing is answered there", "silent", rep.Silent, "err", err)
 		k.a.o.Events.Append(events.Event{Kind: events.Node, Addr: k.addr, VIP: k.index, Epoch: epoch, Reason: "the machine still has the address", Err: err.Error()})
 		k.become(Failed, err.Error())
+		return
+	}
+	if st.reason == failover.Failed && rep.Outcome != failover.Superseded {
+		k.yield(st.text)
 		return
 	}
 	k.become(Absent, "")
