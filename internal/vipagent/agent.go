@@ -203,6 +203,7 @@ func (a *Agent) apply(v *mgs.View) {
 		}
 		a.keeper(x).update(x)
 	}
+	a.changedNow()
 }
 
 // forget takes note of the addresses that a view does not have any more. It is of follow's
@@ -261,9 +262,14 @@ func (a *Agent) all() []*keeper {
 // a keeper's lock.
 func (a *Agent) change() {
 	a.mu.Lock()
+	a.changedNow()
+	a.mu.Unlock()
+}
+
+// changedNow is change for those who hold a.mu.
+func (a *Agent) changedNow() {
 	close(a.changed)
 	a.changed = make(chan struct{})
-	a.mu.Unlock()
 }
 
 // changes gives the channel that is closed by the next change.
@@ -385,7 +391,7 @@ func (a *Agent) call(f func(ctx context.Context) (mgs.VIP, error)) error {
 		a.mu.Lock()
 		k := a.keeper(&v)
 		a.mu.Unlock()
-		k.update(&v)
+		k.news(&v)
 	}
 	return err
 }

@@ -123,7 +123,7 @@ func TestLostAddressOfOthers(t *testing.T) {
 		{"while it is added, too", func(b *bed, _ *keeper, v mgs.VIP) { b.a.Superseded(v.Index, v.Epoch+1) }, true, 1, false},
 		{"a cluster manager adds it", func(_ *bed, k *keeper, _ mgs.VIP) { k.s.given = true }, false, 0, false},
 		{"it is being given up", func(_ *bed, k *keeper, _ mgs.VIP) { k.become(Releasing, "") }, false, 0, false},
-		{"it is to be given up", func(b *bed, k *keeper, v mgs.VIP) { k.bar() }, false, 0, false},
+		{"it is to be given up", func(b *bed, k *keeper, v mgs.VIP) { k.bar(v.MoveID) }, false, 0, false},
 		{"the node stops", func(b *bed, _ *keeper, _ mgs.VIP) { b.a.leave(true) }, false, 0, false},
 		{"while it is added, and more", func(b *bed, _ *keeper, _ mgs.VIP) { b.a.leave(true) }, true, 1, false},
 	} {

@@ -86,7 +86,14 @@ func (k *keeper) wake() {
 	}
 }
 
-// update takes what the registry says.
+// news is update, and tells those who wait: the keeper may be busy with a step.
+func (k *keeper) news(v *mgs.VIP) {
+	k.update(v)
+	k.a.change()
+}
+
+// update takes what the registry says. The agent's lock may be held: its callers tell those
+// who wait.
 func (k *keeper) update(v *mgs.VIP) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

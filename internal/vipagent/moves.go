@@ -70,7 +70,7 @@ func (c *candidate) Begin(ctx context.Context) error {
 		k.s.epoch = max(k.s.epoch, got.Epoch)
 	}
 	k.mu.Unlock()
-	k.update(&got)
+	k.news(&got)
 	k.wake()
 	if over {
 		return errors.New("the take-over was given up meanwhile")
