@@ -177,13 +177,7 @@ func (d *driver) runStage(st step, attempt int) {
 }
 
 // until drives the machine until stop says so. The channels are nil when there is nothing to come.
-func (d *driver) until(stop func() bool, fences []<-chan struct{}, proceed <-chan struct{}) {
-	fence := func(i int) <-chan struct{} {
-		if i < len(fences) {
-			return fences[i]
-		}
-		return nil
-	}
+func (d *driver) until(stop func() bool, fence, broken, proceed <-chan struct{}) {
 	for !stop() {
 		var timer <-chan time.Time
 		halt := func() {}
@@ -196,14 +190,14 @@ func (d *driver) until(stop func() bool, fences []<-chan struct{}, proceed <-cha
 			d.step(input{kind: inResult, stage: sr.stage, result: sr.res})
 		case <-timer:
 			d.step(input{kind: inTick})
-		case <-fence(0):
+		case <-fence:
 			halt()
-			fences[0] = nil
+			fence = nil
 			d.step(input{kind: inFence})
-		case <-fence(1):
+		case <-broken:
 			halt()
-			fences[1] = nil
-			d.step(input{kind: inFence})
+			broken = nil
+			d.step(input{kind: inBreak})
 		case <-proceed:
 			halt()
 			proceed = nil

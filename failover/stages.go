@@ -72,7 +72,8 @@ type inputKind uint8
 const (
 	inTick    inputKind = iota // a timer that it asked for, or any moment
 	inResult                   // of a run of stage
-	inFence                    // (teardown) another node serves the address; (take-over) it is to be broken off
+	inFence                    // another node serves the address
+	inBreak                    // (take-over) it is to be broken off
 	inProceed                  // (teardown) StageFinish may begin
 )
 

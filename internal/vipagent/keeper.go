@@ -44,6 +44,7 @@ type keeper struct {
 	fencing chan struct{}
 	// Listening.
 	taking    *failover.Taking
+	ceding    chan struct{} // Taking, too: closed when somebody else serves the address
 	candidate *candidate
 	at        vip.Address // where it is, or is to be
 	// Serving, Releasing.
@@ -131,6 +132,11 @@ func (k *keeper) look() {
 	if k.fencing != nil && k.s.state == Releasing && k.s.lost() {
 		close(k.fencing)
 		k.fencing = nil
+	}
+	// As if it were served here already.
+	if k.ceding != nil && k.s.state == Taking && k.s.serving().reason == failover.Fenced {
+		close(k.ceding)
+		k.ceding = nil
 	}
 	k.wake()
 }

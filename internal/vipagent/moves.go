@@ -180,6 +180,8 @@ func (k *keeper) listen() error {
 	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}, Confirm: k.confirm}
 	ctx, end := k.doing(func(s *situation) bool { return !s.mine() || s.vip.MoveID != v.MoveID })
 	defer end()
+	ceding := make(chan struct{})
+	o.Fenced = ceding
 	t, rep := k.a.runner.Listen(ctx, o)
 	if t == nil {
 		if ctx.Err() != nil {
@@ -188,7 +190,7 @@ func (k *keeper) listen() error {
 		return rep.Err
 	}
 	k.mu.Lock()
-	k.taking, k.candidate, k.at = t, c, o.Address
+	k.taking, k.candidate, k.at, k.ceding = t, c, o.Address, ceding
 	k.keepPorts = false // an order to drain what was not here
 	k.s.move, k.s.ready, k.s.opened = v.MoveID, false, given
 	k.mu.Unlock()
