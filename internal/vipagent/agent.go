@@ -76,7 +76,7 @@ type Options struct {
 // Times that need no setting.
 const (
 	registryTime = 5 * time.Second        // a call of the registry
-	askTime      = 300 * time.Millisecond // a question to another node that a move waits for
+	askTime      = 300 * time.Millisecond // a question to other nodes that clients wait for
 	knownTime    = time.Second            // a question to another node that nothing waits for
 	tellPause    = 50 * time.Millisecond  // changes of connections are put together this long
 	tellAgain    = time.Second            // whether a node has the list of connections is asked this often
