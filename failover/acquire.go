@@ -22,7 +22,8 @@ type AcquireOptions struct {
 	Ready func(ctx context.Context) error
 	// Released, if not nil, returns when the last owner has given the address up, or is known to be gone.
 	Released func(ctx context.Context) error
-	// Fenced is closed, or gets a value, when the address is not to be taken any more.
+	// Fenced is closed, or gets a value, when another node serves the address: the take-over is broken off, or, when the
+	// address is announced already, ends as Serving without what remains to be done: it is to be given up at once.
 	Fenced <-chan struct{}
 	// Again is when the address is announced again, after the first time; default 50 ms, 200 ms and 1 s, empty: never.
 	Again []time.Duration
@@ -100,7 +101,7 @@ func (t *Taking) Take(ctx context.Context) AcquireReport {
 
 // BreakOff undoes what Listen has done.
 func (t *Taking) BreakOff() AcquireReport {
-	t.d.step(input{kind: inFence})
+	t.d.step(input{kind: inBreak})
 	return t.finish(context.Background())
 }
 
@@ -120,7 +121,7 @@ func (t *Taking) drive(ctx context.Context, stop func() bool) {
 			t.o.OnStage(t.m.reports[t.n])
 		}
 		return stop()
-	}, []<-chan struct{}{t.o.Fenced, ctx.Done()}, nil)
+	}, t.o.Fenced, ctx.Done(), nil)
 }
 
 func (t *Taking) finish(ctx context.Context) AcquireReport {

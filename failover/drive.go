@@ -113,6 +113,7 @@ type driver struct {
 	gone    chan struct{} // closed when nobody takes results any more
 	cancel  map[Stage]context.CancelFunc
 	wake    time.Duration // -1: none
+	busy    Stage         // that runs; empty: none
 	done    bool
 	errs    []error
 }
@@ -133,15 +134,22 @@ func (d *driver) step(in input) {
 		late = in.now - d.wake
 	}
 	d.wake = -1
+	if in.kind == inResult && in.stage == d.busy {
+		d.busy = ""
+	}
 	for _, a := range d.m.step(in) {
 		switch a.kind {
 		case actRun:
+			d.busy = a.stage
 			d.runStage(a.step, a.attempt)
 		case actCut:
 			if c := d.cancel[a.stage]; c != nil {
 				c()
 			}
 		case actTrouble, actStage:
+			if a.report.Stage == d.busy {
+				d.busy = ""
+			}
 			d.report(a.kind, &a.report)
 		case actFenced:
 			e := d.sub.event(events.Fence, d.role)
@@ -176,39 +184,51 @@ func (d *driver) runStage(st step, attempt int) {
 	}()
 }
 
+// Of a tick that comes late: this process stood still, and so did the stage, which gets grace before it is cut. A node that
+// stood still for longer than awayAfter may be taken for dead: it does not go on to take an address.
+const (
+	stillAfter = 50 * time.Millisecond
+	awayAfter  = time.Second
+)
+
+// excused tells whether the stage that runs gets more time when a tick is late.
+func (d *driver) excused(late time.Duration) bool {
+	return d.busy != "" && late > stillAfter && (d.role == roleRelease || late <= awayAfter)
+}
+
 // until drives the machine until stop says so. The channels are nil when there is nothing to come.
-func (d *driver) until(stop func() bool, fences []<-chan struct{}, proceed <-chan struct{}) {
-	fence := func(i int) <-chan struct{} {
-		if i < len(fences) {
-			return fences[i]
-		}
-		return nil
-	}
+func (d *driver) until(stop func() bool, fence, broken, proceed <-chan struct{}) {
+	var spare time.Duration // until then a late tick waits for the stage; 0: none does
 	for !stop() {
 		var timer <-chan time.Time
 		halt := func() {}
 		if d.wake >= 0 {
-			timer, halt = d.r.Clock.timer(max(0, d.wake-d.now()))
+			timer, halt = d.r.Clock.timer(max(0, max(d.wake, spare)-d.now()))
 		}
 		select {
 		case sr := <-d.results:
 			halt()
 			d.step(input{kind: inResult, stage: sr.stage, result: sr.res})
 		case <-timer:
+			if now := d.now(); spare == 0 && d.excused(now-d.wake) {
+				spare = now + grace
+				continue
+			}
 			d.step(input{kind: inTick})
-		case <-fence(0):
+		case <-fence:
 			halt()
-			fences[0] = nil
+			fence = nil
 			d.step(input{kind: inFence})
-		case <-fence(1):
+		case <-broken:
 			halt()
-			fences[1] = nil
-			d.step(input{kind: inFence})
+			broken = nil
+			d.step(input{kind: inBreak})
 		case <-proceed:
 			halt()
 			proceed = nil
 			d.step(input{kind: inProceed})
 		}
+		spare = 0
 	}
 }
 

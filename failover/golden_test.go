@@ -15,7 +15,7 @@ import (
 //	teardown [closing=half-close|quiet] [refuse=hold|reset] [fenced] [given] [abandon] [park=MS]
 //	takeover [given] [wait]
 //	STAGE = RUN; RUN; ...     what its runs come to: see parsePlay
-//	at MS fence|proceed|released|until
+//	at MS fence|break|proceed|released|until
 //
 // 004.10 to 004.25: the order of the stages, their bounds, and what a failure does.
 func TestGolden(t *testing.T) {
@@ -93,6 +93,8 @@ func transcript(d *datadriven.TestData) (string, error) {
 		switch f[2] {
 		case "fence":
 			w.due = append(w.due, due{at, input{kind: inFence}})
+		case "break":
+			w.due = append(w.due, due{at, input{kind: inBreak}})
 		case "proceed":
 			w.due = append(w.due, due{at, input{kind: inProceed}})
 		case "released":

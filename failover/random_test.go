@@ -289,7 +289,7 @@ func randomMove(t *testing.T, seed uint64, seen map[Outcome]int) {
 		p.a.due = append(p.a.due, due{at, input{kind: inFence}})
 	}
 	if r.IntN(6) == 0 {
-		p.b.due = append(p.b.due, due{time.Duration(r.IntN(200)) * time.Millisecond, input{kind: inFence}})
+		p.b.due = append(p.b.due, due{time.Duration(r.IntN(200)) * time.Millisecond, input{kind: []inputKind{inFence, inBreak}[r.IntN(2)]}})
 	}
 	p.b.step(input{kind: inTick})
 	p.a.now = startA

@@ -90,7 +90,7 @@ func (r *Runner) Release(ctx context.Context, o ReleaseOptions) ReleaseReport {
 			o.OnStage(m.reports[n])
 		}
 		return d.done
-	}, []<-chan struct{}{o.Fenced}, o.Finish)
+	}, o.Fenced, nil, o.Finish)
 	rep := ReleaseReport{Outcome: m.outcome(), Told: m.told, Stages: m.reports, Took: d.now()}
 	for i := range m.reports {
 		s := &m.reports[i]

@@ -421,14 +421,14 @@ func TestStuckService(t *testing.T) {
 		if rep.Outcome != Unclean || !abandoned || !rep.Told || rep.Err == nil {
 			t.Errorf("%+v", rep)
 		}
-		if want := 150 + 1050 + 2050 + 350 + 350 + 550; rep.Took != time.Duration(want)*time.Millisecond {
+		if want := 300 + 1200 + 2200 + 500 + 500 + 700; rep.Took != time.Duration(want)*time.Millisecond {
 			t.Errorf("took %v", rep.Took)
 		}
 		if has, _ := a.Has(testAddr.Prefix.Addr()); has {
 			t.Error("the address is still here")
 		}
 		lines := eventLines(log)
-		if want := "release stage commit 2.05s cut=lost: not done within 2.05s"; !slices.Contains(lines, want) {
+		if want := "release stage commit 2.2s cut=lost: not done within 2.2s"; !slices.Contains(lines, want) {
 			t.Errorf("no %q in\n%s", want, strings.Join(lines, "\n"))
 		}
 		closed := make(chan struct{})
@@ -636,10 +636,61 @@ func TestLateAdd(t *testing.T) {
 		}
 		r.Close()
 		n.want(t, "0 b listen", "0 b begin", "0 b destroy 0", "0 b serve", "0 b add",
-			"550 b remove", "550 b finish", "550 b destroy 0", "5000 b remove")
+			"700 b remove", "700 b finish", "700 b destroy 0", "5000 b remove")
 		if has, _ := b.Has(testAddr.Prefix.Addr()); has {
 			t.Error("the address is here")
 		}
+	})
+}
+
+// TestStoodStill: a process that stood still while a stage had a short limit takes what the stage comes to, unless it was
+// away for so long that another node may have the address.
+func TestStoodStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, x := range []struct {
+			late time.Duration // of the tick at the stage's limit
+			more time.Duration // until the stage is done
+			want Outcome
+		}{
+			{0, 50 * time.Millisecond, NotTaken},
+			{900 * time.Millisecond, 50 * time.Millisecond, Serving},
+			{900 * time.Millisecond, grace + time.Millisecond, NotTaken},
+			{1100 * time.Millisecond, 50 * time.Millisecond, NotTaken},
+		} {
+			n := newNetwork()
+			h := n.host("h")
+			limit := TakeDeadlines{Add: 507 * time.Millisecond}
+			clock := Clock{Timer: func(d time.Duration) (<-chan time.Time, func()) {
+				if d == limit.Add {
+					d += x.late
+				}
+				timer := time.NewTimer(d)
+				return timer.C, func() { timer.Stop() }
+			}}
+			h.hooks["add"] = sleep(limit.Add + x.late + x.more)
+			r := Runner{Net: h, Clock: clock}
+			rep := r.Acquire(t.Context(), AcquireOptions{Subject: subject, Candidate: unit{h: h}, Again: []time.Duration{}, Deadlines: limit})
+			if rep.Outcome != x.want {
+				t.Errorf("%v late, %v more: %+v", x.late, x.more, rep)
+			}
+			r.Close()
+		}
+		// Giving an address up is not given up, however long it was.
+		n := newNetwork()
+		h := n.host("h")
+		d := Deadlines{Commit: 507 * time.Millisecond}
+		h.hooks["commit"] = sleep(d.Commit + 10*time.Second + 50*time.Millisecond)
+		r := Runner{Net: h, Clock: Clock{Timer: func(x time.Duration) (<-chan time.Time, func()) {
+			if x == d.Commit {
+				x += 10 * time.Second
+			}
+			timer := time.NewTimer(x)
+			return timer.C, func() { timer.Stop() }
+		}}}
+		if rep := r.Release(t.Context(), ReleaseOptions{Subject: subject, Service: unit{h: h}, Deadlines: d}); rep.Outcome != Clean {
+			t.Errorf("%+v", rep)
+		}
+		r.Close()
 	})
 }
 

@@ -72,7 +72,8 @@ type inputKind uint8
 const (
 	inTick    inputKind = iota // a timer that it asked for, or any moment
 	inResult                   // of a run of stage
-	inFence                    // (teardown) another node serves the address; (take-over) it is to be broken off
+	inFence                    // another node serves the address
+	inBreak                    // (take-over) it is to be broken off
 	inProceed                  // (teardown) StageFinish may begin
 )
 
@@ -106,8 +107,9 @@ type action struct {
 	report  StageReport // of actStage, actTrouble
 }
 
-// grace is how long a stage that was cut may take to return: what it has reached is worth knowing.
-const grace = 50 * time.Millisecond
+// grace is how long a stage that was cut may take to return: what it has reached is worth knowing. A busy machine, or one
+// that stands still for a moment, must not make it lost.
+const grace = 200 * time.Millisecond
 
 // step says how a stage is run.
 type step struct {

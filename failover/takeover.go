@@ -69,11 +69,14 @@ var defaultAgain = []time.Duration{50 * time.Millisecond, 200 * time.Millisecond
 //   - What fails up to StageAdd ends the take-over, and what was done is undone: the address is removed if it may have
 //     been added, then listeners and service end, then what sockets there are.
 //   - What fails afterwards does not: the address is served, and undoing that would make it worse. It is said.
+//   - A fence breaks it off as well; when the address is announced already, what follows is left out instead, so that it
+//     can be given up at once.
 //   - An address that somebody else adds is cleared before the listeners open: later its connections may be new ones.
 type takeover struct {
 	sequence
 	cfg     takeConfig
 	broken  bool  // off
+	ceded   bool  // another node serves the address, which was announced
 	undo    bool  // undoing
 	failed  Stage // that ended it
 	err     error
@@ -99,6 +102,8 @@ func (m *takeover) step(in input) []action {
 	case inResult:
 		m.result(in.stage, in.result)
 	case inFence:
+		m.cede()
+	case inBreak:
 		m.breakOff()
 	}
 	m.advance()
@@ -128,6 +133,20 @@ func (m *takeover) breakOff() {
 	m.giveUp()
 }
 
+// cede leaves out what remains of a take-over that somebody else has come after.
+func (m *takeover) cede() {
+	if !m.started[StageAnnounce] || m.undo {
+		m.breakOff()
+		return
+	}
+	if m.ceded || m.done {
+		return
+	}
+	m.ceded, m.serving, m.again = true, true, nil
+	m.emit(action{kind: actFenced})
+	m.giveUp()
+}
+
 func (m *takeover) startUndo(st Stage, err error) {
 	if !m.undo {
 		m.undo, m.failed, m.err = true, st, err
@@ -140,7 +159,7 @@ func (m *takeover) plan() []Stage {
 		return []Stage{StageRemove, StageFinish, StageClear}
 	case m.undo && m.started[StageListen]:
 		return []Stage{StageFinish}
-	case m.undo:
+	case m.undo, m.ceded:
 		return nil
 	case m.cfg.given:
 		return []Stage{StageClear, StageListen, StageReady, StageWait, StageBegin, StageServe, StageAnnounce, StageTickle, StageNotify}
@@ -214,6 +233,9 @@ func (m *takeover) stageOver(r StageReport, now time.Duration) {
 	}
 	switch r.Stage {
 	case StageAnnounce:
+		if m.ceded {
+			return
+		}
 		for _, d := range m.cfg.again {
 			m.again = append(m.again, now+d)
 		}

@@ -76,7 +76,7 @@ type Options struct {
 // Times that need no setting.
 const (
 	registryTime = 5 * time.Second        // a call of the registry
-	askTime      = 300 * time.Millisecond // a question to another node that a move waits for
+	askTime      = 300 * time.Millisecond // a question to other nodes that clients wait for
 	knownTime    = time.Second            // a question to another node that nothing waits for
 	tellPause    = 50 * time.Millisecond  // changes of connections are put together this long
 	tellAgain    = time.Second            // whether a node has the list of connections is asked this often
@@ -203,6 +203,7 @@ func (a *Agent) apply(v *mgs.View) {
 		}
 		a.keeper(x).update(x)
 	}
+	a.changedNow()
 }
 
 // forget takes note of the addresses that a view does not have any more. It is of follow's
@@ -261,9 +262,14 @@ func (a *Agent) all() []*keeper {
 // a keeper's lock.
 func (a *Agent) change() {
 	a.mu.Lock()
+	a.changedNow()
+	a.mu.Unlock()
+}
+
+// changedNow is change for those who hold a.mu.
+func (a *Agent) changedNow() {
 	close(a.changed)
 	a.changed = make(chan struct{})
-	a.mu.Unlock()
 }
 
 // changes gives the channel that is closed by the next change.
@@ -281,6 +287,7 @@ type Report struct {
 	State  State      `json:"state"`
 	Since  time.Time  `json:"since"`
 	Reason string     `json:"reason,omitempty"` // of Failed
+	Move   uint64     `json:"move,omitempty"`   // of Failed: the assignment that could not be followed
 	// Stuck: the machine still has the address, which is not served here any more.
 	// Silent: nothing that comes to its ports is answered.
 	Stuck  bool `json:"stuck,omitempty"`
@@ -390,7 +397,7 @@ func (a *Agent) call(f func(ctx context.Context) (mgs.VIP, error)) error {
 		a.mu.Lock()
 		k := a.keeper(&v)
 		a.mu.Unlock()
-		k.update(&v)
+		k.news(&v)
 	}
 	return err
 }

@@ -306,7 +306,8 @@ func (t *teller) stop() {
 	t.wg.Wait()
 }
 
-// whole tells nodes the complete list and returns which have it. It comes after stop.
+// whole tells nodes the complete list, for as long as ctx lasts, and returns which have it.
+// It comes after stop.
 func (t *teller) whole(ctx context.Context, nodes []string) (know []string) {
 	t.said, t.saidAs = snapshot(t.u), t.next()
 	args := connsArgs{Index: t.k.index, Epoch: t.epoch, Seq: t.saidAs}
@@ -328,6 +329,8 @@ func (t *teller) rest(ctx context.Context, nodes []string) {
 		return
 	}
 	args.Seq = t.next()
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
 	if know := t.tell(ctx, nodes, &args); len(know) == 0 {
 		t.k.log.Info("nobody knows of connections that came when the address was given up; their clients find out by themselves", "connections", len(args.Add))
 	}
@@ -335,8 +338,6 @@ func (t *teller) rest(ctx context.Context, nodes []string) {
 
 // tell tells nodes and returns which have the list then.
 func (t *teller) tell(ctx context.Context, nodes []string, args *connsArgs) (know []string) {
-	ctx, cancel := context.WithTimeout(ctx, askTime)
-	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for _, node := range nodes {
@@ -368,19 +369,19 @@ func maySucceed(v *mgs.VIP, node string) bool {
 	return len(v.Prefer) == 0 || slices.Contains(v.Prefer, node)
 }
 
-// successors are all nodes that may serve the address next, or the one that is to.
-func (k *keeper) successors() []string {
+// successors are all nodes that may serve the address next, or the one that is to, and
+// whether that is ready to.
+func (k *keeper) successors() (nodes []string, ready bool) {
 	k.mu.Lock()
 	v := k.s.vip
 	k.mu.Unlock()
 	if v.Next != "" && v.Next != k.a.o.Node {
-		return []string{v.Next}
+		return []string{v.Next}, v.Ready
 	}
-	var l []string
 	for _, n := range k.a.o.Others {
 		if maySucceed(&v, n) {
-			l = append(l, n)
+			nodes = append(nodes, n)
 		}
 	}
-	return l
+	return nodes, false
 }

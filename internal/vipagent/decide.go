@@ -37,12 +37,13 @@ type situation struct {
 	// barred is the assignment that this node does not follow, because it was told to
 	// release the address; 0: none.
 	barred  uint64
-	given   bool // a cluster manager adds and removes the address
-	opened  bool // Listening: the listeners were opened for one that is given
-	hold    bool // listen only
-	held    bool // Releasing: all is done but for listeners that hold the ports
-	leaving bool // the node stops: nothing is taken any more
-	last    bool // the node stops now: everything is released
+	given   bool   // a cluster manager adds and removes the address
+	opened  bool   // Listening: the listeners were opened for one that is given
+	hold    bool   // listen only
+	held    bool   // Releasing: all is done but for listeners that hold the ports
+	failing string // Serving: why the machine cannot have it any more
+	leaving bool   // the node stops: nothing is taken any more
+	last    bool   // the node stops now: everything is released
 }
 
 // step is what is to be done next.
@@ -131,6 +132,8 @@ func (s *situation) serving() step {
 		return step{doRelease, failover.Stop, "the address is assigned to nobody"}
 	case v.Next != s.me && v.Ready:
 		return step{doRelease, failover.Move, "node " + v.Next + " takes it"}
+	case s.failing != "":
+		return step{doRelease, failover.Failed, s.failing}
 	}
 	return step{}
 }

@@ -49,6 +49,8 @@ func TestDecide(t *testing.T) {
 		{"released by order", situation{vip: served, state: Serving, epoch: 4, barred: 7}, doRelease, failover.Stop},
 		{"stopping, and nobody has taken it yet", situation{vip: served, state: Serving, epoch: 4, leaving: true}, doNothing, ""},
 		{"stopping now", situation{vip: served, state: Serving, epoch: 4, leaving: true, last: true}, doRelease, failover.Stop},
+		{"the machine cannot have it", situation{vip: served, state: Serving, epoch: 4, failing: "no interface"}, doRelease, failover.Failed},
+		{"nor any more", situation{vip: served, state: Serving, epoch: 4, failing: "no interface", fence: 5}, doRelease, failover.Fenced},
 		{"a higher epoch in the registry", situation{vip: with(served, func(v *mgs.VIP) { v.Epoch, v.Node = 5, other }), state: Serving, epoch: 4}, doRelease, failover.Fenced},
 		{"declared gone", situation{vip: with(served, func(v *mgs.VIP) { v.Node = "" }), state: Serving, epoch: 4}, doRelease, failover.Fenced},
 		{"a peer serves it", situation{vip: served, state: Serving, epoch: 4, fence: 5}, doRelease, failover.Fenced},

@@ -141,7 +141,7 @@ func (k *keeper) want(ctx context.Context, args vipctl.TakeArgs) (move, failed u
 			k.mu.Lock()
 			k.retry, k.pause = time.Time{}, 0 // a failure before does not hold it up
 			k.mu.Unlock()
-			k.update(&got)
+			k.news(&got)
 			return got.MoveID, failed, nil
 		}
 		if !isGone(err) {
@@ -208,7 +208,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 		select {
 		case <-changed:
 		case <-late.C: // whoever is to have it is not there
-			k.bar()
+			k.bar(released)
 		case <-ctx.Done():
 			if stuck {
 				return vipctl.Result{}, fmt.Errorf("%s is not answered here any more; %s: %w", k.addr, reason, ctx.Err())
@@ -222,12 +222,19 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 // to listen.
 const readyTime = time.Second
 
-// bar has this node not follow the present assignment of the address.
-func (k *keeper) bar() {
+// bar has this node not follow the present assignment of the address, unless that is a
+// later one than released to this node: the last order counts. It returns the one that is
+// barred, or released.
+func (k *keeper) bar(released uint64) uint64 {
 	k.mu.Lock()
-	k.s.barred = k.s.vip.MoveID
+	defer k.mu.Unlock()
+	v := &k.s.vip
+	if v.MoveID > released && v.Next == k.a.o.Node {
+		return released
+	}
+	k.s.barred = v.MoveID
 	k.look()
-	k.mu.Unlock()
+	return v.MoveID
 }
 
 // unwant has the address given up, and returns how it was here and the assignment that
@@ -257,7 +264,7 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 		}
 		got, err := k.a.o.Registry.Assign(ctx, k.index, v.Epoch, args.To)
 		if err == nil {
-			k.update(&got)
+			k.news(&got)
 			return before, got.MoveID
 		}
 		if !isGone(err) {
@@ -267,8 +274,7 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 		k.refresh() // the epoch has risen meanwhile, perhaps by a take that this comes after
 		v = k.registry()
 	}
-	k.bar()
-	return before, k.registry().MoveID
+	return before, k.bar(k.registry().MoveID)
 }
 
 // CheckVIP implements vipctl.Mover.

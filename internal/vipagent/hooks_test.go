@@ -22,7 +22,8 @@ func TestReleaseOfStuckAddressFails(t *testing.T) {
 	}
 	b.net.Fail(viptest.Remove, errors.New("the kernel refuses"), 1<<20)
 	for _, stage := range []string{vipctl.StageDrain, vipctl.StageFinish, vipctl.StageDrain} {
-		short, cancel := context.WithTimeout(b.ctx, time.Second)
+		// Longer than removing is tried, and muting.
+		short, cancel := context.WithTimeout(b.ctx, 3*time.Second)
 		r, err := b.a.ReleaseVIP(short, vipctl.ReleaseArgs{Addr: addr, Stage: stage})
 		cancel()
 		if err == nil {

@@ -44,6 +44,7 @@ type keeper struct {
 	fencing chan struct{}
 	// Listening.
 	taking    *failover.Taking
+	ceding    chan struct{} // Taking, too: closed when somebody else serves the address
 	candidate *candidate
 	at        vip.Address // where it is, or is to be
 	// Serving, Releasing.
@@ -55,6 +56,7 @@ type keeper struct {
 	retry  time.Time
 	pause  time.Duration
 	failed uint64 // counts failures
+	missed uint64 // the last assignment that could not be followed
 }
 
 // debt is the end of a period of service that the registry does not know of yet.
@@ -85,7 +87,14 @@ func (k *keeper) wake() {
 	}
 }
 
-// update takes what the registry says.
+// news is update, and tells those who wait: the keeper may be busy with a step.
+func (k *keeper) news(v *mgs.VIP) {
+	k.update(v)
+	k.a.change()
+}
+
+// update takes what the registry says. The agent's lock may be held: its callers tell those
+// who wait.
 func (k *keeper) update(v *mgs.VIP) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -123,6 +132,11 @@ func (k *keeper) look() {
 	if k.fencing != nil && k.s.state == Releasing && k.s.lost() {
 		close(k.fencing)
 		k.fencing = nil
+	}
+	// As if it were served here already.
+	if k.ceding != nil && k.s.state == Taking && k.s.serving().reason == failover.Fenced {
+		close(k.ceding)
+		k.ceding = nil
 	}
 	k.wake()
 }
@@ -166,6 +180,9 @@ func (k *keeper) report() Report {
 	if k.s.state == Serving || k.s.state == Releasing || k.s.state == Taking {
 		r.Epoch = k.s.epoch
 	}
+	if k.s.state == Failed {
+		r.Move = k.missed
+	}
 	if k.s.state == Failed && k.owe != nil {
 		r.Epoch = k.owe.epoch // it has to do with that still
 		r.Stuck, r.Silent = k.owe.stuck, k.owe.stuck && k.owe.silent
@@ -190,14 +207,21 @@ func (k *keeper) become(s State, reason string) {
 // run does what is to be done until the agent ends.
 func (k *keeper) run() {
 	k.adopt()
+	var g guard
 	for {
-		var timer <-chan time.Time
 		k.mu.Lock()
 		at := k.retry
 		k.mu.Unlock()
+		if !at.After(time.Now()) {
+			at = time.Time{}
+		}
+		if look := g.due(k); at.IsZero() || !look.IsZero() && look.Before(at) {
+			at = look
+		}
+		var timer <-chan time.Time
 		stop := func() bool { return true }
-		if d := time.Until(at); d > 0 {
-			t := time.NewTimer(d)
+		if !at.IsZero() {
+			t := time.NewTimer(time.Until(at))
 			timer, stop = t.C, t.Stop
 		}
 		select {
@@ -211,6 +235,11 @@ func (k *keeper) run() {
 		}
 		stop()
 		for k.step() {
+		}
+		if look := g.due(k); !look.IsZero() && !look.After(time.Now()) {
+			g.look(k)
+			for k.step() {
+			}
 		}
 	}
 }

@@ -70,7 +70,7 @@ func (c *candidate) Begin(ctx context.Context) error {
 		k.s.epoch = max(k.s.epoch, got.Epoch)
 	}
 	k.mu.Unlock()
-	k.update(&got)
+	k.news(&got)
 	k.wake()
 	if over {
 		return errors.New("the take-over was given up meanwhile")
@@ -180,6 +180,8 @@ func (k *keeper) listen() error {
 	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}, Confirm: k.confirm}
 	ctx, end := k.doing(func(s *situation) bool { return !s.mine() || s.vip.MoveID != v.MoveID })
 	defer end()
+	ceding := make(chan struct{})
+	o.Fenced = ceding
 	t, rep := k.a.runner.Listen(ctx, o)
 	if t == nil {
 		if ctx.Err() != nil {
@@ -188,7 +190,7 @@ func (k *keeper) listen() error {
 		return rep.Err
 	}
 	k.mu.Lock()
-	k.taking, k.candidate, k.at = t, c, o.Address
+	k.taking, k.candidate, k.at, k.ceding = t, c, o.Address, ceding
 	k.keepPorts = false // an order to drain what was not here
 	k.s.move, k.s.ready, k.s.opened = v.MoveID, false, given
 	k.mu.Unlock()
@@ -315,7 +317,7 @@ func (k *keeper) release(st step) {
 	}
 	rep := k.a.runner.Release(k.a.ctx, o)
 	k.mu.Lock()
-	k.fencing, k.unit, k.letgo, k.s.held = nil, nil, nil, false
+	k.fencing, k.unit, k.letgo, k.s.held, k.s.failing = nil, nil, nil, false, ""
 	switch {
 	case rep.Outcome == failover.Superseded || rep.Told:
 	case rep.Outcome == failover.Stuck:
@@ -336,6 +338,10 @@ func (k *keeper) release(st step) {
 		k.log.Error("the address could not be removed; nothing is answered there", "silent", rep.Silent, "err", err)
 		k.a.o.Events.Append(events.Event{Kind: events.Node, Addr: k.addr, VIP: k.index, Epoch: epoch, Reason: "the machine still has the address", Err: err.Error()})
 		k.become(Failed, err.Error())
+		return
+	}
+	if st.reason == failover.Failed && rep.Outcome != failover.Superseded {
+		k.yield(st.text)
 		return
 	}
 	k.become(Absent, "")

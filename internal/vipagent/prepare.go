@@ -7,8 +7,10 @@ import (
 	"github.com/baton-nfs/baton/failover"
 )
 
-// aheadTime bounds what is made durable while clients are still served. What needs
-// longer is left to the stages of the move.
+// aheadTime bounds what is made durable, and then how long the successor is asked to take
+// the connections, while clients are still served. What needs longer is left to the stages
+// of the move, and connections that nobody knows end by a half-close, for which every client
+// pays.
 const aheadTime = 2 * time.Second
 
 // prepare does what can be done before an address is given up, while its clients are
@@ -33,7 +35,14 @@ func (k *keeper) prepare(u Unit, t *teller, fencing <-chan struct{}) (closing fa
 	if k.a.o.Closing == failover.HalfClose {
 		return failover.HalfClose, nil
 	}
-	if know = t.whole(ctx, k.successors()); len(know) > 0 {
+	nodes, ready := k.successors()
+	limit := askTime // some may be away
+	if ready {
+		limit = aheadTime
+	}
+	asking, end := context.WithTimeout(ctx, limit)
+	defer end()
+	if know = t.whole(asking, nodes); len(know) > 0 {
 		return failover.Quiet, know
 	}
 	return failover.HalfClose, nil

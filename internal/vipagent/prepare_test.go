@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"github.com/baton-nfs/baton/failover"
 	"github.com/baton-nfs/baton/vip"
@@ -114,6 +115,38 @@ func TestFencedWhilePrepared(t *testing.T) {
 			if want := []string{"commit", "refuse", string(failover.Quiet)}; !slices.Equal(got, want) {
 				t.Errorf("%v, want %v", got, want)
 			}
+		})
+	}
+}
+
+// A successor that is long to take the connections is waited for, since clients are still
+// served; nodes that only may be next are not waited for so long.
+func TestLateSuccessor(t *testing.T) {
+	for next, want := range map[string]failover.Closing{"b": failover.Quiet, "": failover.HalfClose} {
+		t.Run(string(want), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b, u := newNoted(t, func(context.Context) error { return nil })
+				ask := b.a.o.Ask
+				b.a.o.Ask = func(ctx context.Context, node, method string, args, result any) error {
+					if wait(ctx, aheadTime-askTime); ctx.Err() != nil {
+						return ctx.Err()
+					}
+					return ask(ctx, node, method, args, result)
+				}
+				b.start()
+				b.assign("a")
+				b.become(Serving)
+				b.assign(next)
+				if next != "" {
+					if _, err := b.reg.SetReady(b.ctx, b.vip().Index, b.vip().MoveID); err != nil {
+						t.Fatal(err)
+					}
+				}
+				b.become(Absent)
+				if l := u.done(); l[len(l)-1] != string(want) {
+					t.Errorf("%v, want %s", l, want)
+				}
+			})
 		})
 	}
 }
