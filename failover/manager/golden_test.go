@@ -125,7 +125,7 @@ func (s *script) line(line string) {
 	case "unready": // NODE REASON
 		n.unready = strings.Join(f[2:], " ")
 	case "ready":
-		n.unready, n.stuck, n.holds, n.fails, n.slow = "", false, false, false, false
+		n.unready, n.stuck, n.holds, n.fails, n.fumbles, n.slow = "", false, false, false, false, false
 	case "stops":
 		n.stopping = true
 	case "slow":
@@ -136,6 +136,8 @@ func (s *script) line(line string) {
 		n.holds = true
 	case "fails":
 		n.fails = true
+	case "fumbles": // it listens, and cannot take what it is to have
+		n.fumbles = true
 	case "broken": // NODE INDEX: what it serves there fails
 		var i uint32
 		fmt.Sscan(f[2], &i)

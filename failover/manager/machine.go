@@ -136,6 +136,8 @@ type addr struct {
 	assigned, ready, began, free time.Duration
 	// of is the process that was seen serving the period; 0: none was.
 	of uint64
+	// well is the last period of service that its node has said to serve.
+	well uint64
 	// by is the process that it is assigned to; 0: not known.
 	by uint64
 	// absent is since when its node says that it does not serve it; 0: it does not.
@@ -160,8 +162,10 @@ type addr struct {
 
 // failure is a node that did not take the address.
 type failure struct {
-	until time.Duration
-	times int
+	at    time.Duration // the last one
+	until time.Duration // others are preferred until then
+	again time.Duration // it is not tried before, not even if all others have failed, too
+	times int           // since it last served the address
 }
 
 // NewMachine returns a machine that does not lead.
@@ -278,8 +282,6 @@ func (m *Machine) vip(now time.Duration, v *mgs.VIP) {
 	}
 	if v.Epoch != old.Epoch {
 		a.began, a.of, a.absent = now, 0, 0
-		delete(a.failed, v.Node)
-		a.said = ""
 	}
 	if owner(v) == "" && owner(&old) != "" {
 		a.free = now
@@ -389,6 +391,10 @@ func (m *Machine) Report(now time.Duration, name string, asked time.Duration, r 
 		switch {
 		case x != nil && x.holds() && x.Epoch == a.v.Epoch:
 			a.of, a.absent = r.Incarnation, 0
+			if x.State == Serving && a.well != x.Epoch {
+				a.well, a.said = x.Epoch, ""
+				delete(a.failed, name)
+			}
 		case x != nil && (x.State == Releasing || x.State == Taking):
 			a.absent = 0 // it may not know its epoch yet; targets may take their time
 		case a.absent == 0:

@@ -162,10 +162,11 @@ type wnode struct {
 	stopping    bool
 	slow        bool
 	load        float64
-	// stuck: it does not listen; holds: it gives nothing up; fails: its units fail.
-	stuck, holds, fails bool
-	units               map[uint32]*unit
-	keep                Keeper
+	// stuck: it does not listen; holds: it gives nothing up; fails: its units fail;
+	// fumbles: they fail when they have begun a period of service.
+	stuck, holds, fails, fumbles bool
+	units                        map[uint32]*unit
+	keep                         Keeper
 	// of the leader's questions to it
 	asked, answer time.Duration
 	reply         *Report
@@ -179,6 +180,20 @@ type unit struct {
 	since time.Duration // when the state began
 	// of Failed: the machine still has the address, and drops what comes for it
 	stuck, silent bool
+	// of Failed: the period of service is to be ended
+	owes bool
+	// the pause before the next try, and the assignment that it is for
+	pause time.Duration
+	move  uint64
+}
+
+// retry is the pause of an agent after a failure.
+const retry = 500 * time.Millisecond
+
+// paused lets an agent wait before it tries again.
+func (w *world) paused(u *unit) {
+	u.pause = min(max(2*u.pause, retry), 15*time.Second)
+	u.next = w.now + u.pause
 }
 
 func newWorld(cfg Config) *world {
@@ -426,6 +441,12 @@ func (w *world) agent(n *wnode) {
 			u = &unit{state: Absent}
 			n.units[v.Index] = u
 		}
+		if u.move != v.MoveID {
+			u.move, u.pause = v.MoveID, 0
+			if u.state == Failed {
+				u.next = w.now
+			}
+		}
 		if w.now < u.next {
 			continue
 		}
@@ -452,6 +473,11 @@ func (w *world) agent(n *wnode) {
 				}
 			}
 		case Taking:
+			if n.fumbles {
+				u.state, u.since, u.owes = Failed, w.now, true
+				w.paused(u)
+				continue
+			}
 			u.state = Serving
 			w.served(n, v.Index, u.epoch)
 		case Serving:
@@ -468,6 +494,9 @@ func (w *world) agent(n *wnode) {
 		case Failed:
 			switch {
 			case u.stuck:
+			case u.owes:
+				_ = w.reg.abandon(v.Index, u.epoch)
+				u.owes, u.epoch = false, 0
 			case v.Next != n.name:
 				u.state = Absent
 			case !n.fails && u.epoch == 0: // it tries again
