@@ -70,7 +70,7 @@ func (m *Machine) decide(now time.Duration, a *addr, balance bool) *Decision {
 func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	why := d.Reason
 	next := m.nodes[a.v.Next]
-	if next != nil && (a.by == 0 || next.fit && next.incarnation > a.by) {
+	if next != nil && (a.by == 0 || next.incarnation > a.by && (next.fit || m.ordered(now, a))) {
 		if a.by != 0 { // the new process may take its time, too
 			a.assigned = now
 		}

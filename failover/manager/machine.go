@@ -152,6 +152,7 @@ type addr struct {
 	errors  int
 
 	own       bool // this leader knows who has assigned it
+	mine      bool // this leader has
 	manual    bool
 	moves     int
 	movedAt   time.Duration
@@ -299,7 +300,7 @@ func owner(v *mgs.VIP) string {
 // moved takes note of a new assignment.
 func (m *Machine) moved(now time.Duration, a *addr, old *mgs.VIP) {
 	mine := a.tried != "" && a.v.Next == a.tried && a.v.MoveID == a.triedAt+1
-	a.own = true
+	a.own, a.mine = true, mine
 	a.manual = !mine && a.v.Next != "" && (len(a.v.Prefer) == 0 || a.v.Prefer[0] != a.v.Next)
 	switch {
 	case mine || a.v.Removed:

@@ -213,10 +213,15 @@ func (m *Machine) death(now time.Duration, n *node) string {
 	return fmt.Sprintf("no beats and no answer for %v since it was suspected, and none of %d other nodes hears it", need, answers)
 }
 
-// gone tells that the node which is to take an address is dead. Somebody who assigns it
-// to a node that was dead before knows more: that node may just have come back.
+// ordered tells that somebody else has assigned an address only just now. Who assigns it to
+// a node that is dead, or whose process is, knows more: that node may just have come back.
+func (m *Machine) ordered(now time.Duration, a *addr) bool {
+	return !a.mine && now-a.assigned < m.cfg.fresh()
+}
+
+// gone tells that the node which is to take an address is dead.
 func (m *Machine) gone(now time.Duration, a *addr, n *node) bool {
-	return n.dead != "" && (n.died >= a.assigned || now-a.assigned >= m.cfg.fresh())
+	return n.dead != "" && (n.died >= a.assigned || !m.ordered(now, a))
 }
 
 // unfit is why a node gets no addresses, "" if it does, and whether that is because it

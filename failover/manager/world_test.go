@@ -148,6 +148,10 @@ type world struct {
 	happened func(e Event)
 	served   func(n *wnode, index uint32, epoch uint64)
 	delay    func() time.Duration // of an agent's step
+	// late is how long after a change of the registry the leader hears of it.
+	late    time.Duration
+	answers []func() // not heard yet, with their times
+	due     []time.Duration
 }
 
 // wnode is a node of a world.
@@ -323,7 +327,7 @@ func (w *world) step() {
 	if w.away {
 		w.m.Lost()
 		w.seen = nil
-	} else if w.seen == nil || !w.reg.same(w.seen) {
+	} else if w.hear(); len(w.due) == 0 && (w.seen == nil || !w.reg.same(w.seen)) {
 		w.seen = w.reg.view()
 		w.m.View(w.now, w.seen)
 	}
@@ -398,6 +402,14 @@ func (w *world) ask() {
 	}
 }
 
+// hear gives the leader the answers of the registry that are due. They come in order.
+func (w *world) hear() {
+	for len(w.due) > 0 && w.now >= w.due[0] {
+		w.answers[0]()
+		w.answers, w.due = w.answers[1:], w.due[1:]
+	}
+}
+
 var errAway = errors.New("registry is away")
 
 // carryOut does at the registry what was decided.
@@ -417,7 +429,13 @@ func (w *world) carryOut(d *Decision) {
 		}
 	}
 	w.decided(d, v, err)
-	w.m.Result(w.now, d.ID, v, err)
+	if w.late == 0 {
+		w.m.Result(w.now, d.ID, v, err)
+		return
+	}
+	m, id := w.m, d.ID
+	w.answers = append(w.answers, func() { m.Result(w.now, id, v, err) })
+	w.due = append(w.due, w.now+w.late)
 }
 
 // agent brings a node's units to what the registry says.
