@@ -213,11 +213,22 @@ func (m *Machine) stops(now time.Duration, n *node) bool {
 // broken tells that the assigned node says that it cannot take the address.
 func (m *Machine) broken(now time.Duration, a *addr, n *node) bool {
 	x := n.report.of(a.v.Index)
-	return x != nil && x.State == Failed && m.present(now, n) && n.asked-x.Since >= a.assigned
+	if x == nil || x.State != Failed || !m.present(now, n) {
+		return false
+	}
+	// A node may be faster than the answer of the registry to the leader.
+	return x.Move == a.v.MoveID || x.Move == 0 && n.asked-x.Since >= a.assigned
 }
 
 // failedAt is since when the node says that it has failed with the address.
-func (n *node) failedAt(a *addr) time.Duration { return n.asked - n.report.of(a.v.Index).Since }
+func (n *node) failedAt(a *addr) time.Duration {
+	x := n.report.of(a.v.Index)
+	at := n.asked - x.Since
+	if x.Move == a.v.MoveID {
+		at = max(at, a.assigned) // it may have failed with others before
+	}
+	return at
+}
 
 // Of a node that has failed, and all others have, too: the pause after the first time
 // doubles up to the most.

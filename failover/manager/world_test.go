@@ -189,6 +189,8 @@ type unit struct {
 	// the pause before the next try, and the assignment that it is for
 	pause time.Duration
 	move  uint64
+	// of Failed: the assignment that it could not follow
+	missed uint64
 }
 
 // retry is the pause of an agent after a failure.
@@ -279,7 +281,7 @@ func (w *world) report(n *wnode, q *Question) *Report {
 	r := &Report{Incarnation: n.incarnation, Ready: n.unready == "", Reason: n.unready, Stopping: n.stopping, Load: n.load}
 	for _, i := range sorted(n.units) {
 		u := n.units[i]
-		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since, Stuck: u.stuck, Silent: u.silent})
+		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since, Move: u.missed, Stuck: u.stuck, Silent: u.silent})
 	}
 	r.Hears = w.hears(n)
 	if err := n.keep.Answer(q, r); err != nil {
@@ -474,7 +476,11 @@ func (w *world) agent(n *wnode) {
 			switch {
 			case owner(v) == n.name: // of an earlier process
 				_ = w.reg.abandon(v.Index, v.Epoch)
-			case v.Next == n.name && !n.stuck && n.unready == "":
+			case v.Next != n.name || n.stuck || n.unready != "":
+			case n.fails:
+				u.state, u.missed = Failed, v.MoveID
+				w.paused(u)
+			default:
 				u.state = Listening
 			}
 		case Listening:
@@ -482,7 +488,7 @@ func (w *world) agent(n *wnode) {
 			case v.Next != n.name:
 				u.state = Absent
 			case n.fails:
-				u.state = Failed
+				u.state, u.missed = Failed, v.MoveID
 			case !v.Ready:
 				_ = w.reg.setReady(v.Index, v.MoveID)
 			case owner(v) == "":
@@ -492,7 +498,7 @@ func (w *world) agent(n *wnode) {
 			}
 		case Taking:
 			if n.fumbles {
-				u.state, u.since, u.owes = Failed, w.now, true
+				u.state, u.since, u.owes, u.missed = Failed, w.now, true, v.MoveID
 				w.paused(u)
 				continue
 			}
@@ -517,12 +523,18 @@ func (w *world) agent(n *wnode) {
 				u.owes, u.epoch = false, 0
 			case v.Next != n.name:
 				u.state = Absent
-			case !n.fails && u.epoch == 0: // it tries again
+			case n.fails && u.epoch == 0:
+				u.missed = v.MoveID
+				w.paused(u)
+			case u.epoch == 0: // it tries again
 				u.state = Listening
 			}
 		}
+		if u.state != Failed {
+			u.missed = 0
+		}
 		if u.state != was {
-			u.next, u.since = w.now+w.delay(), w.now
+			u.next, u.since = max(u.next, w.now+w.delay()), w.now
 		}
 	}
 }

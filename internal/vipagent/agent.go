@@ -281,6 +281,7 @@ type Report struct {
 	State  State      `json:"state"`
 	Since  time.Time  `json:"since"`
 	Reason string     `json:"reason,omitempty"` // of Failed
+	Move   uint64     `json:"move,omitempty"`   // of Failed: the assignment that could not be followed
 	// Stuck: the machine still has the address, which is not served here any more.
 	// Silent: nothing that comes to its ports is answered.
 	Stuck  bool `json:"stuck,omitempty"`

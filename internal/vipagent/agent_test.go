@@ -247,12 +247,29 @@ func TestNotReadyWithoutInterface(t *testing.T) {
 	if v := b.vip(); v.Ready || v.Node != "b" || v.Clean {
 		t.Errorf("the owner gives it up: %+v", v)
 	}
-	if r := b.a.Reports()[0]; r.State != Failed || !strings.Contains(r.Reason, "no interface eth0") {
-		t.Errorf("%+v", r)
+	if r := b.a.Reports()[0]; r.State != Failed || r.Move != b.vip().MoveID || !strings.Contains(r.Reason, "no interface eth0") {
+		t.Errorf("%+v, registry %+v", r, b.vip())
 	}
 	b.net.Fail(viptest.Check, nil, 0)
 	b.until("it is ready", func() bool { return b.vip().Ready })
 	b.become(Listening)
+}
+
+// An address that was begun and could not be added has failed with that assignment.
+func TestFailedMoveIsReported(t *testing.T) {
+	b := newBed(t)
+	b.net.Fail(viptest.Add, errors.New("the kernel refuses"), 1<<20)
+	b.start()
+	b.assign("a")
+	b.become(Failed)
+	if r, v := b.a.Reports()[0], b.vip(); r.Move != v.MoveID || v.Epoch == 0 {
+		t.Errorf("%+v, registry %+v", r, v)
+	}
+	b.net.Fail(viptest.Add, nil, 0)
+	b.become(Serving)
+	if r := b.a.Reports()[0]; r.Move != 0 {
+		t.Errorf("%+v", r)
+	}
 }
 
 // Ports are held after a release only if that release was told to.

@@ -55,6 +55,7 @@ type keeper struct {
 	retry  time.Time
 	pause  time.Duration
 	failed uint64 // counts failures
+	missed uint64 // the last assignment that could not be followed
 }
 
 // debt is the end of a period of service that the registry does not know of yet.
@@ -165,6 +166,9 @@ func (k *keeper) report() Report {
 	r := Report{Index: k.index, Addr: k.addr, State: k.s.state, Since: k.since, Reason: k.reason}
 	if k.s.state == Serving || k.s.state == Releasing || k.s.state == Taking {
 		r.Epoch = k.s.epoch
+	}
+	if k.s.state == Failed {
+		r.Move = k.missed
 	}
 	if k.s.state == Failed && k.owe != nil {
 		r.Epoch = k.owe.epoch // it has to do with that still

@@ -195,6 +195,9 @@ func (k *keeper) listen() error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		k.mu.Lock()
+		k.missed = v.MoveID
+		k.mu.Unlock()
 		return rep.Err
 	}
 	k.mu.Lock()
@@ -249,6 +252,9 @@ func (k *keeper) take(v *mgs.VIP) error {
 		return nil
 	}
 	k.mu.Lock()
+	if !useless {
+		k.missed = move
+	}
 	if began != nil {
 		// Nothing of it was answered unless it was exposed.
 		k.owe = &debt{epoch: began.Epoch, clean: !began.Crashed && !rep.Exposed, stuck: rep.Outcome == failover.Stuck}
