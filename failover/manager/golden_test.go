@@ -167,6 +167,8 @@ func (s *script) line(line string) {
 		w.reg.drained = slices.DeleteFunc(w.reg.drained, func(x string) bool { return x == n.name })
 	case "registry": // away, back
 		w.away = f[1] == "away"
+	case "lag": // NODE DURATION: until the leader has its answer
+		n.lag = s.duration(f[2])
 	case "late": // DURATION: until the leader hears what it has had the registry do
 		w.late = s.duration(f[1])
 	case "assign": // INDEX NODE: by hand

@@ -114,8 +114,9 @@ type node struct {
 	suspected, slowSince time.Duration
 
 	report *Report
-	// asked is when the question was asked that report answers.
-	asked time.Duration
+	// asked is when the question was asked that report answers, heard when it was
+	// answered.
+	asked, heard time.Duration
 
 	dead string // why; "": it is not
 	died time.Duration
@@ -124,7 +125,8 @@ type node struct {
 	unfit                  string
 	fitSince, unreadySince time.Duration
 	unready                bool
-	said                   string // the last event, without what changes all the time
+	ready                  time.Duration // when it was unready last
+	said                   string        // the last event, without what changes all the time
 }
 
 // addr is a floating address.
@@ -382,7 +384,8 @@ func (m *Machine) Report(now time.Duration, name string, asked time.Duration, r 
 		return // of a process that is dead
 	}
 	m.process(n, r.Incarnation)
-	n.report, n.asked = r, asked
+	// An answer that this process was stopped before may be as old as the stop was long.
+	n.report, n.asked, n.heard = r, asked, min(now, asked+askTime)
 	m.recall(now, r.Memory)
 	for _, a := range m.addrs {
 		if owner(&a.v) != name || a.began > asked {

@@ -58,9 +58,10 @@ func (m *Machine) paused(now time.Duration) {
 	}
 }
 
-// present tells that the node has answered what it was asked lately.
+// present tells that the node has answered lately. Questions are given up after askTime:
+// with the age of the question a node that takes almost that long would come and go.
 func (m *Machine) present(now time.Duration, n *node) bool {
-	return n.report != nil && now-n.asked <= m.cfg.fresh()
+	return n.report != nil && now-n.heard <= m.cfg.fresh()
 }
 
 // count finds out whether there is a quorum.
@@ -124,8 +125,12 @@ func (m *Machine) judge(now time.Duration, n *node) {
 	}
 	unready := false
 	n.unfit, unready = m.unfit(now, n)
-	if unready && !n.unready {
+	// One that can serve now and then, for moments, is of no use either.
+	if unready && !n.unready && now-n.ready >= m.cfg.fresh() {
 		n.unreadySince = now
+	}
+	if unready {
+		n.ready = now
 	}
 	n.unready = unready
 	if fit := n.unfit == ""; fit != n.fit {
@@ -166,7 +171,7 @@ func (n *node) why() string {
 // answers though its beats are missing has the time of an answer more.
 func (m *Machine) silence(n *node) time.Duration {
 	if n.report != nil && n.asked >= n.suspected {
-		return n.asked + m.cfg.fresh()
+		return n.heard + m.cfg.fresh()
 	}
 	return n.suspected
 }

@@ -174,6 +174,7 @@ type wnode struct {
 	// of the leader's questions to it
 	asked, answer time.Duration
 	reply         *Report
+	lag           time.Duration // of its answers
 }
 
 // unit is an address on a node.
@@ -399,6 +400,10 @@ func (w *world) ask() {
 			if n.runs() && w.linked(n.name, w.lead.name) {
 				q := w.m.Question(w.now, n.name)
 				n.reply = w.report(n, &q)
+				n.answer = w.now + max(n.lag, tick)
+			}
+			if n.answer > w.now+askTime { // nobody waits so long
+				n.reply, n.answer = &Report{Load: -1}, w.now+askTime
 			}
 		}
 	}
