@@ -62,6 +62,38 @@ type Taking struct {
 	proceed chan struct{}   // closed: StageWait goes on
 	n       int             // reports given to OnStage
 	halted  <-chan struct{} // of the settler, nil before
+
+	mu    sync.Mutex
+	adds  int  // calls of Add that may have added the address
+	ended bool // there are no more
+}
+
+// add adds the address.
+func (t *Taking) add(ctx context.Context) error {
+	t.mu.Lock()
+	ended := t.ended
+	if !ended {
+		t.adds++
+	}
+	t.mu.Unlock()
+	if ended { // a call that is late
+		return context.Canceled
+	}
+	err := t.r.Net.Add(ctx, t.o.Address)
+	if errors.Is(err, vip.ErrUnable) {
+		t.mu.Lock()
+		t.adds--
+		t.mu.Unlock()
+	}
+	return err
+}
+
+// added tells whether the address may have been here. Nothing adds it afterwards.
+func (t *Taking) added() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ended = true
+	return t.adds > 0
 }
 
 // Of repeated announcements: one that is later than lateAfter is confirmed first, which confirmTime bounds. A machine that
@@ -137,7 +169,7 @@ func (t *Taking) report() AcquireReport {
 	m := t.m
 	rep := AcquireReport{
 		Outcome: m.outcome(), Stage: m.failed, Stages: m.reports, Took: t.d.now(), Err: errors.Join(t.d.errs...),
-		Began: m.started[StageBegin], Exposed: m.started[StageAdd] || t.o.Given && m.started[StageServe],
+		Began: m.started[StageBegin], Exposed: t.added() || t.o.Given && m.started[StageServe],
 	}
 	if m.broken && rep.Err == nil {
 		rep.Err = errors.New("the take-over was broken off")
@@ -178,7 +210,7 @@ func (t *Taking) stage(ctx context.Context, st step, attempt int) Result {
 	case StageServe:
 		return Result{Err: o.Candidate.Serve(ctx)}
 	case StageAdd:
-		err := t.r.Net.Add(ctx, o.Address)
+		err := t.add(ctx)
 		if cerr := ctx.Err(); cerr != nil {
 			// Nobody waits for it any more, and the address may have been removed before it came.
 			rctx := context.WithoutCancel(ctx)

@@ -81,6 +81,8 @@ func (h *host) Has(a netip.Addr) (bool, error) {
 	return slices.Contains(h.n.has[a], h.name), nil
 }
 
+func (h *host) Check(vip.Address) error { return nil }
+
 func (h *host) Add(ctx context.Context, a vip.Address) error {
 	if err := h.do(ctx, "add", "add"); err != nil {
 		return err
@@ -618,6 +620,33 @@ func TestBrokenOff(t *testing.T) {
 		rep = r.Acquire(t.Context(), AcquireOptions{Subject: subject, Candidate: unit{h: b}, Released: block, Deadlines: TakeDeadlines{Wait: time.Second}})
 		if rep.Outcome != NotTaken || rep.Stage != StageWait {
 			t.Errorf("%+v", rep)
+		}
+		r.Close()
+	})
+}
+
+// TestCannotAdd: nothing was answered at an address that the kernel was never asked to
+// add.
+func TestCannotAdd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork()
+		b := n.host("b")
+		r := Runner{Net: b}
+		b.hooks["add"] = func(context.Context) error { return fmt.Errorf("no such interface: %w", vip.ErrUnable) }
+		rep := r.Acquire(t.Context(), AcquireOptions{Subject: subject, Candidate: unit{h: b}})
+		if rep.Outcome != NotTaken || rep.Stage != StageAdd || !rep.Began || rep.Exposed || !strings.Contains(fmt.Sprint(rep.Err), "no such interface") {
+			t.Errorf("%+v", rep)
+		}
+		// It may have been added if only one of several tries says less.
+		tries := 0
+		b.hooks["add"] = func(context.Context) error {
+			if tries++; tries == 2 {
+				return errors.New("the kernel refuses")
+			}
+			return vip.ErrUnable
+		}
+		if rep := r.Acquire(t.Context(), AcquireOptions{Subject: subject, Candidate: unit{h: b}}); rep.Outcome != NotTaken || !rep.Exposed || tries < 3 {
+			t.Errorf("%+v, %d tries", rep, tries)
 		}
 		r.Close()
 	})

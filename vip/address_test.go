@@ -117,6 +117,14 @@ func TestAddErrors(t *testing.T) {
 	defer cancel()
 	w.b.ip(t, "link set eth0 down")
 	w.c.sysctl(t, "ipv6/conf/all/disable_ipv6", "1")
+	for family, a := range families {
+		if err := w.a.k.Check(a); err != nil {
+			t.Errorf("%s: check: %v", family, err)
+		}
+		if has, err := w.a.k.Has(a.Prefix.Addr()); has || err != nil {
+			t.Errorf("%s: check has added it: %v, %v", family, has, err)
+		}
+	}
 	for _, c := range []struct {
 		name string
 		k    *vip.Kernel
@@ -129,6 +137,23 @@ func TestAddErrors(t *testing.T) {
 		{"invalid", w.a.k, vip.Address{}, "no valid address"},
 		{"mapped", w.a.k, vip.Address{Prefix: netip.MustParsePrefix("::ffff:10.66.0.50/120")}, "10.66.0.50"},
 		{"down", w.b.k, vip.Address{Prefix: netip.MustParsePrefix("10.66.0.50/24"), Interface: "eth0"}, "ip link set eth0 up"},
+	} {
+		err := c.k.Check(c.a)
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: check: %v, want %q in it", c.name, err, c.want)
+		}
+		if aerr := c.k.Add(ctx, c.a); errors.Is(aerr, vip.ErrUnable) != errors.Is(err, vip.ErrUnable) || fmt.Sprint(aerr) != fmt.Sprint(err) {
+			t.Errorf("%s: add: %v, check said %v", c.name, aerr, err)
+		} else if strings.Contains(aerr.Error(), "interface") && !errors.Is(aerr, vip.ErrUnable) {
+			t.Errorf("%s: add: %v, as if it had been tried", c.name, aerr)
+		}
+	}
+	for _, c := range []struct {
+		name string
+		k    *vip.Kernel
+		a    vip.Address
+		want string
+	}{
 		{"no IPv6", w.c.k, vip.Address{Prefix: netip.MustParsePrefix("fd66::50/64"), Interface: "eth0"}, "disable_ipv6"},
 	} {
 		if err := c.k.Add(ctx, c.a); err == nil || !strings.Contains(err.Error(), c.want) {

@@ -386,6 +386,46 @@ func (k *Kernel) Has(addr netip.Addr) (bool, error) {
 	return slices.ContainsFunc(es, func(e entry) bool { return e.prefix.Addr() == addr }), nil
 }
 
+// Check implements Net.
+func (k *Kernel) Check(a Address) error {
+	end, err := k.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
+	if err := check(a); err != nil {
+		return err
+	}
+	if a.Interface != "" { // a machine has few interfaces, and may have many addresses
+		ls, err := k.links()
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(ls, func(l link) bool { return l.name == a.Interface && l.up }) {
+			return nil
+		}
+	}
+	_, _, err = k.able(a)
+	return err
+}
+
+// able is place, and refuses an interface that is down unless it has the address.
+func (k *Kernel) able(a Address) (l link, here bool, err error) {
+	l, here, err = k.place(a)
+	switch {
+	case err != nil:
+		err = unable{err}
+	case !here && !l.up:
+		err = unable{fmt.Errorf("vip: add %s to %s: the interface is down: ip link set %s up", a.Prefix.Addr(), l.name, l.name)}
+	}
+	return l, here, err
+}
+
+// unable is an error that is ErrUnable, too.
+type unable struct{ error }
+
+func (e unable) Unwrap() []error { return []error{e.error, ErrUnable} }
+
 // Add implements Net. IPv6 addresses are made deprecated (RFC 4862 section 5.5.4),
 // so that the machine's own connections do not use them as source. An address of
 // a failed Add is taken away again.
@@ -419,12 +459,9 @@ func (k *Kernel) add(a Address) (added bool, err error) {
 	k.change.Lock()
 	defer k.change.Unlock()
 	ip := a.Prefix.Addr()
-	l, here, err := k.place(a)
+	l, here, err := k.able(a)
 	if err != nil || here {
 		return false, err
-	}
-	if !l.up {
-		return false, fmt.Errorf("vip: add %s to %s: the interface is down: ip link set %s up", ip, l.name, l.name)
 	}
 	if k.state != nil {
 		if err := k.state.add(a.Prefix, l.name); err != nil {

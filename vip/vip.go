@@ -6,6 +6,7 @@ package vip
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 )
 
@@ -31,12 +32,20 @@ type Socket struct {
 	State   string // of TCP, as ss(8) writes it: "ESTAB", "FIN-WAIT-1", "TIME-WAIT", "LISTEN", ...
 }
 
+// ErrUnable is in errors of Net.Add that say what Check says, too: the kernel was not
+// asked to add the address.
+var ErrUnable = errors.New("vip: the machine cannot have the address")
+
 // Net is what package vip does to the machine's network. Its methods are safe for
 // concurrent use; each names address and remedy in its errors. viptest has one
 // without a kernel.
 type Net interface {
 	// Has tells whether the machine has the address, on whatever interface.
 	Has(addr netip.Addr) (bool, error)
+	// Check tells, without changing anything, why Add could not give the machine the
+	// address now: no such interface, or one that is down. Add may still fail when it
+	// returns nil.
+	Check(a Address) error
 	// Add gives the address to the interface (IPv6 without duplicate address
 	// detection), and returns when the kernel delivers what arrives for it. An
 	// address that is there already is no error.

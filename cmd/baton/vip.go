@@ -319,9 +319,9 @@ until "baton vip undrain". Clients wait meanwhile.`+anyNode, `  baton vip drain 
 }
 
 func (a *app) vipUndrainCmd() *cobra.Command {
-	return a.vipDrainOrder("undrain ADDR [--to NODE]", "Have an address served again", `Have a drained address served again: by the node given, else by the best of its
-preferred nodes that is not drained and answers, else by the node that had it last.
-The manager may move it later.`+anyNode, `  baton vip undrain 192.0.2.50
+	return a.vipDrainOrder("undrain ADDR [--to NODE]", "Have an address served again", `Have a drained address served again: by the node given, else by the one that
+the manager chooses. Where another program manages the addresses: else by the best of
+its preferred nodes that is not drained and answers, else by the node that had it last.`+anyNode, `  baton vip undrain 192.0.2.50
   baton vip undrain 192.0.2.50 --to n2`, false)
 }
 

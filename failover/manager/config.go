@@ -96,7 +96,7 @@ func (c *Config) prepare() error {
 	return nil
 }
 
-// fresh is how old a question may be whose answer counts as present.
+// fresh is how old an answer may be that counts as present.
 func (c *Config) fresh() time.Duration { return 5 * c.Interval }
 
 // Fresh is how old an answer may be at the default Interval.

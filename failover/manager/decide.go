@@ -70,7 +70,7 @@ func (m *Machine) decide(now time.Duration, a *addr, balance bool) *Decision {
 func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	why := d.Reason
 	next := m.nodes[a.v.Next]
-	if next != nil && (a.by == 0 || next.fit && next.incarnation > a.by) {
+	if next != nil && (a.by == 0 || next.incarnation > a.by && (next.fit || m.ordered(now, a))) {
 		if a.by != 0 { // the new process may take its time, too
 			a.assigned = now
 		}
@@ -91,15 +91,15 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	case m.stops(now, next), next.drained:
 		why = cmp.Or(why, "node "+a.v.Next+", which was to serve it, is to have no addresses: "+next.unfit)
 	case m.broken(now, a, next):
-		m.fail(now, a, a.v.Next)
+		m.fail(now, a, a.v.Next, next.failedAt(a))
 		why = cmp.Or(why, "node "+a.v.Next+" could not take it")
 	case next.incarnation > a.by && !next.fit:
 		why = cmp.Or(why, "the process of node "+a.v.Next+" that was to serve it has ended, another one runs")
 	case !a.v.Ready && waited >= m.cfg.StartTimeout:
-		m.fail(now, a, a.v.Next)
+		m.fail(now, a, a.v.Next, max(a.assigned, a.free))
 		why = cmp.Or(why, fmt.Sprintf("node %s was not ready to take it in %v", a.v.Next, m.cfg.StartTimeout))
 	case a.v.Ready && now-max(a.ready, free) >= m.cfg.MoveTimeout:
-		m.fail(now, a, a.v.Next)
+		m.fail(now, a, a.v.Next, max(a.ready, free))
 		why = cmp.Or(why, fmt.Sprintf("node %s has not begun to serve it in %v", a.v.Next, m.cfg.MoveTimeout))
 	default:
 		return // it is on its way
@@ -107,7 +107,7 @@ func (m *Machine) unserved(now time.Duration, a *addr, d *Decision) {
 	to, rule := m.choose(now, a, "", 0, true)
 	switch {
 	case to == nil:
-		m.tell(a, "", "cannot be served: no node that may serve it is fit", m.whyNone(a))
+		m.tell(a, "", "cannot be served: no node that may serve it is fit", m.whyNone(now, a))
 		return
 	case to.name == a.v.Next:
 		if !d.Abandon { // only this one is left: it may go on trying
@@ -126,8 +126,10 @@ func (m *Machine) served(now time.Duration, a *addr, d *Decision, balance bool) 
 		return // until it is known what became of the node
 	}
 	leave, need := m.leave(now, n)
+	ends := false // the node has nothing to give up, and is about to say so
 	if x := n.report.of(a.v.Index); leave == "" && x != nil && x.State == Failed && x.Epoch == a.v.Epoch && m.present(now, n) {
-		leave, need = "node "+n.name+" has failed with it", true
+		m.fail(now, a, n.name, n.failedAt(a))
+		leave, need, ends = "node "+n.name+" has failed with it", true, !x.Stuck
 		if x.Reason != "" {
 			leave += ": " + x.Reason
 		}
@@ -146,8 +148,11 @@ func (m *Machine) served(now time.Duration, a *addr, d *Decision, balance bool) 
 			least = m.cfg.UnreadyAfter
 		}
 		to, rule := m.choose(now, a, d.From, least, false)
+		if to == nil && ends {
+			return // it is about to be unserved
+		}
 		if to == nil {
-			m.tell(a, "", leave+", but no other node that may serve it is fit", m.whyNone(a))
+			m.tell(a, "", leave+", but no other node that may serve it is fit", m.whyNone(now, a))
 			return
 		}
 		d.To, d.Reason, d.Planned = to.name, leave+"; "+rule, true
@@ -176,10 +181,10 @@ func (m *Machine) moving(now time.Duration, a *addr, d *Decision, leave string) 
 	case m.stops(now, next), next.drained:
 		why = "node " + a.v.Next + ", which was to take it, is to have no addresses: " + next.unfit
 	case m.broken(now, a, next):
-		m.fail(now, a, a.v.Next)
+		m.fail(now, a, a.v.Next, next.failedAt(a))
 		why = "node " + a.v.Next + " could not take it"
 	case !a.v.Ready && now-a.assigned >= m.cfg.StartTimeout:
-		m.fail(now, a, a.v.Next)
+		m.fail(now, a, a.v.Next, a.assigned)
 		why = fmt.Sprintf("node %s was not ready to take it in %v", a.v.Next, m.cfg.StartTimeout)
 	case a.v.Ready && now-a.ready >= m.cfg.MoveTimeout && stuck != nil && stuck.mayAnswer():
 		m.tell(a, a.v.Next, fmt.Sprintf("the machine of node %s still has it: nobody serves it until it is removed there by hand, or that machine is off", d.From), stuck.Reason)
@@ -208,14 +213,40 @@ func (m *Machine) stops(now time.Duration, n *node) bool {
 // broken tells that the assigned node says that it cannot take the address.
 func (m *Machine) broken(now time.Duration, a *addr, n *node) bool {
 	x := n.report.of(a.v.Index)
-	return x != nil && x.State == Failed && m.present(now, n) && n.asked-x.Since >= a.assigned
+	if x == nil || x.State != Failed || !m.present(now, n) {
+		return false
+	}
+	// A node may be faster than the answer of the registry to the leader.
+	return x.Move == a.v.MoveID || x.Move == 0 && n.asked-x.Since >= a.assigned
 }
 
-// fail notes that a node did not take the address, so that others are tried first.
-func (m *Machine) fail(now time.Duration, a *addr, name string) {
+// failedAt is since when the node says that it has failed with the address.
+func (n *node) failedAt(a *addr) time.Duration {
+	x := n.report.of(a.v.Index)
+	at := n.asked - x.Since
+	if x.Move == a.v.MoveID {
+		at = max(at, a.assigned) // it may have failed with others before
+	}
+	return at
+}
+
+// Of a node that has failed, and all others have, too: the pause after the first time
+// doubles up to the most.
+const (
+	againPause    = time.Second
+	againPauseMax = 15 * time.Second
+)
+
+// fail notes that a node has failed with the address since the given time, so that
+// others are tried first. The same failure is noted once.
+func (m *Machine) fail(now time.Duration, a *addr, name string, since time.Duration) {
 	f := a.failed[name]
-	f.times = min(f.times+1, maxMoves)
+	if f.times > 0 && since <= f.at {
+		return
+	}
+	f.at, f.times = now, min(f.times+1, maxMoves)
 	f.until = now + doubled(m.cfg.HoldOff, f.times, m.cfg.HoldOffMax)
+	f.again = now + doubled(againPause, f.times, againPauseMax)
 	a.failed[name] = f
 }
 
@@ -264,7 +295,7 @@ func (m *Machine) may(a *addr) []*node {
 
 // choose finds the best node for an address, another one than not, that has been fit for
 // at least a time. Those that have failed with it lately are left out, or with all come
-// last.
+// last, after a pause.
 func (m *Machine) choose(now time.Duration, a *addr, not string, least time.Duration, all bool) (to *node, rule string) {
 	var l, again []*node
 	for _, n := range m.may(a) {
@@ -285,9 +316,11 @@ func (m *Machine) choose(now time.Duration, a *addr, not string, least time.Dura
 	case len(again) > 0 && all:
 		// Everybody has failed: in turn.
 		to = slices.MinFunc(again, func(x, y *node) int {
-			return cmp.Or(cmp.Compare(a.failed[x.name].until, a.failed[y.name].until), cmp.Compare(x.name, y.name))
+			return cmp.Or(cmp.Compare(a.failed[x.name].again, a.failed[y.name].again), cmp.Compare(x.name, y.name))
 		})
-		return to, to.name + " tries again"
+		if now >= a.failed[to.name].again {
+			return to, to.name + " tries again"
+		}
 	}
 	return nil, ""
 }
@@ -346,12 +379,15 @@ func (m *Machine) balance(now time.Duration, a *addr, at *node) (*node, string) 
 }
 
 // whyNone lists why no node is chosen.
-func (m *Machine) whyNone(a *addr) string {
+func (m *Machine) whyNone(now time.Duration, a *addr) string {
 	var l []string
 	for _, n := range m.may(a) {
 		why := n.why()
 		if why == "" && n.report.stuck(a) {
 			why = "its machine still has the address from before"
+		}
+		if why == "" && now < a.failed[n.name].until {
+			why = "it has failed with the address lately"
 		}
 		if why != "" {
 			l = append(l, n.name+": "+why)

@@ -125,7 +125,7 @@ func (s *script) line(line string) {
 	case "unready": // NODE REASON
 		n.unready = strings.Join(f[2:], " ")
 	case "ready":
-		n.unready, n.stuck, n.holds, n.fails, n.slow = "", false, false, false, false
+		n.unready, n.stuck, n.holds, n.fails, n.fumbles, n.slow = "", false, false, false, false, false
 	case "stops":
 		n.stopping = true
 	case "slow":
@@ -136,6 +136,8 @@ func (s *script) line(line string) {
 		n.holds = true
 	case "fails":
 		n.fails = true
+	case "fumbles": // it listens, and cannot take what it is to have
+		n.fumbles = true
 	case "broken": // NODE INDEX: what it serves there fails
 		var i uint32
 		fmt.Sscan(f[2], &i)
@@ -165,6 +167,10 @@ func (s *script) line(line string) {
 		w.reg.drained = slices.DeleteFunc(w.reg.drained, func(x string) bool { return x == n.name })
 	case "registry": // away, back
 		w.away = f[1] == "away"
+	case "lag": // NODE DURATION: until the leader has its answer
+		n.lag = s.duration(f[2])
+	case "late": // DURATION: until the leader hears what it has had the registry do
+		w.late = s.duration(f[1])
 	case "assign": // INDEX NODE: by hand
 		i := index()
 		if _, err := w.reg.assign(i, w.reg.vip(i).Epoch, f[2]); err != nil {

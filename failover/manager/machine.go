@@ -114,8 +114,9 @@ type node struct {
 	suspected, slowSince time.Duration
 
 	report *Report
-	// asked is when the question was asked that report answers.
-	asked time.Duration
+	// asked is when the question was asked that report answers, heard when it was
+	// answered.
+	asked, heard time.Duration
 
 	dead string // why; "": it is not
 	died time.Duration
@@ -124,7 +125,8 @@ type node struct {
 	unfit                  string
 	fitSince, unreadySince time.Duration
 	unready                bool
-	said                   string // the last event, without what changes all the time
+	ready                  time.Duration // when it was unready last
+	said                   string        // the last event, without what changes all the time
 }
 
 // addr is a floating address.
@@ -136,6 +138,8 @@ type addr struct {
 	assigned, ready, began, free time.Duration
 	// of is the process that was seen serving the period; 0: none was.
 	of uint64
+	// well is the last period of service that its node has said to serve.
+	well uint64
 	// by is the process that it is assigned to; 0: not known.
 	by uint64
 	// absent is since when its node says that it does not serve it; 0: it does not.
@@ -150,6 +154,7 @@ type addr struct {
 	errors  int
 
 	own       bool // this leader knows who has assigned it
+	mine      bool // this leader has
 	manual    bool
 	moves     int
 	movedAt   time.Duration
@@ -160,8 +165,10 @@ type addr struct {
 
 // failure is a node that did not take the address.
 type failure struct {
-	until time.Duration
-	times int
+	at    time.Duration // the last one
+	until time.Duration // others are preferred until then
+	again time.Duration // it is not tried before, not even if all others have failed, too
+	times int           // since it last served the address
 }
 
 // NewMachine returns a machine that does not lead.
@@ -278,8 +285,6 @@ func (m *Machine) vip(now time.Duration, v *mgs.VIP) {
 	}
 	if v.Epoch != old.Epoch {
 		a.began, a.of, a.absent = now, 0, 0
-		delete(a.failed, v.Node)
-		a.said = ""
 	}
 	if owner(v) == "" && owner(&old) != "" {
 		a.free = now
@@ -297,7 +302,7 @@ func owner(v *mgs.VIP) string {
 // moved takes note of a new assignment.
 func (m *Machine) moved(now time.Duration, a *addr, old *mgs.VIP) {
 	mine := a.tried != "" && a.v.Next == a.tried && a.v.MoveID == a.triedAt+1
-	a.own = true
+	a.own, a.mine = true, mine
 	a.manual = !mine && a.v.Next != "" && (len(a.v.Prefer) == 0 || a.v.Prefer[0] != a.v.Next)
 	switch {
 	case mine || a.v.Removed:
@@ -379,7 +384,8 @@ func (m *Machine) Report(now time.Duration, name string, asked time.Duration, r 
 		return // of a process that is dead
 	}
 	m.process(n, r.Incarnation)
-	n.report, n.asked = r, asked
+	// An answer that this process was stopped before may be as old as the stop was long.
+	n.report, n.asked, n.heard = r, asked, min(now, asked+askTime)
 	m.recall(now, r.Memory)
 	for _, a := range m.addrs {
 		if owner(&a.v) != name || a.began > asked {
@@ -389,6 +395,10 @@ func (m *Machine) Report(now time.Duration, name string, asked time.Duration, r 
 		switch {
 		case x != nil && x.holds() && x.Epoch == a.v.Epoch:
 			a.of, a.absent = r.Incarnation, 0
+			if x.State == Serving && a.well != x.Epoch {
+				a.well, a.said = x.Epoch, ""
+				delete(a.failed, name)
+			}
 		case x != nil && (x.State == Releasing || x.State == Taking):
 			a.absent = 0 // it may not know its epoch yet; targets may take their time
 		case a.absent == 0:

@@ -305,6 +305,36 @@ func TestOptions(t *testing.T) {
 	}
 }
 
+// An answer that is heard long after the question, because the process was stopped
+// meanwhile, shows nobody present; nor does one show that a node is cut off that was
+// asked before the silence began.
+func TestOldAnswers(t *testing.T) {
+	m, err := NewMachine(DefaultConfig("a", "a", "b", "c"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Lead(time.Second, 1)
+	m.View(time.Second, &mgs.View{VIPs: []mgs.VIP{{Index: 1, Addr: netip.MustParseAddr("192.0.2.10"), Bits: 24}}})
+	r := &Report{Incarnation: 1, Ready: true, Hears: []NodeHealth{{Node: "c", State: Suspect}}}
+	m.Report(time.Minute, "b", 2*time.Second, r)
+	m.Tick(time.Minute)
+	if m.quorum || m.seen != 1 {
+		t.Errorf("quorum %v, %d seen", m.quorum, m.seen)
+	}
+	asked := time.Minute + 100*time.Millisecond
+	m.Health(asked+200*time.Millisecond, []NodeHealth{{Node: "c", State: Suspect, Incarnation: 1, Suspected: 100 * time.Millisecond}})
+	m.Report(asked+800*time.Millisecond, "b", asked, r)
+	m.Tick(asked + 800*time.Millisecond)
+	if !m.quorum || m.nodes["c"].dead != "" {
+		t.Errorf("quorum %v, c is dead: %q", m.quorum, m.nodes["c"].dead)
+	}
+	m.Report(asked+1500*time.Millisecond, "b", asked+800*time.Millisecond, r)
+	m.Tick(asked + 1500*time.Millisecond)
+	if m.nodes["c"].dead == "" {
+		t.Error("c is not dead")
+	}
+}
+
 // Reports and memories that are none change nothing.
 func TestBadReports(t *testing.T) {
 	m, err := NewMachine(DefaultConfig("a", "a", "b", "c"))

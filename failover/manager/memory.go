@@ -63,19 +63,20 @@ const maxRemembered = 128
 // goroutine at a time.
 type Keeper struct{ m *Memory }
 
-// Answer takes a question's memory and fills in the answer's part.
+// Answer takes a question's memory and fills in the answer's part. What is recalled is
+// what was kept before the question.
 func (k *Keeper) Answer(q *Question, r *Report) error {
 	if err := q.Memory.Check(); err != nil {
 		return err
+	}
+	if q.Recall {
+		r.Memory = k.m
 	}
 	if q.Memory != nil && (k.m == nil || q.Memory.Compare(k.m.Version) > 0) {
 		k.m = q.Memory
 	}
 	if k.m != nil {
 		r.Kept = k.m.Version
-		if q.Recall {
-			r.Memory = k.m
-		}
 	}
 	return nil
 }
@@ -89,7 +90,8 @@ func (m *Machine) Question(now time.Duration, node string) Question {
 		return q
 	}
 	q.Recall = n.report == nil
-	if m.version.Seq != 0 && (n.report == nil || n.report.Kept != m.version) {
+	// A memory takes the place of what is asked for, and the answer may be lost.
+	if m.version.Seq != 0 && n.report != nil && n.report.Kept != m.version {
 		q.Memory = m.memory(now)
 		q.Memory.VIPs = q.Memory.VIPs[:min(len(q.Memory.VIPs), maxRemembered)]
 	}

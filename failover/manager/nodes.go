@@ -58,9 +58,10 @@ func (m *Machine) paused(now time.Duration) {
 	}
 }
 
-// present tells that the node has answered what it was asked lately.
+// present tells that the node has answered lately. Questions are given up after askTime:
+// with the age of the question a node that takes almost that long would come and go.
 func (m *Machine) present(now time.Duration, n *node) bool {
-	return n.report != nil && now-n.asked <= m.cfg.fresh()
+	return n.report != nil && now-n.heard <= m.cfg.fresh()
 }
 
 // count finds out whether there is a quorum.
@@ -124,8 +125,12 @@ func (m *Machine) judge(now time.Duration, n *node) {
 	}
 	unready := false
 	n.unfit, unready = m.unfit(now, n)
-	if unready && !n.unready {
+	// One that can serve now and then, for moments, is of no use either.
+	if unready && !n.unready && now-n.ready >= m.cfg.fresh() {
 		n.unreadySince = now
+	}
+	if unready {
+		n.ready = now
 	}
 	n.unready = unready
 	if fit := n.unfit == ""; fit != n.fit {
@@ -166,7 +171,7 @@ func (n *node) why() string {
 // answers though its beats are missing has the time of an answer more.
 func (m *Machine) silence(n *node) time.Duration {
 	if n.report != nil && n.asked >= n.suspected {
-		return n.asked + m.cfg.fresh()
+		return n.heard + m.cfg.fresh()
 	}
 	return n.suspected
 }
@@ -213,10 +218,15 @@ func (m *Machine) death(now time.Duration, n *node) string {
 	return fmt.Sprintf("no beats and no answer for %v since it was suspected, and none of %d other nodes hears it", need, answers)
 }
 
-// gone tells that the node which is to take an address is dead. Somebody who assigns it
-// to a node that was dead before knows more: that node may just have come back.
+// ordered tells that somebody else has assigned an address only just now. Who assigns it to
+// a node that is dead, or whose process is, knows more: that node may just have come back.
+func (m *Machine) ordered(now time.Duration, a *addr) bool {
+	return !a.mine && now-a.assigned < m.cfg.fresh()
+}
+
+// gone tells that the node which is to take an address is dead.
 func (m *Machine) gone(now time.Duration, a *addr, n *node) bool {
-	return n.dead != "" && (n.died >= a.assigned || now-a.assigned >= m.cfg.fresh())
+	return n.dead != "" && (n.died >= a.assigned || !m.ordered(now, a))
 }
 
 // unfit is why a node gets no addresses, "" if it does, and whether that is because it

@@ -47,8 +47,11 @@ type Address struct {
 	Epoch uint64       `json:"epoch,omitempty"` // of the period of service there
 	State AddressState `json:"state"`
 	// Since is how long it has been so.
-	Since  time.Duration `json:"since,omitempty"`
-	Reason string        `json:"reason,omitempty"`
+	Since time.Duration `json:"since,omitempty"`
+	// Move (of Failed) is the assignment that the node could not follow (mgs.VIP.MoveID);
+	// 0: it does not say.
+	Move   uint64 `json:"move,omitempty"`
+	Reason string `json:"reason,omitempty"`
 	// Stuck (of Failed): the node's machine still has the address. Silent: nothing that
 	// comes for it is answered.
 	Stuck  bool `json:"stuck,omitempty"`

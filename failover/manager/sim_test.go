@@ -215,15 +215,17 @@ func (s *sim) disturb() {
 	case 12:
 		n.unready = "the MDT does not answer"
 	case 13, 14:
-		n.unready, n.stuck, n.holds, n.fails, n.slow, n.stopping = "", false, false, false, false, false
+		n.unready, n.stuck, n.holds, n.fails, n.fumbles, n.slow, n.stopping = "", false, false, false, false, false, false
 	case 15:
 		n.slow = true
 	case 16:
-		switch s.r.IntN(3) {
+		switch s.r.IntN(4) {
 		case 0:
 			n.stuck = true
 		case 1:
 			n.holds = true
+		case 2:
+			n.fumbles = true
 		default:
 			n.fails = true
 		}
@@ -265,7 +267,7 @@ func (s *sim) disturb() {
 func (s *sim) observe() {
 	w := s.w
 	for _, n := range w.nodes {
-		if w.lead == nil || !n.runs() || !w.linked(n.name, w.lead.name) || !w.lead.runs() || n.holds || n.fails || n.stuck || w.away {
+		if w.lead == nil || !n.runs() || !w.linked(n.name, w.lead.name) || !w.lead.runs() || n.holds || n.fails || n.fumbles || n.stuck || w.away {
 			s.trouble[n.name] = w.now
 		}
 		if w.lead != nil && w.lead.runs() && n.runs() && w.linked(n.name, w.lead.name) {
@@ -292,7 +294,7 @@ func (s *sim) observe() {
 		}
 		for _, n := range w.nodes {
 			may := len(v.Prefer) == 0 || slices.Contains(v.Prefer, n.name)
-			if served || !able || !may || v.Drained || !n.runs() || !w.linked(n.name, w.lead.name) || n.unready != "" || n.stuck || n.fails || n.slow && w.cfg.SlowAfter > 0 || n.stopping ||
+			if served || !able || !may || v.Drained || !n.runs() || !w.linked(n.name, w.lead.name) || n.unready != "" || n.stuck || n.fails || n.fumbles || n.slow && w.cfg.SlowAfter > 0 || n.stopping ||
 				slices.Contains(w.reg.drained, n.name) {
 				s.fine[v.Index][n.name] = w.now
 			} else if d := w.now - s.fine[v.Index][n.name]; d > simBound {
@@ -342,7 +344,7 @@ func TestSimulation(t *testing.T) {
 			w.reg.vips[i].Drained = false
 		}
 		for _, n := range w.nodes {
-			n.unready, n.stuck, n.holds, n.fails, n.slow, n.stopping = "", false, false, false, false, false
+			n.unready, n.stuck, n.holds, n.fails, n.fumbles, n.slow, n.stopping = "", false, false, false, false, false, false
 			if n.frozen {
 				w.thaw(n)
 			}
@@ -428,5 +430,70 @@ func TestCrashBudget(t *testing.T) {
 		if took := decided - died; decided == 0 || took > 1500*time.Millisecond {
 			t.Errorf("seed %d: %d nodes: decided after %v", seed, len(cfg.Nodes), took)
 		}
+	}
+}
+
+// A node that cannot have an address although it listens for it, and nodes none of which
+// can, are tried again and again, but more and more seldom.
+func TestFailuresAreRare(t *testing.T) {
+	for name, c := range map[string]struct {
+		break_  func(w *world)
+		prefer  []string
+		decided int // in 10 minutes, at most
+		epochs  uint64
+	}{
+		"the preferred one cannot take it":    {func(w *world) { w.node("c").fumbles = true }, []string{"c", "b"}, 12, 12},
+		"the preferred one cannot listen":     {func(w *world) { w.node("c").fails = true }, []string{"c", "b"}, 12, 0},
+		"none can take it":                    {func(w *world) { w.fumble() }, nil, 150, 800},
+		"none of those preferred can take it": {func(w *world) { w.fumble() }, []string{"c", "b"}, 100, 800},
+		"none can listen": {func(w *world) {
+			for _, n := range w.nodes {
+				n.fails = true
+			}
+		}, nil, 150, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(DefaultConfig("a", "a", "b", "c"))
+			v := w.reg.add("192.0.2.10", c.prefer...)
+			w.takeLead(w.node("a"))
+			decided := 0
+			w.decided = func(d *Decision, _ *mgs.VIP, _ error) {
+				if d.To != "" {
+					decided++
+				}
+			}
+			run := func(d time.Duration) {
+				for end := w.now + d; w.now < end; {
+					w.step()
+				}
+			}
+			if c.prefer != nil { // it is at b, as c was away
+				w.kill(w.node("c"))
+				run(5 * time.Second)
+				w.start(w.node("c"))
+			}
+			c.break_(w)
+			decided = 0
+			epoch := v.Epoch
+			run(10 * time.Minute)
+			t.Logf("%d decisions, %d periods of service", decided, v.Epoch-epoch)
+			if decided == 0 || decided > c.decided || v.Epoch-epoch > c.epochs {
+				t.Errorf("%d decisions, %d periods of service in 10 minutes", decided, v.Epoch-epoch)
+			}
+			for _, n := range w.nodes {
+				n.fails, n.fumbles = false, false
+			}
+			run(time.Minute)
+			if v.Clean || v.Node == "" || w.node(v.Node).units[v.Index].state != Serving {
+				t.Errorf("it is not served when all are well: %+v", v)
+			}
+		})
+	}
+}
+
+// fumble has all nodes fail with what they are to take.
+func (w *world) fumble() {
+	for _, n := range w.nodes {
+		n.fumbles = true
 	}
 }

@@ -148,6 +148,10 @@ type world struct {
 	happened func(e Event)
 	served   func(n *wnode, index uint32, epoch uint64)
 	delay    func() time.Duration // of an agent's step
+	// late is how long after a change of the registry the leader hears of it.
+	late    time.Duration
+	answers []func() // not heard yet, with their times
+	due     []time.Duration
 }
 
 // wnode is a node of a world.
@@ -162,13 +166,15 @@ type wnode struct {
 	stopping    bool
 	slow        bool
 	load        float64
-	// stuck: it does not listen; holds: it gives nothing up; fails: its units fail.
-	stuck, holds, fails bool
-	units               map[uint32]*unit
-	keep                Keeper
+	// stuck: it does not listen; holds: it gives nothing up; fails: its units fail;
+	// fumbles: they fail when they have begun a period of service.
+	stuck, holds, fails, fumbles bool
+	units                        map[uint32]*unit
+	keep                         Keeper
 	// of the leader's questions to it
 	asked, answer time.Duration
 	reply         *Report
+	lag           time.Duration // of its answers
 }
 
 // unit is an address on a node.
@@ -179,6 +185,22 @@ type unit struct {
 	since time.Duration // when the state began
 	// of Failed: the machine still has the address, and drops what comes for it
 	stuck, silent bool
+	// of Failed: the period of service is to be ended
+	owes bool
+	// the pause before the next try, and the assignment that it is for
+	pause time.Duration
+	move  uint64
+	// of Failed: the assignment that it could not follow
+	missed uint64
+}
+
+// retry is the pause of an agent after a failure.
+const retry = 500 * time.Millisecond
+
+// paused lets an agent wait before it tries again.
+func (w *world) paused(u *unit) {
+	u.pause = min(max(2*u.pause, retry), 15*time.Second)
+	u.next = w.now + u.pause
 }
 
 func newWorld(cfg Config) *world {
@@ -260,7 +282,7 @@ func (w *world) report(n *wnode, q *Question) *Report {
 	r := &Report{Incarnation: n.incarnation, Ready: n.unready == "", Reason: n.unready, Stopping: n.stopping, Load: n.load}
 	for _, i := range sorted(n.units) {
 		u := n.units[i]
-		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since, Stuck: u.stuck, Silent: u.silent})
+		r.Addresses = append(r.Addresses, Address{Index: i, Epoch: u.epoch, State: u.state, Since: w.now - u.since, Move: u.missed, Stuck: u.stuck, Silent: u.silent})
 	}
 	r.Hears = w.hears(n)
 	if err := n.keep.Answer(q, r); err != nil {
@@ -308,7 +330,7 @@ func (w *world) step() {
 	if w.away {
 		w.m.Lost()
 		w.seen = nil
-	} else if w.seen == nil || !w.reg.same(w.seen) {
+	} else if w.hear(); len(w.due) == 0 && (w.seen == nil || !w.reg.same(w.seen)) {
 		w.seen = w.reg.view()
 		w.m.View(w.now, w.seen)
 	}
@@ -378,8 +400,20 @@ func (w *world) ask() {
 			if n.runs() && w.linked(n.name, w.lead.name) {
 				q := w.m.Question(w.now, n.name)
 				n.reply = w.report(n, &q)
+				n.answer = w.now + max(n.lag, tick)
+			}
+			if n.answer > w.now+askTime { // nobody waits so long
+				n.reply, n.answer = &Report{Load: -1}, w.now+askTime
 			}
 		}
+	}
+}
+
+// hear gives the leader the answers of the registry that are due. They come in order.
+func (w *world) hear() {
+	for len(w.due) > 0 && w.now >= w.due[0] {
+		w.answers[0]()
+		w.answers, w.due = w.answers[1:], w.due[1:]
 	}
 }
 
@@ -402,7 +436,13 @@ func (w *world) carryOut(d *Decision) {
 		}
 	}
 	w.decided(d, v, err)
-	w.m.Result(w.now, d.ID, v, err)
+	if w.late == 0 {
+		w.m.Result(w.now, d.ID, v, err)
+		return
+	}
+	m, id := w.m, d.ID
+	w.answers = append(w.answers, func() { m.Result(w.now, id, v, err) })
+	w.due = append(w.due, w.now+w.late)
 }
 
 // agent brings a node's units to what the registry says.
@@ -426,6 +466,12 @@ func (w *world) agent(n *wnode) {
 			u = &unit{state: Absent}
 			n.units[v.Index] = u
 		}
+		if u.move != v.MoveID {
+			u.move, u.pause = v.MoveID, 0
+			if u.state == Failed {
+				u.next = w.now
+			}
+		}
 		if w.now < u.next {
 			continue
 		}
@@ -435,7 +481,11 @@ func (w *world) agent(n *wnode) {
 			switch {
 			case owner(v) == n.name: // of an earlier process
 				_ = w.reg.abandon(v.Index, v.Epoch)
-			case v.Next == n.name && !n.stuck && n.unready == "":
+			case v.Next != n.name || n.stuck || n.unready != "":
+			case n.fails:
+				u.state, u.missed = Failed, v.MoveID
+				w.paused(u)
+			default:
 				u.state = Listening
 			}
 		case Listening:
@@ -443,7 +493,7 @@ func (w *world) agent(n *wnode) {
 			case v.Next != n.name:
 				u.state = Absent
 			case n.fails:
-				u.state = Failed
+				u.state, u.missed = Failed, v.MoveID
 			case !v.Ready:
 				_ = w.reg.setReady(v.Index, v.MoveID)
 			case owner(v) == "":
@@ -452,6 +502,11 @@ func (w *world) agent(n *wnode) {
 				}
 			}
 		case Taking:
+			if n.fumbles {
+				u.state, u.since, u.owes, u.missed = Failed, w.now, true, v.MoveID
+				w.paused(u)
+				continue
+			}
 			u.state = Serving
 			w.served(n, v.Index, u.epoch)
 		case Serving:
@@ -468,14 +523,23 @@ func (w *world) agent(n *wnode) {
 		case Failed:
 			switch {
 			case u.stuck:
+			case u.owes:
+				_ = w.reg.abandon(v.Index, u.epoch)
+				u.owes, u.epoch = false, 0
 			case v.Next != n.name:
 				u.state = Absent
-			case !n.fails && u.epoch == 0: // it tries again
+			case n.fails && u.epoch == 0:
+				u.missed = v.MoveID
+				w.paused(u)
+			case u.epoch == 0: // it tries again
 				u.state = Listening
 			}
 		}
+		if u.state != Failed {
+			u.missed = 0
+		}
 		if u.state != was {
-			u.next, u.since = w.now+w.delay(), w.now
+			u.next, u.since = max(u.next, w.now+w.delay()), w.now
 		}
 	}
 }

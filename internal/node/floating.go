@@ -126,7 +126,7 @@ func kindOf(k manager.EventKind) string {
 func (n *Node) reportAddresses() (l []manager.Address) {
 	now := time.Now()
 	for _, r := range n.AddressReports() {
-		l = append(l, manager.Address{Index: r.Index, Epoch: r.Epoch, State: manager.AddressState(r.State), Since: max(now.Sub(r.Since), 0), Reason: r.Reason, Stuck: r.Stuck, Silent: r.Silent})
+		l = append(l, manager.Address{Index: r.Index, Epoch: r.Epoch, State: manager.AddressState(r.State), Since: max(now.Sub(r.Since), 0), Move: r.Move, Reason: r.Reason, Stuck: r.Stuck, Silent: r.Silent})
 	}
 	return short(l)
 }

@@ -11,6 +11,9 @@ import (
 const (
 	reasonMax  = 200
 	reasonsMax = 4 << 10
+	// movesMax bounds the failed addresses whose assignment is said, too: of others it is
+	// seen in Since, if later.
+	movesMax = 128
 )
 
 // short leaves out of a report what the node that decides can do without: a node whose
@@ -18,7 +21,7 @@ const (
 // address that is not listed is absent.
 func short(l []manager.Address) []manager.Address {
 	l = slices.DeleteFunc(l, func(a manager.Address) bool { return a.State == manager.Absent })
-	room := reasonsMax
+	room, moves := reasonsMax, movesMax
 	for i := range l {
 		a := &l[i]
 		if a.State != manager.Failed {
@@ -29,6 +32,11 @@ func short(l []manager.Address) []manager.Address {
 		}
 		if room -= len(a.Reason); room < 0 {
 			a.Reason = ""
+		}
+		if a.Move != 0 {
+			if moves--; moves < 0 {
+				a.Move = 0
+			}
 		}
 	}
 	return l

@@ -21,7 +21,7 @@ func TestReportsFit(t *testing.T) {
 			a := manager.Address{Index: uint32(i + 1), Epoch: 12345, State: manager.Serving, Since: 40 * 24 * time.Hour}
 			switch {
 			case i < failed:
-				a.Since = time.Hour
+				a.Since, a.Move = time.Hour, 12345
 				a.State, a.Reason = manager.Failed, fmt.Sprintf("take-over: add: %d: %s", i, strings.Repeat("é", 300))
 			case i%4 == 3:
 				a.State, a.Epoch = manager.Absent, 0
@@ -50,6 +50,9 @@ func TestReportsFit(t *testing.T) {
 			}
 			if i < min(failed, 10) && (a.Since == 0 || !strings.Contains(a.Reason, "take-over")) {
 				t.Errorf("why it has failed is missing: %+v", a)
+			}
+			if i < min(failed, 10) && a.Move == 0 {
+				t.Errorf("with what it has failed is missing: %+v", a)
 			}
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/failover/events"
+	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/health"
@@ -231,9 +232,10 @@ func (n *Node) MoveVIP(ctx context.Context, addr netip.Addr, to string, force bo
 	}
 }
 
-// DrainVIP has an address served by nobody, or again: then by the given node, or by the
-// best of those that are not drained and not known to be silent, or by whom the manager
-// chooses.
+// DrainVIP has an address served by nobody, or again: then by the given node, or by whom
+// the builtin manager chooses, to which the order of a node would be one of an
+// administrator: it would leave the address there. Without that manager it is the best of
+// those that are not drained and not known to be silent.
 func (n *Node) DrainVIP(ctx context.Context, addr netip.Addr, drained bool, to string) (control.VIPMoved, error) {
 	var view mgs.View
 	var x mgs.VIP
@@ -265,11 +267,11 @@ func (n *Node) DrainVIP(ctx context.Context, addr netip.Addr, drained bool, to s
 	if drained {
 		return m, nil
 	}
-	if to == "" {
+	if to == "" && n.cfg.Manager.Mode != config.ManagerBuiltin {
 		to = bestNode(&x, view.Drained, n.silent())
 	}
 	if to == "" {
-		return m, nil // the manager's choice
+		return m, nil
 	}
 	return n.MoveVIP(ctx, addr, to, false)
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/baton-nfs/baton/failover/events"
+	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/internal/status"
 	"github.com/baton-nfs/baton/recovery/mgs"
@@ -22,6 +23,11 @@ func TestVIPOrders(t *testing.T) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	c := newCell(t)
+	c.change = func(k *config.Config) {
+		if k.Cluster.Node == "a" {
+			k.Manager.Mode = config.ManagerExternal
+		}
+	}
 	a, b := c.up("a"), c.up("b")
 	until(t, "the registry", func() bool { return state(b, "MGS") == status.StateUp })
 	addr, other := netip.MustParseAddr("127.0.9.1"), netip.MustParseAddr("127.0.9.2")
@@ -120,6 +126,19 @@ func TestVIPOrders(t *testing.T) {
 		t.Errorf("%+v, %+v", m, f)
 	}
 	must(b.DrainNode(ctx, "a", false))
+	// A node with a manager leaves the choice to that, which finds nobody here.
+	_, err = b.DrainVIP(ctx, addr, true, "")
+	must(err)
+	m, err = b.DrainVIP(ctx, addr, false, "")
+	must(err)
+	if f := one(); m.To != "" || f.Next != "" || f.Drained {
+		t.Errorf("%+v, %+v", m, f)
+	}
+	m, err = b.DrainVIP(ctx, addr, false, "b")
+	must(err)
+	if f := one(); m.To != "b" || f.Next != "b" {
+		t.Errorf("%+v, %+v", m, f)
+	}
 	_, err = a.SetVIP(ctx, mgs.VIPSpec{Addr: addr, Bits: 16})
 	must(err)
 	v = serve("b")

@@ -230,6 +230,48 @@ func TestTakenTooLate(t *testing.T) {
 	b.until("the period of service ends", func() bool { v := b.vip(); return v.Free() && v.Clean })
 }
 
+// A node whose machine cannot have the address, as it has no such interface, is never
+// ready for it: the owner would give it up for nothing. When it can, it is.
+func TestNotReadyWithoutInterface(t *testing.T) {
+	b := newBed(t)
+	b.assign("b")
+	v := b.vip()
+	if _, err := b.reg.Take(b.ctx, v.Index, v.MoveID); err != nil {
+		t.Fatal(err)
+	}
+	b.net.Fail(viptest.Check, errors.New("the machine has no interface eth0"), 1<<20)
+	b.assign("a")
+	b.start()
+	tries := func() int { return strings.Count(b.network.Lines(), "check") }
+	b.until("it is tried again", func() bool { return tries() > 2 })
+	if v := b.vip(); v.Ready || v.Node != "b" || v.Clean {
+		t.Errorf("the owner gives it up: %+v", v)
+	}
+	if r := b.a.Reports()[0]; r.State != Failed || r.Move != b.vip().MoveID || !strings.Contains(r.Reason, "no interface eth0") {
+		t.Errorf("%+v, registry %+v", r, b.vip())
+	}
+	b.net.Fail(viptest.Check, nil, 0)
+	b.until("it is ready", func() bool { return b.vip().Ready })
+	b.become(Listening)
+}
+
+// An address that was begun and could not be added has failed with that assignment.
+func TestFailedMoveIsReported(t *testing.T) {
+	b := newBed(t)
+	b.net.Fail(viptest.Add, errors.New("the kernel refuses"), 1<<20)
+	b.start()
+	b.assign("a")
+	b.become(Failed)
+	if r, v := b.a.Reports()[0], b.vip(); r.Move != v.MoveID || v.Epoch == 0 {
+		t.Errorf("%+v, registry %+v", r, v)
+	}
+	b.net.Fail(viptest.Add, nil, 0)
+	b.become(Serving)
+	if r := b.a.Reports()[0]; r.Move != 0 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // Ports are held after a release only if that release was told to.
 func TestPortsHeldOnce(t *testing.T) {
 	b := newBed(t)

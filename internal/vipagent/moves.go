@@ -19,6 +19,9 @@ import (
 // calls its methods in order, but does not wait for one that is late.
 type candidate struct {
 	k *keeper
+	// at is where the address is to be; given: somebody else adds it.
+	at    vip.Address
+	given bool
 
 	mu    sync.Mutex
 	unit  Unit
@@ -28,8 +31,14 @@ type candidate struct {
 	left  bool              // the keeper has gone on without the rest
 }
 
-// Listen implements failover.Candidate.
+// Listen implements failover.Candidate. A node that could not add the address must not
+// be ready for it: its owner would give it up for nothing.
 func (c *candidate) Listen(context.Context) error {
+	if !c.given {
+		if err := c.k.a.o.Net.Check(c.at); err != nil {
+			return err
+		}
+	}
 	u := c.k.a.o.New(c.k.addr)
 	if err := u.Listen(true); err != nil {
 		return err
@@ -176,8 +185,9 @@ func (k *keeper) listen() error {
 	k.mu.Lock()
 	given := k.s.given
 	k.mu.Unlock()
-	c := &candidate{k: k}
-	o := failover.AcquireOptions{Subject: k.subject(reason), Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}, Confirm: k.confirm}
+	subject := k.subject(reason)
+	c := &candidate{k: k, at: subject.Address, given: given}
+	o := failover.AcquireOptions{Subject: subject, Candidate: c, Given: given, Deadlines: failover.TakeDeadlines{Begin: beginTime}, Confirm: k.confirm}
 	ctx, end := k.doing(func(s *situation) bool { return !s.mine() || s.vip.MoveID != v.MoveID })
 	defer end()
 	ceding := make(chan struct{})
@@ -187,6 +197,9 @@ func (k *keeper) listen() error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		k.mu.Lock()
+		k.missed = v.MoveID
+		k.mu.Unlock()
 		return rep.Err
 	}
 	k.mu.Lock()
@@ -241,6 +254,9 @@ func (k *keeper) take(v *mgs.VIP) error {
 		return nil
 	}
 	k.mu.Lock()
+	if !useless {
+		k.missed = move
+	}
 	if began != nil {
 		// Nothing of it was answered unless it was exposed.
 		k.owe = &debt{epoch: began.Epoch, clean: !began.Crashed && !rep.Exposed, stuck: rep.Outcome == failover.Stuck}

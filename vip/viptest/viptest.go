@@ -21,6 +21,7 @@ type Kind string
 // Kinds.
 const (
 	Has      Kind = "has"
+	Check    Kind = "check"
 	Add      Kind = "add"
 	Remove   Kind = "remove"
 	Announce Kind = "announce"
@@ -30,7 +31,7 @@ const (
 	Added    Kind = "added"
 )
 
-// Op is something that was done to the network, or tried. Has, Sockets and Added
+// Op is something that was done to the network, or tried. Has, Check, Sockets and Added
 // are not recorded unless they failed.
 type Op struct {
 	Machine string
@@ -258,7 +259,7 @@ func (v *Net) do(ctx context.Context, k Kind, addr netip.Addr, effect func() (in
 	if err == nil {
 		count, err = effect()
 	}
-	if err != nil || k != Has && k != Sockets && k != Added {
+	if err != nil || k != Has && k != Check && k != Sockets && k != Added {
 		v.n.ops = append(v.n.ops, Op{v.m.name, k, addr, count, err})
 	}
 	if err != nil {
@@ -274,6 +275,11 @@ func (v *Net) Has(addr netip.Addr) (has bool, err error) {
 		return 0, nil
 	})
 	return has, err
+}
+
+// Check implements vip.Net. Nothing is ever in the way but a hook.
+func (v *Net) Check(a vip.Address) error {
+	return v.do(context.Background(), Check, a.Prefix.Addr(), func() (int, error) { return 0, nil })
 }
 
 // Add implements vip.Net.
