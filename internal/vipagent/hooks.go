@@ -81,7 +81,7 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 		return vipctl.Result{}, err
 	}
 	before := *k.situation()
-	move, failed, err := k.want(ctx, args)
+	move, failed, err := k.want(args)
 	end()
 	if err != nil {
 		return vipctl.Result{}, err
@@ -115,13 +115,14 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 
 // want has the address assigned to this node, and returns the number of the assignment
 // and of the failures so far.
-func (k *keeper) want(ctx context.Context, args vipctl.TakeArgs) (move, failed uint64, err error) {
+func (k *keeper) want(args vipctl.TakeArgs) (move, failed uint64, err error) {
 	// A process that dies meanwhile leaves the address to whom it belongs.
 	if err := k.a.given.set(k.addr, args.Given); err != nil {
 		return 0, 0, err
 	}
 	v := k.registry()
-	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	// Not the caller's context: if it has gone, an order is not left half done.
+	ctx, cancel := context.WithTimeout(k.a.ctx, registryTime)
 	defer cancel()
 	if args.Force && !v.Free() && v.Node != k.a.o.Node {
 		if err := k.a.o.Registry.Abandoned(ctx, k.index, v.Epoch); err != nil && !isGone(err) {
@@ -178,7 +179,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 	if err != nil {
 		return vipctl.Result{}, err
 	}
-	before, released := k.unwant(ctx, args)
+	before, released := k.unwant(args)
 	end()
 	late := time.NewTimer(readyTime)
 	defer late.Stop()
@@ -232,7 +233,7 @@ func (k *keeper) bar() {
 
 // unwant has the address given up, and returns how it was here and the assignment that
 // is not followed, or the one that came instead.
-func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before State, released uint64) {
+func (k *keeper) unwant(args vipctl.ReleaseArgs) (before State, released uint64) {
 	k.mu.Lock()
 	v := k.s.vip
 	before = k.s.state
@@ -249,7 +250,7 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 	}
 	k.look()
 	k.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	ctx, cancel := context.WithTimeout(k.a.ctx, registryTime) // as in want
 	defer cancel()
 	for range 3 {
 		if v.Next != k.a.o.Node && (args.To == "" || args.To == v.Next) {

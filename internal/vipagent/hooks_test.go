@@ -3,10 +3,12 @@ package vipagent
 import (
 	"context"
 	"errors"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/baton-nfs/baton/internal/control"
 	"github.com/baton-nfs/baton/internal/control/vipctl"
 	"github.com/baton-nfs/baton/vip/viptest"
 )
@@ -29,6 +31,27 @@ func TestReleaseOfStuckAddressFails(t *testing.T) {
 			t.Errorf("%s: %+v, but the machine has the address", stage, r)
 		} else if !strings.Contains(err.Error(), "still has the address") {
 			t.Errorf("%s: %v", stage, err)
+		}
+	}
+	// A cluster manager asks again and again; those who gave up take nobody's place.
+	sock := filepath.Join(t.TempDir(), "s")
+	ctl := control.NewServer(nil)
+	vipctl.Register(ctl, b.a)
+	if err := ctl.Start(sock); err != nil {
+		t.Fatal(err)
+	}
+	defer ctl.Close()
+	for range 40 {
+		short, cancel := context.WithTimeout(b.ctx, 50*time.Millisecond)
+		err := control.Do(short, sock, vipctl.CmdRelease, &vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageDrain}, nil)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	for control.Do(b.ctx, sock, control.CmdPing, nil, nil) != nil { // the last ones may not have gone yet
+		if b.ctx.Err() != nil {
+			t.Fatal("ping is not answered after releases whose callers gave up")
 		}
 	}
 	done := make(chan error, 1)

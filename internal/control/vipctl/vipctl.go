@@ -14,7 +14,8 @@ import (
 
 // Commands. They can be given again, and by several callers at the same time: those
 // for one address wait for each other, and a release that comes while a take is
-// under way breaks it off. When the caller has gone, the work goes on.
+// under way breaks it off. When the caller has gone, only the wait ends: what was begun
+// goes on.
 const (
 	CmdTake    = "vip-take"    // TakeArgs; Result
 	CmdRelease = "vip-release" // ReleaseArgs; Result
@@ -110,7 +111,7 @@ func Register(s *control.Server, m Mover) {
 }
 
 func handle[T any](s *control.Server, cmd string, f func(context.Context, T) (Result, error)) {
-	s.Handle(cmd, func(ctx context.Context, raw json.RawMessage) (any, error) {
+	s.HandleWait(cmd, func(ctx context.Context, raw json.RawMessage) (any, error) {
 		var args T
 		if err := json.Unmarshal(raw, &args); err != nil {
 			return nil, fmt.Errorf("arguments of %s: %w", cmd, err)
