@@ -30,7 +30,7 @@ type HandlerFunc func(ctx context.Context, args json.RawMessage) (any, error)
 
 type handler struct {
 	f HandlerFunc
-	// waits: its context ends when the client has gone, too.
+	// waits: its context ends when the client has gone, too, and Retire does not end it.
 	waits bool
 }
 
@@ -42,11 +42,16 @@ type Server struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	// work is ctx for handlers that Retire ends; busy are those.
+	work   context.Context
+	retire context.CancelFunc
+	busy   sync.WaitGroup
 
-	mu     sync.Mutex
-	l      *net.UnixListener
-	conns  map[net.Conn]struct{}
-	closed bool
+	mu      sync.Mutex
+	l       *net.UnixListener
+	conns   map[net.Conn]struct{}
+	closed  bool
+	retired string // what Retire was given
 }
 
 // NewServer returns a server that knows only CmdPing.
@@ -56,6 +61,7 @@ func NewServer(log *slog.Logger) *Server {
 	}
 	s := &Server{log: log, handlers: map[string]handler{}, conns: map[net.Conn]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.work, s.retire = context.WithCancel(s.ctx)
 	s.Handle(CmdPing, func(context.Context, json.RawMessage) (any, error) { return nil, nil })
 	return s
 }
@@ -65,7 +71,7 @@ func (s *Server) Handle(name string, f HandlerFunc) { s.handlers[name] = handler
 
 // HandleWait is Handle for a command that may wait long for what goes on without it:
 // its context ends when the client has gone, too, so that those who gave up do not use
-// up the connections.
+// up the connections. It is answered until Close, also after Retire.
 func (s *Server) HandleWait(name string, f HandlerFunc) { s.handlers[name] = handler{f, true} }
 
 // Start listens on path and serves in the background until Close. A socket
@@ -118,6 +124,16 @@ func listen(path string) (*net.UnixListener, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// Retire ends handlers' contexts and waits for them, and refuses commands from then on
+// with CodeEnding and a reason; those of HandleWait go on.
+func (s *Server) Retire(reason string) {
+	s.mu.Lock()
+	s.retired = reason
+	s.mu.Unlock()
+	s.retire()
+	s.busy.Wait()
 }
 
 // Close stops listening, removes the socket, ends handlers' contexts and waits
@@ -256,6 +272,16 @@ func (s *Server) watch(c *net.UnixConn) (ctx context.Context, stop func()) {
 	}
 }
 
+// begin enters a handler that Retire waits for, unless that was called.
+func (s *Server) begin() (retired string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired == "" {
+		s.busy.Add(1)
+	}
+	return s.retired
+}
+
 func (s *Server) execute(c *net.UnixConn, line []byte) *response {
 	fail := func(code, format string, a ...any) *response {
 		return &response{V: Version, Code: code, Error: fmt.Sprintf(format, a...)}
@@ -271,9 +297,11 @@ func (s *Server) execute(c *net.UnixConn, line []byte) *response {
 	if !ok {
 		return fail(CodeUnknown, "unknown command %q", req.Cmd)
 	}
-	ctx, stop := s.ctx, func() {}
+	ctx, stop := s.work, s.busy.Done
 	if h.waits {
 		ctx, stop = s.watch(c)
+	} else if reason := s.begin(); reason != "" {
+		return fail(CodeEnding, "%s", reason)
 	}
 	res, err := h.f(ctx, req.Args)
 	stop()

@@ -264,18 +264,35 @@ func (n *Node) localAddresses() map[uint32]status.VIPLocal {
 
 var errNoFloating = errors.New("this node serves no floating addresses: set nfs.floating = true, or wait until it has found the registry and the MDT (\"baton status\")")
 
+var errStops = errors.New("this node stops and takes no addresses")
+
 func (n *Node) agent() (*vipagent.Agent, error) {
 	if n.cluster != nil {
 		if a := n.cluster.agent.Load(); a != nil {
 			return a, nil
 		}
 	}
+	if n.stopping.Load() {
+		return nil, errStops
+	}
 	return nil, errNoFloating
+}
+
+// unserved is how an address is at a node without an agent.
+func (n *Node) unserved(addr netip.Addr) vipctl.Result {
+	yet := " (yet)"
+	if n.stopping.Load() {
+		yet = " any more: it stops"
+	}
+	return vipctl.Result{State: vipctl.Unknown, Text: addr.String() + ": this node serves no floating addresses" + yet}
 }
 
 // TakeVIP implements vipctl.Mover.
 func (n *Node) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result, error) {
 	a, err := n.agent()
+	if err == nil && n.stopping.Load() {
+		err = errStops
+	}
 	if err != nil {
 		return vipctl.Result{}, err
 	}
@@ -286,7 +303,7 @@ func (n *Node) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result
 func (n *Node) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.Result, error) {
 	a, err := n.agent()
 	if err != nil {
-		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node serves no floating addresses (yet)", args.Addr)}, nil
+		return n.unserved(args.Addr), nil
 	}
 	return a.ReleaseVIP(ctx, args)
 }
@@ -295,7 +312,7 @@ func (n *Node) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.
 func (n *Node) CheckVIP(ctx context.Context, args vipctl.CheckArgs) (vipctl.Result, error) {
 	a, err := n.agent()
 	if err != nil {
-		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node serves no floating addresses (yet)", args.Addr)}, nil
+		return n.unserved(args.Addr), nil
 	}
 	return a.CheckVIP(ctx, args)
 }

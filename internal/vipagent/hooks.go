@@ -65,6 +65,8 @@ func (k *keeper) registry() mgs.VIP {
 	return k.s.vip
 }
 
+var errLeaving = errors.New("this node stops and takes no addresses")
+
 // TakeVIP implements vipctl.Mover.
 func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result, error) {
 	k, err := a.lookup(ctx, args.Addr)
@@ -74,7 +76,7 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 	case k == nil:
 		return vipctl.Result{}, fmt.Errorf("%s is not a floating address: enter it with \"baton vip add %s/BITS\"", args.Addr, args.Addr)
 	case a.Leaving():
-		return vipctl.Result{}, errors.New("this node stops and takes no addresses")
+		return vipctl.Result{}, errLeaving
 	}
 	end, err := k.begin(ctx)
 	if err != nil {
@@ -102,6 +104,8 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 			return vipctl.Result{}, fmt.Errorf("the take-over of %s was broken off: it is assigned to %s now", k.addr, named(v.Next))
 		case done(&s):
 			return k.result(string(state), "the address is %s here now", state)
+		case a.Leaving():
+			return vipctl.Result{}, errLeaving
 		case n != failed:
 			return vipctl.Result{}, fmt.Errorf("%s cannot be taken (it is tried again until it is released): %s", k.addr, reason)
 		}

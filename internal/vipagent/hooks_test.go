@@ -3,6 +3,7 @@ package vipagent
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -62,6 +63,55 @@ func TestReleaseOfStuckAddressFails(t *testing.T) {
 	b.net.Fail(viptest.Remove, nil, 0)
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+	if has, err := b.net.Has(addr); has || err != nil {
+		t.Errorf("the machine has the address: %v %v", has, err)
+	}
+}
+
+// While a node stops, a release lasts as long as the address is given up, a take is
+// refused, and whoever is next hears of an orderly end.
+func TestHooksWhileStopping(t *testing.T) {
+	b := newBed(t)
+	draining, let := make(chan struct{}), make(chan struct{})
+	b.a.o.New = func(netip.Addr) Unit {
+		return &plain{changed: make(chan struct{}, 1), drain: func(context.Context) {
+			close(draining)
+			<-let
+		}}
+	}
+	b.start()
+	b.until("the address is known", func() bool { return b.a.find(addr) != nil })
+	take := vipctl.TakeArgs{Addr: addr, Stage: vipctl.StageServe}
+	if _, err := b.a.TakeVIP(b.ctx, take); err != nil {
+		t.Fatal(err)
+	}
+	stopped := make(chan bool, 1)
+	go func() { stopped <- b.a.Stop(b.ctx) }()
+	<-draining
+	if _, err := b.a.TakeVIP(b.ctx, take); !errors.Is(err, errLeaving) {
+		t.Errorf("take: %v", err)
+	}
+	short, cancel := context.WithTimeout(b.ctx, 100*time.Millisecond)
+	defer cancel()
+	if r, err := b.a.ReleaseVIP(short, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageDrain}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("released while the drain goes on: %+v, %v", r, err)
+	}
+	type released struct {
+		r   vipctl.Result
+		err error
+	}
+	done := make(chan released, 1)
+	go func() {
+		r, err := b.a.ReleaseVIP(b.ctx, vipctl.ReleaseArgs{Addr: addr, Stage: vipctl.StageFinish})
+		done <- released{r, err}
+	}()
+	close(let)
+	if x := <-done; x.err != nil || x.r.State != vipctl.Absent {
+		t.Errorf("%+v", x)
+	}
+	if !<-stopped || !b.vip().Clean {
+		t.Errorf("not given up in order: %+v", b.vip())
 	}
 	if has, err := b.net.Has(addr); has || err != nil {
 		t.Errorf("the machine has the address: %v %v", has, err)
