@@ -43,6 +43,7 @@ type fakeNode struct {
 	block    chan struct{} // Start waits for it
 	stop     func(context.Context) error
 	release  func(vipctl.ReleaseArgs)
+	unready  error
 	locks    *lockctltest.Table // nil: no locks are served
 
 	order      error         // result of orders for targets
@@ -150,6 +151,12 @@ func (f *fakeNode) ReleaseVIP(_ context.Context, a vipctl.ReleaseArgs) (vipctl.R
 
 func (f *fakeNode) CheckVIP(_ context.Context, a vipctl.CheckArgs) (vipctl.Result, error) {
 	return vipctl.Result{State: vipctl.Absent, Text: a.Addr.String()}, nil
+}
+
+func (f *fakeNode) ReadyVIP(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.unready
 }
 
 func (f *fakeNode) RecoveryStatus(context.Context) status.Recovery { return *statustest.Recovery() }
@@ -267,6 +274,15 @@ func TestGolden(t *testing.T) {
 				b.node.setReload(nil)
 				if d.Input != "" {
 					b.node.setReload(errors.New(d.Input))
+				}
+				return "ok\n"
+			}
+			if d.Cmd == "unready" {
+				b.node.mu.Lock()
+				defer b.node.mu.Unlock()
+				b.node.unready = nil
+				if d.Input != "" {
+					b.node.unready = errors.New(d.Input)
 				}
 				return "ok\n"
 			}

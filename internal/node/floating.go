@@ -299,6 +299,23 @@ func (n *Node) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result
 	return a.TakeVIP(ctx, args)
 }
 
+// ReadyVIP implements vipctl.Mover. It is what the manager is told of this node.
+func (n *Node) ReadyVIP(context.Context) error {
+	r := manager.Report{Reason: "its frontend has not started"}
+	if n.cluster != nil {
+		n.vitals(&r)
+	}
+	switch {
+	case r.Stopping:
+		return errStops
+	case n.cluster == nil:
+		return errNoFloating
+	case !r.Ready:
+		return fmt.Errorf("this node cannot serve addresses: %s", r.Reason)
+	}
+	return nil
+}
+
 // ReleaseVIP implements vipctl.Mover.
 func (n *Node) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.Result, error) {
 	a, err := n.agent()

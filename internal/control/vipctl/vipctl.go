@@ -20,6 +20,7 @@ const (
 	CmdTake    = "vip-take"    // TakeArgs; Result
 	CmdRelease = "vip-release" // ReleaseArgs; Result
 	CmdCheck   = "vip-check"   // CheckArgs; Result
+	CmdReady   = "vip-ready"   // whether this node could serve an address; an error says why not
 )
 
 // Stages of TakeArgs.
@@ -83,6 +84,8 @@ type Mover interface {
 	TakeVIP(ctx context.Context, a TakeArgs) (Result, error)
 	ReleaseVIP(ctx context.Context, a ReleaseArgs) (Result, error)
 	CheckVIP(ctx context.Context, a CheckArgs) (Result, error)
+	// ReadyVIP gives the reason for which no address could be served here now.
+	ReadyVIP(ctx context.Context) error
 }
 
 // Register lets a server take the commands.
@@ -108,6 +111,7 @@ func Register(s *control.Server, m Mover) {
 		a.Addr = a.Addr.Unmap()
 		return m.CheckVIP(ctx, a)
 	})
+	s.Handle(CmdReady, func(ctx context.Context, _ json.RawMessage) (any, error) { return nil, m.ReadyVIP(ctx) })
 }
 
 func handle[T any](s *control.Server, cmd string, f func(context.Context, T) (Result, error)) {
