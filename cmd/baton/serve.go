@@ -22,13 +22,18 @@ import (
 	"github.com/baton-nfs/baton/internal/status"
 )
 
-// closeTime is how long a stop may go on after the drain's deadline, for the
+// closeTime is how long a stop may go on after the deadline of draining, for the
 // targets to flush and close; giveUpTime is how long it may ignore the end of
 // its context before the process gives up on it.
 const (
 	closeTime  = 30 * time.Second
 	giveUpTime = 5 * time.Second
 )
+
+// drainTime is what giving up all addresses takes at most, the floating ones first.
+func drainTime(cfg *config.Config) time.Duration {
+	return cfg.GiveUpTime() + time.Duration(cfg.NFS.DrainTimeout)
+}
 
 // stopTime is what a stop takes at most, with some reserve.
 func stopTime(drain time.Duration) time.Duration {
@@ -189,7 +194,7 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 			log.Error("stopping, because the service addresses cannot be served", "err", failure)
 		}
 	}
-	drain := time.Duration(cfg.NFS.DrainTimeout)
+	drain := drainTime(cfg)
 	a.daemon.notify(fmt.Sprintf("%s\nEXTEND_TIMEOUT_USEC=%d\nSTATUS=stopping", sd.SdNotifyStopping, stopTime(drain).Microseconds()))
 	endWatchdog()
 	retire()

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/baton-nfs/baton/failover"
@@ -187,13 +188,14 @@ func (n *Node) stopFloating(ctx context.Context, wait bool) error {
 	}
 	if n.cluster != nil {
 		if a := n.cluster.agent.Load(); a != nil {
-			if wait && n.cfg.Manager.Mode == config.ManagerBuiltin && n.cluster.othersLive() {
+			if wait && n.cfg.Manager.Mode == config.ManagerBuiltin {
 				wctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.Failover.StopWait))
-				a.Leave(wctx)
+				a.Leave(wctx, n.cluster.othersServe)
 				cancel()
 			}
-			// The rest of the stop needs its time, too.
-			sctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
+			// The rest of the stop needs its time, too. This is what Config.GiveUpTime has
+			// besides the wait.
+			sctx, cancel := context.WithTimeout(ctx, n.cfg.Failover.Stages()+time.Duration(n.cfg.NFS.DrainTimeout))
 			defer cancel()
 			if !a.Stop(sctx) {
 				n.log.Warn("the registry could not be told that addresses were given up; their next owners act as after a crash")
@@ -206,14 +208,11 @@ func (n *Node) stopFloating(ctx context.Context, wait bool) error {
 	return err
 }
 
-// othersLive tells whether another node answers beats.
-func (c *cluster) othersLive() bool {
-	for i := range c.cfg.Cluster.Nodes {
-		if c.lives.has(c.cfg.Cluster.Nodes[i].Name) {
-			return true
-		}
-	}
-	return false
+// othersServe tells whether another node that answers beats may serve an address.
+func (c *cluster) othersServe(v *mgs.VIP) bool {
+	return slices.ContainsFunc(c.cfg.Cluster.Nodes, func(x config.ClusterNode) bool {
+		return x.Name != c.name && c.lives.has(x.Name) && (len(v.Prefer) == 0 || slices.Contains(v.Prefer, x.Name))
+	})
 }
 
 // superseded tells the agent that somebody serves an address with an epoch.
