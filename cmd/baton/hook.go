@@ -311,7 +311,7 @@ takes the floating address. Use fifo, or notify where the fifo cannot be had.`,
 // keeperFlags are the times of fifo and notify.
 func keeperFlags(cmd *cobra.Command, o *hooks.KeeperOptions) {
 	fl := cmd.Flags()
-	fl.DurationVar(&o.ForceAfter, "force-after", time.Second, "a new master waits for the last owner this `TIME`, then declares it gone")
+	fl.DurationVar(&o.ForceAfter, "force-after", time.Second, "a new master waits for the last owner this `TIME`, then declares it gone, unless it is giving the address up")
 	fl.DurationVar(&o.Handover, "handover", 3*time.Second, "one that is master no more serves this `TIME` until it is taken")
 }
 

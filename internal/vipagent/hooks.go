@@ -128,7 +128,8 @@ func (k *keeper) want(args vipctl.TakeArgs) (move, failed uint64, err error) {
 	// Not the caller's context: if it has gone, an order is not left half done.
 	ctx, cancel := context.WithTimeout(k.a.ctx, registryTime)
 	defer cancel()
-	if args.Force && !v.Free() && v.Node != k.a.o.Node {
+	// Of an owner that is about to give it up in order, there is nothing to declare.
+	if args.Force && !v.Free() && v.Node != k.a.o.Node && !k.givesUp(ctx, &v) {
 		if err := k.a.o.Registry.Abandoned(ctx, k.index, v.Epoch); err != nil && !isGone(err) {
 			return 0, 0, err
 		}

@@ -2,10 +2,12 @@ package vipagent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -120,5 +122,83 @@ func TestHooksWhileStopping(t *testing.T) {
 	}
 	if has, err := b.net.Has(addr); has || err != nil {
 		t.Errorf("the machine has the address: %v %v", has, err)
+	}
+}
+
+// A cluster manager's new owner says that the last one is gone, which is slow to give the
+// address up, but about it: it is left to end in order. One that is not about it, or does
+// not answer, is declared gone.
+func TestForceLeavesAnOrderlyEnd(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		stops   bool
+		answers bool
+		crashed bool
+	}{{"gives up", true, true, false}, {"serves on", false, true, true}, {"is silent", true, false, true}} {
+		t.Run(c.name, func(t *testing.T) {
+			b, next := newBed(t), newBed(t)
+			draining, let := make(chan struct{}, 1), make(chan struct{})
+			b.a.o.New = func(netip.Addr) Unit {
+				return &plain{changed: make(chan struct{}, 1), drain: func(context.Context) {
+					draining <- struct{}{}
+					<-let
+				}}
+			}
+			end := sync.OnceFunc(func() { close(let) })
+			t.Cleanup(end) // before the agent's stop
+			b.start()
+			b.until("the address is known", func() bool { return b.a.find(addr) != nil })
+			take := vipctl.TakeArgs{Addr: addr, Stage: vipctl.StageServe}
+			if _, err := b.a.TakeVIP(b.ctx, take); err != nil {
+				t.Fatal(err)
+			}
+			epoch := b.vip().Epoch
+			if c.stops {
+				go b.a.Stop(b.ctx)
+				<-draining
+			}
+			asked := make(chan struct{}, 8)
+			next.reg, next.a.o.Registry = b.reg, b.reg
+			next.a.o.Node, next.a.o.Net = "b", b.network.Machine("b")
+			next.a.o.Ask = func(ctx context.Context, node, method string, args, result any) error {
+				if method != MethodGivesUp || node != "a" {
+					return errors.New("away")
+				}
+				defer func() { asked <- struct{}{} }()
+				if !c.answers {
+					return errors.New("away")
+				}
+				raw, err := json.Marshal(args)
+				if err != nil {
+					return err
+				}
+				yes, err := b.a.HandleGivesUp(ctx, "b", raw)
+				*result.(*bool) = yes.(bool)
+				return err
+			}
+			next.start()
+			next.until("the address is known", func() bool { return next.a.find(addr) != nil })
+			taken := make(chan error, 1)
+			go func() {
+				_, err := next.a.TakeVIP(b.ctx, vipctl.TakeArgs{Addr: addr, Stage: vipctl.StageServe, Force: true})
+				taken <- err
+			}()
+			<-asked
+			if !c.crashed {
+				next.until("the assignment", func() bool { return b.vip().Next == "b" })
+				if v := b.vip(); v.Free() || v.Epoch != epoch {
+					t.Errorf("declared gone while it drains: %+v", v)
+				}
+			} else {
+				next.until("the end of its period", func() bool { v := b.vip(); return v.Free() || v.Epoch != epoch })
+			}
+			end()
+			if err := <-taken; err != nil {
+				t.Fatal(err)
+			}
+			if v := b.vip(); v.Node != "b" || (v.NSMState > 1) != c.crashed {
+				t.Errorf("%+v", v)
+			}
+		})
 	}
 }
