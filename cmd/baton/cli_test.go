@@ -42,6 +42,8 @@ type fakeNode struct {
 	probe    error
 	block    chan struct{} // Start waits for it
 	stop     func(context.Context) error
+	release  func(vipctl.ReleaseArgs)
+	unready  error
 	locks    *lockctltest.Table // nil: no locks are served
 
 	order      error         // result of orders for targets
@@ -141,11 +143,20 @@ func (f *fakeNode) TakeVIP(_ context.Context, a vipctl.TakeArgs) (vipctl.Result,
 }
 
 func (f *fakeNode) ReleaseVIP(_ context.Context, a vipctl.ReleaseArgs) (vipctl.Result, error) {
+	if f.release != nil {
+		f.release(a)
+	}
 	return vipctl.Result{State: vipctl.Absent, Text: a.Addr.String() + ": " + a.Stage}, nil
 }
 
 func (f *fakeNode) CheckVIP(_ context.Context, a vipctl.CheckArgs) (vipctl.Result, error) {
 	return vipctl.Result{State: vipctl.Absent, Text: a.Addr.String()}, nil
+}
+
+func (f *fakeNode) ReadyVIP(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.unready
 }
 
 func (f *fakeNode) RecoveryStatus(context.Context) status.Recovery { return *statustest.Recovery() }
@@ -263,6 +274,15 @@ func TestGolden(t *testing.T) {
 				b.node.setReload(nil)
 				if d.Input != "" {
 					b.node.setReload(errors.New(d.Input))
+				}
+				return "ok\n"
+			}
+			if d.Cmd == "unready" {
+				b.node.mu.Lock()
+				defer b.node.mu.Unlock()
+				b.node.unready = nil
+				if d.Input != "" {
+					b.node.unready = errors.New(d.Input)
 				}
 				return "ok\n"
 			}
@@ -467,6 +487,75 @@ func TestServeTwice(t *testing.T) {
 	b.signals <- syscall.SIGINT
 	if code := <-end; code != 0 {
 		t.Errorf("first serve ended with %d", code)
+	}
+}
+
+// A cluster manager's hooks wait while a node that stops gives its addresses up. All else
+// is refused; no baton is told of, and none started, before that one has ended.
+func TestHooksWhileStopping(t *testing.T) {
+	b := newBed(t)
+	listing, listed := make(chan struct{}), make(chan struct{})
+	b.node.vips.list = func(ctx context.Context) {
+		close(listing)
+		<-ctx.Done()
+		close(listed)
+	}
+	drain := make(chan struct{})
+	b.node.stop = func(context.Context) error {
+		select {
+		case <-listed:
+		default:
+			return errors.New("a command of before still works on the node")
+		}
+		<-drain
+		return nil
+	}
+	asked := make(chan struct{}, 2)
+	b.node.release = func(vipctl.ReleaseArgs) {
+		asked <- struct{}{}
+		<-drain
+	}
+	errs, end := b.serve()
+	b.waitFor("readiness", b.notified("READY=1"))
+	go b.run("vip", "list", "--data", b.dir)
+	<-listing
+	b.signals <- syscall.SIGTERM
+	b.waitFor("stop", func() bool { b.node.mu.Lock(); defer b.node.mu.Unlock(); return slices.Contains(b.node.log, "stop") })
+	released := make(chan string, 1)
+	go func() {
+		code, out, errs := b.run("hook", "release", "--data", b.dir, "192.0.2.50")
+		released <- fmt.Sprint(code, " ", out, errs)
+	}()
+	<-asked
+	for _, c := range []struct {
+		args string
+		code int
+		want string
+	}{
+		{"hook health", exitFailure, "this baton stops"},
+		{"hook check 192.0.2.50", 3, "192.0.2.50"},
+		{"status", exitFailure, "this baton stops"},
+		{"serve --export /x=/ --http off", exitFailure, "another baton has not stopped yet"},
+	} {
+		code, out, errs := b.run(append(strings.Fields(c.args), "--data", b.dir)...)
+		if code != c.code || !strings.Contains(out+errs, c.want) {
+			t.Errorf("%s: exit %d: %s%s", c.args, code, out, errs)
+		}
+	}
+	select {
+	case r := <-released:
+		t.Errorf("released before the drain has ended: %s", r)
+	default:
+	}
+	close(drain)
+	if r := <-released; r != "0 192.0.2.50: drain\n" {
+		t.Errorf("release: %q", r)
+	}
+	if code := <-end; code != 0 {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	if code, _, errs := b.run("hook", "check", "--data", b.dir, "192.0.2.50"); code != 3 || !strings.Contains(errs, "no baton runs") {
+		t.Errorf("after the stop: exit %d: %s", code, errs)
 	}
 }
 

@@ -237,14 +237,28 @@ func (a *app) hookCheckCmd() *cobra.Command {
 
 func (a *app) hookHealthCmd() *cobra.Command {
 	var t hookTarget
+	var ready bool
 	cmd := &cobra.Command{
-		Use:     "health",
-		Short:   "Tell whether a baton runs and answers",
-		Long:    "Exit codes: 0 it does; 1 it does not.",
-		Example: "  baton hook health --timeout 1s",
-		Args:    noArgs,
+		Use:   "health",
+		Short: "Tell whether a baton runs and answers, or can serve addresses",
+		Long: `Tell whether a baton runs and answers; with --ready also whether it could serve an
+address now: it does not stop, its frontend is up, and the metadata target answers it.
+
+While the metadata target recovers no node is ready. So use --ready to choose among
+nodes, not to take an address away from one.
+
+Exit codes: 0 it does; 1 it does not, and the line says why.`,
+		Example: `  baton hook health --timeout 1s
+  baton hook health --ready --timeout 1s`,
+		Args: noArgs,
 	}
-	return a.hook(cmd, &t, 5*time.Second, func([]string) (hookFunc, error) { return hooks.Health, nil })
+	cmd.Flags().BoolVar(&ready, "ready", false, "fail also if no address could be served here now")
+	return a.hook(cmd, &t, 5*time.Second, func([]string) (hookFunc, error) {
+		if ready {
+			return hooks.Ready, nil
+		}
+		return hooks.Health, nil
+	})
 }
 
 func (a *app) hookPacemakerCmd() *cobra.Command {
@@ -297,7 +311,7 @@ takes the floating address. Use fifo, or notify where the fifo cannot be had.`,
 // keeperFlags are the times of fifo and notify.
 func keeperFlags(cmd *cobra.Command, o *hooks.KeeperOptions) {
 	fl := cmd.Flags()
-	fl.DurationVar(&o.ForceAfter, "force-after", time.Second, "a new master waits for the last owner this `TIME`, then declares it gone")
+	fl.DurationVar(&o.ForceAfter, "force-after", time.Second, "a new master waits for the last owner this `TIME`, then declares it gone, unless it is giving the address up")
 	fl.DurationVar(&o.Handover, "handover", 3*time.Second, "one that is master no more serves this `TIME` until it is taken")
 }
 

@@ -22,13 +22,18 @@ import (
 	"github.com/baton-nfs/baton/internal/status"
 )
 
-// closeTime is how long a stop may go on after the drain's deadline, for the
+// closeTime is how long a stop may go on after the deadline of draining, for the
 // targets to flush and close; giveUpTime is how long it may ignore the end of
 // its context before the process gives up on it.
 const (
 	closeTime  = 30 * time.Second
 	giveUpTime = 5 * time.Second
 )
+
+// drainTime is what giving up all addresses takes at most, the floating ones first.
+func drainTime(cfg *config.Config) time.Duration {
+	return cfg.GiveUpTime() + time.Duration(cfg.NFS.DrainTimeout)
+}
 
 // stopTime is what a stop takes at most, with some reserve.
 func stopTime(drain time.Duration) time.Duration {
@@ -123,8 +128,12 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 	pctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	err := control.Do(pctx, cfg.Control.Socket, control.CmdPing, nil, nil)
 	cancel()
-	if err == nil {
+	var re *control.RemoteError
+	switch {
+	case err == nil:
 		return fmt.Errorf("another baton is running on %s (%s answers)", cfg.DataDir, cfg.Control.Socket)
+	case errors.As(err, &re) && re.Code == control.CodeEnding:
+		return fmt.Errorf("another baton has not stopped yet on %s (%s answers); start this one when it has", cfg.DataDir, cfg.Control.Socket)
 	}
 
 	if err := a.checkTLS(cfg, log); err != nil {
@@ -138,7 +147,7 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 	if err := s.start(ctx, signals); err != nil {
 		return err
 	}
-	surround, err := s.surround(cfg)
+	retire, end, err := s.surround(cfg)
 	if err != nil {
 		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTime)
 		defer cancel()
@@ -185,10 +194,11 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log *slog.Logger) e
 			log.Error("stopping, because the service addresses cannot be served", "err", failure)
 		}
 	}
-	drain := time.Duration(cfg.NFS.DrainTimeout)
+	drain := drainTime(cfg)
 	a.daemon.notify(fmt.Sprintf("%s\nEXTEND_TIMEOUT_USEC=%d\nSTATUS=stopping", sd.SdNotifyStopping, stopTime(drain).Microseconds()))
 	endWatchdog()
-	surround()
+	retire()
+	defer end()
 	return errors.Join(failure, s.stop(ctx, drain, signals))
 }
 
@@ -227,11 +237,12 @@ func (s *server) start(ctx context.Context, signals <-chan os.Signal) error {
 	}
 }
 
-// surround starts the control socket and the HTTP pages; the function returned
-// ends them.
-func (s *server) surround(cfg *config.Config) (func(), error) {
+// surround starts the control socket and the HTTP pages. When the node is to stop,
+// retire ends the pages and all commands but those of cluster managers, which have to
+// hear how far an address is given up; end, when it has stopped, ends these.
+func (s *server) surround(cfg *config.Config) (retire, end func(), err error) {
 	if err := os.MkdirAll(filepath.Dir(cfg.Control.Socket), 0o700); err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
+		return nil, nil, fmt.Errorf("control socket: %w", err)
 	}
 	ctl := control.NewServer(s.log)
 	ctl.Handle(control.CmdStatus, func(context.Context, json.RawMessage) (any, error) {
@@ -254,23 +265,24 @@ func (s *server) surround(cfg *config.Config) (func(), error) {
 	handleRecovery(ctl, s.node)
 	handleVIPs(ctl, s.node)
 	if err := ctl.Start(cfg.Control.Socket); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	refuse := func() { ctl.Retire("this baton stops") }
 	if cfg.HTTP.Address == "" {
-		return ctl.Close, nil
+		return refuse, ctl.Close, nil
 	}
 	web, err := metrics.Start(metrics.Options{Address: cfg.HTTP.Address, AllowRemote: cfg.HTTP.AllowRemote,
 		Collector: s.node.Metrics(), Probe: s.node.Probe, Logger: s.log})
 	if err != nil {
 		ctl.Close()
-		return nil, fmt.Errorf("%w; set http.address or --http to another address or off", err)
+		return nil, nil, fmt.Errorf("%w; set http.address or --http to another address or off", err)
 	}
 	return func() {
 		if err := web.Close(); err != nil {
 			s.log.Warn("http server did not end well", "err", err)
 		}
-		ctl.Close()
-	}, nil
+		refuse()
+	}, ctl.Close, nil
 }
 
 // reload reads the exports again, one caller at a time.

@@ -24,6 +24,7 @@ import (
 // address: that of .50 succeeds, n2 cannot take .57, .53 is assigned anew meanwhile, .52
 // is taken by nobody, .55 is not given up, and of .54 the nodes tell nothing.
 type fakeVIPs struct {
+	list   func(context.Context) // nil: at once
 	mu     sync.Mutex
 	orders []string
 	moved  map[string]control.VIPMoved
@@ -36,7 +37,10 @@ func (f *fakeNode) vipOrder(format string, a ...any) {
 	f.vips.orders = append(f.vips.orders, fmt.Sprintf(format, a...))
 }
 
-func (f *fakeNode) ListVIPs(context.Context) ([]status.VIP, error) {
+func (f *fakeNode) ListVIPs(ctx context.Context) ([]status.VIP, error) {
+	if f.vips.list != nil {
+		f.vips.list(ctx)
+	}
 	f.vips.mu.Lock()
 	defer f.vips.mu.Unlock()
 	l := statustest.VIPs()

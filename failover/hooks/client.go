@@ -23,6 +23,11 @@ func (s Socket) Ping(ctx context.Context) error {
 	return control.Do(ctx, string(s), control.CmdPing, nil, nil)
 }
 
+// Ready implements Baton.
+func (s Socket) Ready(ctx context.Context) error {
+	return control.Do(ctx, string(s), vipctl.CmdReady, nil, nil)
+}
+
 // Take implements Baton.
 func (s Socket) Take(ctx context.Context, a vipctl.TakeArgs) (r vipctl.Result, err error) {
 	err = control.Do(ctx, string(s), vipctl.CmdTake, &a, &r)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/baton-nfs/baton/internal/control/vipctl"
@@ -94,7 +95,7 @@ func CTDBEvent(ctx context.Context, e *Env, part Part, addrs []netip.Addr, args 
 		return ctdbMove(ctx, e, event, part, addr)
 	case "startup":
 		if part == Before {
-			return Health(ctx, e)
+			return Ready(ctx, e)
 		}
 	case "init":
 		if part == Before {
@@ -138,28 +139,37 @@ func ctdbMove(ctx context.Context, e *Env, event string, part Part, addr netip.A
 }
 
 // ctdbMonitor tells whether baton is well, and has it serve addresses that CTDB has
-// given to this machine and that it does not serve, as after its restart.
+// given to this machine and that it does not serve, as after its restart. A node that
+// has an address keeps it while the MDT recovers, which concerns all nodes; one that has
+// none is to get none before it could serve it.
 func ctdbMonitor(ctx context.Context, e *Env, addrs []netip.Addr) Exit {
 	if x := Health(ctx, e); x.Code != OK {
 		return x
 	}
+	var has atomic.Bool
 	x := each(addrs, func(a netip.Addr) Exit {
 		r, err := settle(ctx, e, a, vipctl.Taking, vipctl.Releasing)
 		if err != nil {
 			return failed("%s", why(a, "check", err))
 		}
-		has, err := e.Machine.Has(a)
+		here, err := e.Machine.Has(a)
+		if here {
+			has.Store(true)
+		}
 		switch {
 		case err != nil:
 			return failed("%s: whether the machine has the address: %v", a, err)
 		case r.State == vipctl.Failed:
 			return failed("%s", line(a, r))
-		case has && (r.State == vipctl.Absent || r.State == vipctl.Listening || r.State == vipctl.Unknown):
+		case here && (r.State == vipctl.Absent || r.State == vipctl.Listening || r.State == vipctl.Unknown):
 			return Take(ctx, e, vipctl.TakeArgs{Addr: a, Stage: vipctl.StageServe, Given: true, Force: true})
 		}
 		return Exit{}
 	})
-	if x.Code == OK && x.Text == "" {
+	switch {
+	case x.Code == OK && !has.Load():
+		return Ready(ctx, e)
+	case x.Code == OK && x.Text == "":
 		x.Text = "baton runs"
 	}
 	return x

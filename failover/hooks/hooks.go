@@ -26,6 +26,8 @@ import (
 // *control.NotRunningError; a refusal is a *control.RemoteError.
 type Baton interface {
 	Ping(ctx context.Context) error
+	// Ready gives the reason for which it could serve no address now.
+	Ready(ctx context.Context) error
 	Take(ctx context.Context, a vipctl.TakeArgs) (vipctl.Result, error)
 	Release(ctx context.Context, a vipctl.ReleaseArgs) (vipctl.Result, error)
 	Check(ctx context.Context, a vipctl.CheckArgs) (vipctl.Result, error)
@@ -176,13 +178,23 @@ func Check(ctx context.Context, e *Env, addr netip.Addr) Exit {
 
 // Health tells whether a baton runs and answers.
 func Health(ctx context.Context, e *Env) Exit {
-	if err := e.Baton.Ping(ctx); err != nil {
-		if errors.Is(err, context.DeadlineExceeded) {
-			return failed("baton does not answer within the time-out")
-		}
+	return well(e.Baton.Ping(ctx), "baton runs")
+}
+
+// Ready tells whether a baton runs and could serve an address. During a recovery of the
+// MDT no node is ready: a node that serves an address must not lose it by that alone.
+func Ready(ctx context.Context, e *Env) Exit {
+	return well(e.Baton.Ready(ctx), "baton runs and can serve addresses")
+}
+
+func well(err error, text string) Exit {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return failed("baton does not answer within the time-out")
+	case err != nil:
 		return failed("%v", err)
 	}
-	return done("baton runs")
+	return done("%s", text)
 }
 
 // settle looks at an address until it is in none of the states in which it is about

@@ -72,6 +72,12 @@ func (s *scripted) Ping(context.Context) error {
 	return err
 }
 
+func (s *scripted) Ready(context.Context) error {
+	s.note("ready")
+	_, err := s.answer("ready")
+	return err
+}
+
 func (s *scripted) Take(_ context.Context, a vipctl.TakeArgs) (vipctl.Result, error) {
 	s.note("take %s %s%s", a.Addr, a.Stage, flags(a.Given, a.Force))
 	return s.answer("take")
@@ -172,6 +178,10 @@ func invoke(ctx context.Context, e *Env, s *scripted, args []string, public stri
 			return CTDBCallout(ctx, e, addrs, args[2:]), nil
 		}
 		return CTDBEvent(ctx, e, Part(args[1]), addrs, args[2:]), nil
+	case "health":
+		return Health(ctx, e), nil
+	case "ready":
+		return Ready(ctx, e), nil
 	case "demote":
 		return Demote(ctx, e, []netip.Addr{netip.MustParseAddr(args[1])}, func(v int) error {
 			s.note("track file %d", v)

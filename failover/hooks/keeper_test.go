@@ -153,6 +153,8 @@ func (m *model) change(ctx context.Context, during, state string) (vipctl.Result
 
 func (m *model) Ping(context.Context) error { return nil }
 
+func (m *model) Ready(context.Context) error { return nil }
+
 func (m *model) Take(ctx context.Context, _ vipctl.TakeArgs) (vipctl.Result, error) {
 	return m.change(ctx, vipctl.Taking, vipctl.Serving)
 }

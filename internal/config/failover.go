@@ -19,6 +19,24 @@ type Failover struct {
 	StopWait Duration `toml:"stop_wait"`
 }
 
+// Stages is what giving an address up takes at most.
+func (f *Failover) Stages() time.Duration {
+	return time.Duration(f.RefuseTimeout + f.DrainTimeout + f.CommitTimeout + f.CloseTimeout + f.ClearTimeout + f.RemoveTimeout + f.FinishTimeout)
+}
+
+// GiveUpTime is what a stop may take for floating addresses before it comes to the fixed
+// ones: until others have taken them, else for the stages, and to tell the registry.
+func (c *Config) GiveUpTime() time.Duration {
+	if !c.NFS.Floating || !c.Clustered() {
+		return 0
+	}
+	d := c.Failover.Stages() + time.Duration(c.NFS.DrainTimeout)
+	if c.Manager.Mode == ManagerBuiltin {
+		d += time.Duration(c.Failover.StopWait)
+	}
+	return d
+}
+
 // Values of Failover.Refuse and Failover.Close.
 const (
 	RefuseHold     = "hold"

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"os"
 	"syscall"
 	"time"
 )
@@ -83,6 +84,9 @@ func (c *Client) Call(ctx context.Context, cmd string, args, result any) error {
 func callErr(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) { // the context's, which is about to end, too
+		return context.DeadlineExceeded
 	}
 	if errors.Is(err, io.EOF) {
 		return errors.New("baton closed the connection (is it stopping?)")

@@ -67,6 +67,7 @@ const (
 	CodeUnknown = "unknown" // no such command
 	CodeBad     = "bad"     // the request is not understood
 	CodeVersion = "version" // another protocol version
+	CodeEnding  = "ending"  // the server answers no such commands any more
 )
 
 type request struct {

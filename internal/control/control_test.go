@@ -251,13 +251,84 @@ func TestClientContext(t *testing.T) {
 	}
 }
 
+// What a handler waits for goes on without it. Those whose clients gave up do not keep the
+// connections, of which there are few; a client that only asks no more is still answered,
+// and what it asks meanwhile is not lost.
+func TestClientGone(t *testing.T) {
+	dir, err := os.MkdirTemp("", "ctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	sock, s := filepath.Join(dir, "s"), NewServer(nil)
+	begun, ended := make(chan struct{}, 2*maxConns), make(chan struct{}, 2*maxConns)
+	let := make(chan struct{})
+	s.Handle("three", func(context.Context, json.RawMessage) (any, error) { return 3, nil })
+	s.HandleWait("stuck", func(ctx context.Context, _ json.RawMessage) (any, error) {
+		begun <- struct{}{}
+		select {
+		case <-ctx.Done():
+			ended <- struct{}{}
+			return nil, ctx.Err()
+		case <-let:
+			return "let", nil
+		}
+	})
+	if err := s.Start(sock); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	for range maxConns + 8 {
+		c, err := net.Dial("unix", sock)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// More requests than it waits for: these are in the way of whoever would read on.
+		if _, err := c.Write([]byte(`{"v":1,"cmd":"stuck"}` + "\n" + `{"v":1,"cmd":"ping"}` + "\n")); err != nil {
+			t.Fatal(err)
+		}
+		<-begun
+		c.Close()
+		<-ended
+	}
+	if err := Do(context.Background(), sock, CmdPing, nil, nil); err != nil {
+		t.Errorf("ping after clients that went: %v", err)
+	}
+
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: sock, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, step := range []func() error{
+		func() error { _, err := c.Write([]byte(`{"v":1,"cmd":"stuck"}` + "\n")); return err },
+		func() error {
+			<-begun
+			_, err := c.Write([]byte(`{"v":1,"cmd":"three"}` + "\n"))
+			return err
+		},
+		c.CloseWrite,
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(let)
+	r := bufio.NewReader(c)
+	for _, want := range []string{`"let"`, `"result":3`} {
+		if line, err := r.ReadString('\n'); err != nil || !strings.Contains(line, want) {
+			t.Errorf("got %q, %v, want %s", line, err, want)
+		}
+	}
+}
+
 func FuzzExecute(f *testing.F) {
 	s := NewServer(nil)
 	s.Handle("echo", func(_ context.Context, a json.RawMessage) (any, error) { return a, nil })
 	f.Add([]byte(`{"v":1,"cmd":"echo","args":{"a":[1,"\u0000"]}}`))
 	f.Add([]byte(`{"v":1`))
 	f.Fuzz(func(t *testing.T, line []byte) {
-		r := s.execute(line)
+		r := s.execute(nil, line)
 		j, err := json.Marshal(r)
 		if err != nil {
 			t.Fatal(err)

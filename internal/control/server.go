@@ -25,22 +25,33 @@ const (
 )
 
 // HandlerFunc executes a command. args is nil or valid JSON; the result is
-// encoded as JSON. ctx ends when the server closes.
+// encoded as JSON. ctx ends when the server closes (and see HandleWait).
 type HandlerFunc func(ctx context.Context, args json.RawMessage) (any, error)
+
+type handler struct {
+	f HandlerFunc
+	// waits: its context ends when the client has gone, too, and Retire does not end it.
+	waits bool
+}
 
 // Server answers commands on a unix socket.
 type Server struct {
 	log      *slog.Logger
-	handlers map[string]HandlerFunc
+	handlers map[string]handler
 
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	// work is ctx for handlers that Retire ends; busy are those.
+	work   context.Context
+	retire context.CancelFunc
+	busy   sync.WaitGroup
 
-	mu     sync.Mutex
-	l      *net.UnixListener
-	conns  map[net.Conn]struct{}
-	closed bool
+	mu      sync.Mutex
+	l       *net.UnixListener
+	conns   map[net.Conn]struct{}
+	closed  bool
+	retired string // what Retire was given
 }
 
 // NewServer returns a server that knows only CmdPing.
@@ -48,14 +59,20 @@ func NewServer(log *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{log: log, handlers: map[string]HandlerFunc{}, conns: map[net.Conn]struct{}{}}
+	s := &Server{log: log, handlers: map[string]handler{}, conns: map[net.Conn]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.work, s.retire = context.WithCancel(s.ctx)
 	s.Handle(CmdPing, func(context.Context, json.RawMessage) (any, error) { return nil, nil })
 	return s
 }
 
 // Handle sets the function of a command. It must not be called after Start.
-func (s *Server) Handle(name string, f HandlerFunc) { s.handlers[name] = f }
+func (s *Server) Handle(name string, f HandlerFunc) { s.handlers[name] = handler{f: f} }
+
+// HandleWait is Handle for a command that may wait long for what goes on without it:
+// its context ends when the client has gone, too, so that those who gave up do not use
+// up the connections. It is answered until Close, also after Retire.
+func (s *Server) HandleWait(name string, f HandlerFunc) { s.handlers[name] = handler{f, true} }
 
 // Start listens on path and serves in the background until Close. A socket
 // that a dead process left is replaced; a live one gives ErrInUse.
@@ -107,6 +124,16 @@ func listen(path string) (*net.UnixListener, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// Retire ends handlers' contexts and waits for them, and refuses commands from then on
+// with CodeEnding and a reason; those of HandleWait go on.
+func (s *Server) Retire(reason string) {
+	s.mu.Lock()
+	s.retired = reason
+	s.mu.Unlock()
+	s.retire()
+	s.busy.Wait()
 }
 
 // Close stops listening, removes the socket, ends handlers' contexts and waits
@@ -192,7 +219,7 @@ func (s *Server) serve(c *net.UnixConn) {
 			return
 		}
 		if line := bytes.TrimSpace(sc.Bytes()); len(line) > 0 {
-			if !s.write(c, s.execute(line)) {
+			if !s.write(c, s.execute(c, line)) {
 				return
 			}
 		}
@@ -210,7 +237,52 @@ func (s *Server) deadlines(c *net.UnixConn) bool {
 	return true
 }
 
-func (s *Server) execute(line []byte) *response {
+// watch gives a context that ends when the peer has closed the connection; one that
+// only has no more requests still reads. Nothing is read meanwhile, so requests may be
+// there already. stop waits for the watcher.
+func (s *Server) watch(c *net.UnixConn) (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancel(s.ctx)
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return ctx, cancel
+	}
+	s.mu.Lock()
+	if !s.closed {
+		c.SetReadDeadline(time.Time{})
+	}
+	s.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		gone := false
+		rc.Read(func(fd uintptr) bool {
+			p := []unix.PollFd{{Fd: int32(fd)}}
+			n, err := unix.Poll(p, 0)
+			gone = err == nil && n > 0 && p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
+			return gone // else again at the next event
+		})
+		if gone {
+			cancel()
+		}
+	}()
+	return ctx, func() {
+		c.SetReadDeadline(time.Unix(1, 0))
+		<-done
+		cancel()
+	}
+}
+
+// begin enters a handler that Retire waits for, unless that was called.
+func (s *Server) begin() (retired string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired == "" {
+		s.busy.Add(1)
+	}
+	return s.retired
+}
+
+func (s *Server) execute(c *net.UnixConn, line []byte) *response {
 	fail := func(code, format string, a ...any) *response {
 		return &response{V: Version, Code: code, Error: fmt.Sprintf(format, a...)}
 	}
@@ -225,7 +297,14 @@ func (s *Server) execute(line []byte) *response {
 	if !ok {
 		return fail(CodeUnknown, "unknown command %q", req.Cmd)
 	}
-	res, err := h(s.ctx, req.Args)
+	ctx, stop := s.work, s.busy.Done
+	if h.waits {
+		ctx, stop = s.watch(c)
+	} else if reason := s.begin(); reason != "" {
+		return fail(CodeEnding, "%s", reason)
+	}
+	res, err := h.f(ctx, req.Args)
+	stop()
 	if err != nil {
 		return fail(CodeFailed, "%v", err)
 	}

@@ -112,6 +112,7 @@ func newCluster(cfg *config.Config, log *slog.Logger, clk *clock.Strict) (*clust
 	}
 	c.asks.handle(vipagent.MethodConns, c.ofAgent((*vipagent.Agent).HandleConns))
 	c.asks.handle(vipagent.MethodKnown, c.ofAgent((*vipagent.Agent).HandleKnown))
+	c.asks.handle(vipagent.MethodGivesUp, c.ofAgent((*vipagent.Agent).HandleGivesUp))
 	if err := c.srv.SetTarget(inspectName, inspected{c: c}); err != nil {
 		return nil, err
 	}

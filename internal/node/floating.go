@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/baton-nfs/baton/failover"
@@ -189,9 +190,9 @@ func (n *Node) silenceFloating(ctx context.Context) {
 	if a == nil {
 		return
 	}
-	if n.cfg.Manager.Mode == config.ManagerBuiltin && n.cluster.othersLive() {
+	if n.cfg.Manager.Mode == config.ManagerBuiltin {
 		wctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.Failover.StopWait))
-		a.Leave(wctx)
+		a.Leave(wctx, n.cluster.othersServe)
 		cancel()
 	}
 	a.Silence()
@@ -205,8 +206,9 @@ func (n *Node) stopFloating(ctx context.Context) error {
 	}
 	if n.cluster != nil {
 		if a := n.cluster.agent.Load(); a != nil {
-			// The rest of the stop needs its time, too.
-			sctx, cancel := context.WithTimeout(ctx, time.Duration(n.cfg.NFS.DrainTimeout))
+			// The rest of the stop needs its time, too. This is what Config.GiveUpTime has
+			// besides the wait.
+			sctx, cancel := context.WithTimeout(ctx, n.cfg.Failover.Stages()+time.Duration(n.cfg.NFS.DrainTimeout))
 			defer cancel()
 			if !a.Stop(sctx) {
 				n.log.Warn("the registry could not be told that addresses were given up; their next owners act as after a crash")
@@ -219,14 +221,11 @@ func (n *Node) stopFloating(ctx context.Context) error {
 	return err
 }
 
-// othersLive tells whether another node answers beats.
-func (c *cluster) othersLive() bool {
-	for i := range c.cfg.Cluster.Nodes {
-		if c.lives.has(c.cfg.Cluster.Nodes[i].Name) {
-			return true
-		}
-	}
-	return false
+// othersServe tells whether another node that answers beats may serve an address.
+func (c *cluster) othersServe(v *mgs.VIP) bool {
+	return slices.ContainsFunc(c.cfg.Cluster.Nodes, func(x config.ClusterNode) bool {
+		return x.Name != c.name && c.lives.has(x.Name) && (len(v.Prefer) == 0 || slices.Contains(v.Prefer, x.Name))
+	})
 }
 
 // superseded tells the agent that somebody serves an address with an epoch.
@@ -277,29 +276,63 @@ func (n *Node) localAddresses() map[uint32]status.VIPLocal {
 
 var errNoFloating = errors.New("this node serves no floating addresses: set nfs.floating = true, or wait until it has found the registry and the MDT (\"baton status\")")
 
+var errStops = errors.New("this node stops and takes no addresses")
+
 func (n *Node) agent() (*vipagent.Agent, error) {
 	if n.cluster != nil {
 		if a := n.cluster.agent.Load(); a != nil {
 			return a, nil
 		}
 	}
+	if n.stopping.Load() {
+		return nil, errStops
+	}
 	return nil, errNoFloating
+}
+
+// unserved is how an address is at a node without an agent.
+func (n *Node) unserved(addr netip.Addr) vipctl.Result {
+	yet := " (yet)"
+	if n.stopping.Load() {
+		yet = " any more: it stops"
+	}
+	return vipctl.Result{State: vipctl.Unknown, Text: addr.String() + ": this node serves no floating addresses" + yet}
 }
 
 // TakeVIP implements vipctl.Mover.
 func (n *Node) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result, error) {
 	a, err := n.agent()
+	if err == nil && n.stopping.Load() {
+		err = errStops
+	}
 	if err != nil {
 		return vipctl.Result{}, err
 	}
 	return a.TakeVIP(ctx, args)
 }
 
+// ReadyVIP implements vipctl.Mover. It is what the manager is told of this node.
+func (n *Node) ReadyVIP(context.Context) error {
+	r := manager.Report{Reason: "its frontend has not started"}
+	if n.cluster != nil {
+		n.vitals(&r)
+	}
+	switch {
+	case r.Stopping:
+		return errStops
+	case n.cluster == nil:
+		return errNoFloating
+	case !r.Ready:
+		return fmt.Errorf("this node cannot serve addresses: %s", r.Reason)
+	}
+	return nil
+}
+
 // ReleaseVIP implements vipctl.Mover.
 func (n *Node) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.Result, error) {
 	a, err := n.agent()
 	if err != nil {
-		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node serves no floating addresses (yet)", args.Addr)}, nil
+		return n.unserved(args.Addr), nil
 	}
 	return a.ReleaseVIP(ctx, args)
 }
@@ -308,7 +341,7 @@ func (n *Node) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl.
 func (n *Node) CheckVIP(ctx context.Context, args vipctl.CheckArgs) (vipctl.Result, error) {
 	a, err := n.agent()
 	if err != nil {
-		return vipctl.Result{State: vipctl.Unknown, Text: fmt.Sprintf("%s: this node serves no floating addresses (yet)", args.Addr)}, nil
+		return n.unserved(args.Addr), nil
 	}
 	return a.CheckVIP(ctx, args)
 }

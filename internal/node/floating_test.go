@@ -619,6 +619,40 @@ func TestHookCommands(t *testing.T) {
 	}
 }
 
+// A cluster manager chooses among nodes that could serve an address. A node that stops
+// says so, and that it takes and serves none.
+func TestReadyForAddresses(t *testing.T) {
+	c, _, b := upFloating(t)
+	if err := c.nodes["c"].ReadyVIP(ctx); err == nil {
+		t.Error("a node without floating addresses is ready for them")
+	}
+	until(t, "b to be ready", func() bool { return b.ReadyVIP(ctx) == nil })
+	if err := c.nodes["c"].StopTarget(ctx, mdtName); err != nil {
+		t.Fatal(err)
+	}
+	says := func(text string) func() bool {
+		return func() bool {
+			err := b.ReadyVIP(ctx)
+			return err != nil && strings.Contains(err.Error(), text)
+		}
+	}
+	until(t, "b not to be ready", says("the metadata target (MDT0000) does not answer it"))
+	if err := c.nodes["c"].StartTarget(ctx, mdtName, ""); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "b to be ready again", func() bool { return b.ReadyVIP(ctx) == nil })
+	c.down("b", b)
+	if !says("stops")() {
+		t.Errorf("after the stop: %v", b.ReadyVIP(ctx))
+	}
+	if _, err := b.TakeVIP(ctx, vipctl.TakeArgs{Addr: floatAddr, Stage: vipctl.StageServe}); !errors.Is(err, errStops) {
+		t.Errorf("take: %v", err)
+	}
+	if r, err := b.ReleaseVIP(ctx, vipctl.ReleaseArgs{Addr: floatAddr, Stage: vipctl.StageFinish}); err != nil || !strings.Contains(r.Text, "it stops") {
+		t.Errorf("release: %+v, %v", r, err)
+	}
+}
+
 // A cluster manager adds and removes the address itself.
 func TestGivenAddress(t *testing.T) {
 	c, a, b := upFloating(t)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -112,4 +113,44 @@ func TestLoad(t *testing.T) {
 	step(time.Second, 7, 7)
 	ok = false
 	step(time.Second, 7, 7)
+}
+
+// A node that stops waits for others to take its addresses, but not those that no other
+// node may serve.
+func TestStopWithAddressOfOneNode(t *testing.T) {
+	c := newFloatCell(t)
+	external := c.change
+	c.change = func(k *config.Config) {
+		external(k)
+		k.Manager.Mode = config.ManagerBuiltin
+		k.Failover.StopWait = config.Duration(10 * time.Minute)
+	}
+	k, a := c.up("c"), c.up("a")
+	c.ready(a)
+	v, err := c.reg(k).AddVIP(ctx, mgs.VIPSpec{Addr: floatAddr, Bits: 32, Interface: "lo", Prefer: []string{"a"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.become(a, vipagent.Serving)
+	until(t, "a to hear c", func() bool { return a.cluster.lives.has("c") })
+	if a.cluster.othersServe(&v) {
+		t.Error("another node may serve the address")
+	}
+	v.Prefer = append(v.Prefer, "b")
+	if a.cluster.othersServe(&v) {
+		t.Error("a node that is away may serve the address")
+	}
+	v.Prefer = append(v.Prefer, "c")
+	if !a.cluster.othersServe(&v) {
+		t.Error("c may serve the address")
+	}
+	var stopped atomic.Bool
+	go func() {
+		c.down("a", a)
+		stopped.Store(true)
+	}()
+	until(t, "a to stop", stopped.Load)
+	if v := c.vip(k); !v.Clean {
+		t.Errorf("%+v: it was to be given up in order", v)
+	}
 }

@@ -325,12 +325,16 @@ func (a *Agent) Leaving() bool {
 }
 
 // Leave takes no more addresses and waits, until ctx ends, for those that are served to
-// be assigned to others and to move there.
-func (a *Agent) Leave(ctx context.Context) {
+// be assigned to others and to move there. others tells whether another node may serve an
+// address; what only this one may serve is not waited for.
+func (a *Agent) Leave(ctx context.Context, others func(v *mgs.VIP) bool) {
 	a.leave(false)
 	for {
 		changed := a.changes()
-		if !a.busy() {
+		if !slices.ContainsFunc(a.all(), func(k *keeper) bool {
+			v := k.registry()
+			return k.busy() && others(&v)
+		}) {
 			return
 		}
 		select {
@@ -352,10 +356,12 @@ func (a *Agent) leave(last bool) {
 
 // busy tells whether anything is served.
 func (a *Agent) busy() bool {
-	return slices.ContainsFunc(a.all(), func(k *keeper) bool {
-		s := k.now()
-		return s != Absent && s != Failed
-	})
+	return slices.ContainsFunc(a.all(), (*keeper).busy)
+}
+
+func (k *keeper) busy() bool {
+	s := k.now()
+	return s != Absent && s != Failed
 }
 
 // Silence releases what is still served. It returns when nothing is answered any more at the

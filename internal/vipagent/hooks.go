@@ -65,6 +65,8 @@ func (k *keeper) registry() mgs.VIP {
 	return k.s.vip
 }
 
+var errLeaving = errors.New("this node stops and takes no addresses")
+
 // TakeVIP implements vipctl.Mover.
 func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Result, error) {
 	k, err := a.lookup(ctx, args.Addr)
@@ -74,14 +76,14 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 	case k == nil:
 		return vipctl.Result{}, fmt.Errorf("%s is not a floating address: enter it with \"baton vip add %s/BITS\"", args.Addr, args.Addr)
 	case a.Leaving():
-		return vipctl.Result{}, errors.New("this node stops and takes no addresses")
+		return vipctl.Result{}, errLeaving
 	}
 	end, err := k.begin(ctx)
 	if err != nil {
 		return vipctl.Result{}, err
 	}
 	before := *k.situation()
-	move, failed, err := k.want(ctx, args)
+	move, failed, err := k.want(args)
 	end()
 	if err != nil {
 		return vipctl.Result{}, err
@@ -102,6 +104,8 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 			return vipctl.Result{}, fmt.Errorf("the take-over of %s was broken off: it is assigned to %s now", k.addr, named(v.Next))
 		case done(&s):
 			return k.result(string(state), "the address is %s here now", state)
+		case a.Leaving():
+			return vipctl.Result{}, errLeaving
 		case n != failed:
 			return vipctl.Result{}, fmt.Errorf("%s cannot be taken (it is tried again until it is released): %s", k.addr, reason)
 		}
@@ -115,15 +119,17 @@ func (a *Agent) TakeVIP(ctx context.Context, args vipctl.TakeArgs) (vipctl.Resul
 
 // want has the address assigned to this node, and returns the number of the assignment
 // and of the failures so far.
-func (k *keeper) want(ctx context.Context, args vipctl.TakeArgs) (move, failed uint64, err error) {
+func (k *keeper) want(args vipctl.TakeArgs) (move, failed uint64, err error) {
 	// A process that dies meanwhile leaves the address to whom it belongs.
 	if err := k.a.given.set(k.addr, args.Given); err != nil {
 		return 0, 0, err
 	}
 	v := k.registry()
-	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	// Not the caller's context: if it has gone, an order is not left half done.
+	ctx, cancel := context.WithTimeout(k.a.ctx, registryTime)
 	defer cancel()
-	if args.Force && !v.Free() && v.Node != k.a.o.Node {
+	// Of an owner that is about to give it up in order, there is nothing to declare.
+	if args.Force && !v.Free() && v.Node != k.a.o.Node && !k.givesUp(ctx, &v) {
 		if err := k.a.o.Registry.Abandoned(ctx, k.index, v.Epoch); err != nil && !isGone(err) {
 			return 0, 0, err
 		}
@@ -178,7 +184,7 @@ func (a *Agent) ReleaseVIP(ctx context.Context, args vipctl.ReleaseArgs) (vipctl
 	if err != nil {
 		return vipctl.Result{}, err
 	}
-	before, released := k.unwant(ctx, args)
+	before, released := k.unwant(args)
 	end()
 	late := time.NewTimer(readyTime)
 	defer late.Stop()
@@ -239,7 +245,7 @@ func (k *keeper) bar(released uint64) uint64 {
 
 // unwant has the address given up, and returns how it was here and the assignment that
 // is not followed, or the one that came instead.
-func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before State, released uint64) {
+func (k *keeper) unwant(args vipctl.ReleaseArgs) (before State, released uint64) {
 	k.mu.Lock()
 	v := k.s.vip
 	before = k.s.state
@@ -256,7 +262,7 @@ func (k *keeper) unwant(ctx context.Context, args vipctl.ReleaseArgs) (before St
 	}
 	k.look()
 	k.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, registryTime)
+	ctx, cancel := context.WithTimeout(k.a.ctx, registryTime) // as in want
 	defer cancel()
 	for range 3 {
 		if v.Next != k.a.o.Node && (args.To == "" || args.To == v.Next) {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -256,6 +257,17 @@ func (m *machine) killBaton() {
 	}
 	m.s.mu.Unlock()
 	m.s.members[m.Name()].Kill()
+}
+
+// stopBaton ends baton in order.
+func (m *machine) stopBaton() {
+	m.s.t.Helper()
+	x := m.s.members[m.Name()]
+	if err := x.Signal(syscall.SIGTERM); err != nil {
+		m.s.t.Fatal(err)
+	}
+	m.s.wait("end of baton on "+m.Name(), x.Ended)
+	x.Kill() // so that it can be started again
 }
 
 // kill ends a machine as a power cut does: the cable first.

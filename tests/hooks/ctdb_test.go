@@ -124,7 +124,7 @@ func (s *site) deaths(owner, addr string, pnn map[string]int) string {
 	// baton is restarted, which CTDB need not notice: the address stays CTDB's.
 	s.m[owner].killBaton()
 	s.m[owner].serve()
-	s.reach("baton restarted", addr, s.owner(addr), false)
+	s.reach("baton restarted", addr, s.settled(addr), false)
 	s.healthy(3)
 
 	// baton dies: the node becomes unhealthy, and the address goes.
@@ -134,7 +134,7 @@ func (s *site) deaths(owner, addr string, pnn map[string]int) string {
 	s.reach("baton killed", addr, to, false)
 	s.m[owner].serve()
 	s.healthy(3)
-	owner = s.owner(addr)
+	owner = s.settled(addr)
 	s.reach("baton returned", addr, owner, true)
 
 	s.m[owner].kill()
@@ -145,7 +145,7 @@ func (s *site) deaths(owner, addr string, pnn map[string]int) string {
 	// It returns, and the address is ordered back.
 	s.boot(int(dead[1] - '0')).ctdb(false)
 	s.healthy(3)
-	if a := s.owner(addr); a != dead {
+	if a := s.settled(addr); a != dead {
 		s.moveTo(a, addr, pnn[dead])
 	}
 	s.reach("failback", addr, dead, true)

@@ -11,8 +11,12 @@ import (
 	"github.com/baton-nfs/baton/tests/bed"
 )
 
-// keepalived starts keepalived with a packaged configuration.
-func (m *machine) keepalived(conf string, priority int) *bed.Proc {
+// patient has a new master wait for a live owner for longer than a loaded machine stands
+// still.
+const patient = " --force-after 15s"
+
+// keepalived starts keepalived with a packaged configuration and more options of the hook.
+func (m *machine) keepalived(conf string, priority int, options string) *bed.Proc {
 	m.s.t.Helper()
 	b, err := os.ReadFile(filepath.Join("../../packaging/keepalived", conf))
 	if err != nil {
@@ -25,6 +29,10 @@ func (m *machine) keepalived(conf string, priority int) *bed.Proc {
 		}
 		text = strings.Replace(text, old, new, 1)
 	}
+	if !strings.Contains(text, " --syslog") {
+		m.s.t.Fatalf("%s: no hook with --syslog", conf)
+	}
+	text = strings.ReplaceAll(text, " --syslog", " --syslog"+options)
 	m.write("/etc/keepalived/keepalived.conf", text)
 	return m.spawn("keepalived", "/usr/sbin/keepalived", "--dont-fork", "--log-console", "--log-detail", "--vrrp")
 }
@@ -61,8 +69,8 @@ func TestKeepalived(t *testing.T) {
 	})
 	begin := time.Now()
 	// Both start together, and pass through states that nobody should act on for long.
-	s.m["n1"].keepalived("keepalived.conf", 150)
-	s.m["n2"].keepalived("keepalived.conf", 100)
+	s.m["n1"].keepalived("keepalived.conf", 150, patient)
+	s.m["n2"].keepalived("keepalived.conf", 100, patient)
 	s.owner(addr, "n2")
 	s.work(s.addrs[0])
 	s.reach("start", addr, "n1", true)
@@ -80,8 +88,14 @@ func TestKeepalived(t *testing.T) {
 
 	s.m["n1"].kill()
 	s.reach("node killed", addr, "n2", false)
-	s.boot(1).keepalived("keepalived.conf", 150)
+	s.boot(1).keepalived("keepalived.conf", 150, patient)
 	s.reach("node returned", addr, "n1", true)
+
+	// A baton that stops gives the address up in order, however its node is seen meanwhile.
+	s.m["n1"].stopBaton()
+	s.reach("baton stopped", addr, "n2", true)
+	s.m["n1"].serve()
+	s.reach("baton started", addr, "n1", true)
 
 	// A node without baton is no master; what baton has left there is removed.
 	s.m["n1"].killBaton()
@@ -119,8 +133,8 @@ func TestKeepalivedNotify(t *testing.T) {
 	s := newSite(t, addr)
 	s.boot(1)
 	s.boot(2)
-	s.m["n1"].keepalived(conf, 150)
-	s.m["n2"].keepalived(conf, 100)
+	s.m["n1"].keepalived(conf, 150, patient)
+	s.m["n2"].keepalived(conf, 100, patient)
 	s.step("start", addr, "n1")
 	s.m["n1"].sh(demote)
 	s.planned("demote", s.step("demote", addr, "n2"), "n1", "n2")
@@ -129,7 +143,7 @@ func TestKeepalivedNotify(t *testing.T) {
 	s.m["n1"].kill()
 	rs := s.step("node killed", addr, "n2")
 	s.sequence("node killed", of(rs, "n2", addr, "take"), "n2 take serve force has -> serving")
-	s.boot(1).keepalived(conf, 150)
+	s.boot(1).keepalived(conf, 150, patient)
 	s.planned("node returned", s.step("node returned", addr, "n1"), "n2", "n1")
 	s.m["n1"].procs["keepalived"].Stop(20 * time.Second)
 	s.step("keepalived stopped", addr, "n2")

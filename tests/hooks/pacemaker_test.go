@@ -11,7 +11,7 @@ const corosyncConf = `totem {
 	version: 2
 	cluster_name: test
 	transport: udpu
-	token: 1500
+	token: 10000
 	crypto_cipher: none
 	crypto_hash: none
 }
@@ -186,6 +186,13 @@ func TestPacemaker(t *testing.T) {
 	n2.serve()
 	n2.sh("crm_resource --cleanup >/dev/null 2>&1")
 	both("failback", "n2", true)
+
+	// baton stops: its monitor waits until the addresses are given up, in order.
+	n2.stopBaton()
+	both("baton stopped", "n1", true)
+	n2.serve()
+	n2.sh("crm_resource --cleanup >/dev/null 2>&1")
+	both("baton started", "n2", true)
 
 	n2.kill()
 	both("node killed", "n1", false)

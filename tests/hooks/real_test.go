@@ -143,6 +143,23 @@ func (s *site) owner(addr string, not ...string) (node string) {
 	return node
 }
 
+// settled is owner for when the manager may be about to move the address: the owner has
+// to stay the same for longer than it needs to notice.
+func (s *site) settled(addr string) (node string) {
+	s.t.Helper()
+	a := netip.MustParseAddr(addr)
+	since := time.Now()
+	s.wait("settled owner of "+addr, func() bool {
+		now := s.served(a)
+		if now == "" || now != node || s.holders(a) != now {
+			node, since = now, time.Now()
+			return false
+		}
+		return time.Since(since) > 8*time.Second
+	})
+	return node
+}
+
 // reach waits until the node alone serves the address, clients are answered, and no
 // other machine has anything of it. A move in order keeps the write verifier of what
 // clients know, a crash does not.

@@ -14,11 +14,13 @@ import (
 
 // Commands. They can be given again, and by several callers at the same time: those
 // for one address wait for each other, and a release that comes while a take is
-// under way breaks it off. When the caller has gone, the work goes on.
+// under way breaks it off. When the caller has gone, only the wait ends: what was begun
+// goes on.
 const (
 	CmdTake    = "vip-take"    // TakeArgs; Result
 	CmdRelease = "vip-release" // ReleaseArgs; Result
 	CmdCheck   = "vip-check"   // CheckArgs; Result
+	CmdReady   = "vip-ready"   // whether this node could serve an address; an error says why not
 )
 
 // Stages of TakeArgs.
@@ -82,6 +84,8 @@ type Mover interface {
 	TakeVIP(ctx context.Context, a TakeArgs) (Result, error)
 	ReleaseVIP(ctx context.Context, a ReleaseArgs) (Result, error)
 	CheckVIP(ctx context.Context, a CheckArgs) (Result, error)
+	// ReadyVIP gives the reason for which no address could be served here now.
+	ReadyVIP(ctx context.Context) error
 }
 
 // Register lets a server take the commands.
@@ -107,10 +111,11 @@ func Register(s *control.Server, m Mover) {
 		a.Addr = a.Addr.Unmap()
 		return m.CheckVIP(ctx, a)
 	})
+	s.Handle(CmdReady, func(ctx context.Context, _ json.RawMessage) (any, error) { return nil, m.ReadyVIP(ctx) })
 }
 
 func handle[T any](s *control.Server, cmd string, f func(context.Context, T) (Result, error)) {
-	s.Handle(cmd, func(ctx context.Context, raw json.RawMessage) (any, error) {
+	s.HandleWait(cmd, func(ctx context.Context, raw json.RawMessage) (any, error) {
 		var args T
 		if err := json.Unmarshal(raw, &args); err != nil {
 			return nil, fmt.Errorf("arguments of %s: %w", cmd, err)

@@ -384,6 +384,9 @@ func (u *unit) release(stage string) error {
 	return nil
 }
 
+// ReadyVIP implements vipctl.Mover.
+func (s *server) ReadyVIP(context.Context) error { return nil }
+
 // CheckVIP implements vipctl.Mover.
 func (s *server) CheckVIP(_ context.Context, a vipctl.CheckArgs) (vipctl.Result, error) {
 	u := s.units[a.Addr]
