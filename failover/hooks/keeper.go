@@ -274,7 +274,8 @@ func (k *Keeper) recheck(now time.Time, r vipctl.Result, err error, a *Actions) 
 		// After a partition the other side may have had the address, and be backup now.
 		holds = err == nil && (r.State == vipctl.Serving || r.State == vipctl.Taking) || err != nil && !absent(err)
 	case Leave:
-		holds = err != nil || r.State != vipctl.Serving
+		// A release that somebody has begun late is finished, too.
+		holds = err != nil || r.State != vipctl.Serving && r.State != vipctl.Releasing
 	case Backup:
 		if k.keeping && err == nil && r.State != vipctl.Serving {
 			k.keeping = false

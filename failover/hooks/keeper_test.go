@@ -262,7 +262,7 @@ func followRandom(t *testing.T, seed uint64) {
 		}
 	}
 	m.start()
-	time.Sleep(20 * time.Second)
+	time.Sleep(5 * time.Minute) // a check in three finds that the peer has taken it
 	synctest.Wait()
 	state, left := m.get()
 	ok := role == Master && state == vipctl.Serving || role == Leave && state == vipctl.Absent ||

@@ -34,7 +34,7 @@ func (a *Agent) HandleGivesUp(_ context.Context, _ string, raw json.RawMessage) 
 		return false, nil
 	}
 	d := &a.o.Deadlines
-	most := d.Refuse + d.Drain + d.Commit + d.Close + d.Clear + d.Remove + d.Finish + registryTime
+	most := d.Refuse + d.Drain + d.Commit + d.Close + d.Clear + d.Remove + d.Finish + registryTime + 2*aheadTime
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.s.state == Releasing && k.s.epoch == args.Epoch && time.Since(k.since) < most, nil
