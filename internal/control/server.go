@@ -20,7 +20,7 @@ import (
 
 // Limits of a Server.
 const (
-	maxConns    = 32
+	maxConns    = 256              // a cluster manager asks for each of its addresses at the same time
 	idleTimeout = 30 * time.Second // for the next request, and for a reader of a reply
 )
 
