@@ -140,7 +140,7 @@ func moves(args []string) error {
 	err = m.run()
 	m.flush()
 	if err != nil {
-		os.WriteFile(filepath.Join(*control, "failed"), []byte(err.Error()), 0o644)
+		m.failed(err)
 		return err
 	}
 	b, err := json.Marshal(struct {
@@ -150,6 +150,18 @@ func moves(args []string) error {
 		return err
 	}
 	return os.WriteFile(filepath.Join(*control, "result.json"), b, 0o644)
+}
+
+// failed tells the host what is wrong: the file is there with all of it, or not yet.
+func (m *mover) failed(err error) {
+	f, cerr := os.CreateTemp(m.control, "failed-*")
+	if cerr != nil {
+		return
+	}
+	fmt.Fprint(f, err)
+	if f.Close() == nil {
+		os.Rename(f.Name(), filepath.Join(m.control, "failed"))
+	}
 }
 
 func (m *mover) run() error {
@@ -169,7 +181,7 @@ func (m *mover) run() error {
 				m.gate.RUnlock()
 				if err != nil {
 					errs[i] = fmt.Errorf("%s: %w", w.name(), err)
-					os.WriteFile(filepath.Join(m.control, "failed"), []byte(errs[i].Error()), 0o644)
+					m.failed(errs[i])
 					m.stop.Store(true)
 				}
 			}
