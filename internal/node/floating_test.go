@@ -60,6 +60,16 @@ func newFloatCell(t *testing.T) *floatCell {
 	return c
 }
 
+// managed has the builtin manager decide who serves.
+func (c *floatCell) managed() *floatCell {
+	external := c.change
+	c.change = func(k *config.Config) {
+		external(k)
+		k.Manager.Mode = config.ManagerBuiltin
+	}
+	return c
+}
+
 var floatAddr = netip.MustParseAddr("127.0.9.1")
 
 func (c *floatCell) reg(n *Node) mgs.Floating { return n.cluster.reg }

@@ -19,12 +19,7 @@ import (
 // nodes, gives the addresses to those that can serve, and takes them from one that
 // stops. Nodes exchange beats with everybody as soon as there is such an address.
 func TestManagerDecides(t *testing.T) {
-	c := newFloatCell(t)
-	external := c.change
-	c.change = func(k *config.Config) {
-		external(k)
-		k.Manager.Mode = config.ManagerBuiltin
-	}
+	c := newFloatCell(t).managed()
 	k, a, b := c.up("c"), c.up("a"), c.up("b")
 	c.ready(a)
 	c.ready(b)
@@ -118,11 +113,10 @@ func TestLoad(t *testing.T) {
 // A node that stops waits for others to take its addresses, but not those that no other
 // node may serve.
 func TestStopWithAddressOfOneNode(t *testing.T) {
-	c := newFloatCell(t)
-	external := c.change
+	c := newFloatCell(t).managed()
+	managed := c.change
 	c.change = func(k *config.Config) {
-		external(k)
-		k.Manager.Mode = config.ManagerBuiltin
+		managed(k)
 		k.Failover.StopWait = config.Duration(10 * time.Minute)
 	}
 	k, a := c.up("c"), c.up("a")

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"testing"
 
-	"github.com/baton-nfs/baton/internal/config"
 	"github.com/baton-nfs/baton/internal/vipagent"
 	"github.com/baton-nfs/baton/recovery/mgs"
 	"github.com/baton-nfs/baton/vip"
@@ -16,12 +15,7 @@ import (
 // An address that vanishes from the machine of its node comes back there; if it cannot,
 // another node takes it, after an orderly end.
 func TestFloatingAddressVanishes(t *testing.T) {
-	c := newFloatCell(t)
-	external := c.change
-	c.change = func(k *config.Config) {
-		external(k)
-		k.Manager.Mode = config.ManagerBuiltin
-	}
+	c := newFloatCell(t).managed()
 	k, a, b := c.up("c"), c.up("a"), c.up("b")
 	c.ready(a)
 	c.ready(b)
