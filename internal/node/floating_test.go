@@ -269,15 +269,22 @@ func (c *rpcClient) commit(fh []byte) (verf [8]byte) {
 func upFloating(t *testing.T) (c *floatCell, a, b *Node) {
 	t.Helper()
 	c = newFloatCell(t)
-	c.up("c")
+	_, a, b = c.serving()
+	return c, a, b
+}
+
+// serving starts everything and has a serve the address.
+func (c *floatCell) serving() (n, a, b *Node) {
+	c.t.Helper()
+	n = c.up("c")
 	a, b = c.up("a"), c.up("b")
 	c.ready(a)
 	c.ready(b)
-	c.all(c.nodes["c"])
+	c.all(n)
 	c.add(a)
 	c.assign(a, "a")
 	c.become(a, vipagent.Serving)
-	return c, a, b
+	return n, a, b
 }
 
 // Calls that go on while an address moves to and fro are all executed once and

@@ -212,14 +212,7 @@ func TestEtcdIsEmptiedUnderRunningNodes(t *testing.T) {
 		inEtcd.change(k)
 		k.Registry.Members = []string{"c"}
 	}
-	n := c.up("c")
-	a, b := c.up("a"), c.up("b")
-	c.ready(a)
-	c.ready(b)
-	c.all(n)
-	c.add(a)
-	c.assign(a, "a")
-	c.become(a, vipagent.Serving)
+	n, a, b := c.serving()
 	k := &rpcClient{t: t, at: func() netip.AddrPort { return served(a, b) }}
 	defer k.close()
 	dir := k.mount()

@@ -53,14 +53,7 @@ func TestStopWithDataLostAndNoRegistry(t *testing.T) {
 		prepare(n)
 		n.testDisk = func(fs objfs.FS) objfs.FS { return failing{fs, &broken} }
 	}
-	n := c.up("c")
-	a, b := c.up("a"), c.up("b")
-	c.ready(a)
-	c.ready(b)
-	c.all(n)
-	c.add(a)
-	c.assign(a, "a")
-	c.become(a, vipagent.Serving)
+	n, a, b := c.serving()
 	k := &rpcClient{t: t, at: func() netip.AddrPort { return served(a, b) }}
 	defer k.close()
 	fh := k.make(k.mount(), "f")
